@@ -1,0 +1,12 @@
+//! The ground every room stands on: ids, classified errors, units, crash-safe files, paths, process handles.
+
+pub mod error;
+pub mod file;
+pub mod id;
+pub mod paths;
+pub mod pidfd;
+pub mod time;
+pub mod units;
+
+pub use error::{Classified, Kind};
+pub use id::Id;
