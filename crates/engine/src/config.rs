@@ -1,0 +1,57 @@
+//! What an engine is opened with.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base::paths::Paths;
+
+use crate::container::LogConfig;
+
+/// The settings of one engine. Two engines with different state folders share nothing.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    pub paths: Paths,
+    /// Logs of containers that ask for nothing.
+    pub log: LogConfig,
+    /// Whether containers get a tiny init as pid 1 unless they say otherwise.
+    pub init: bool,
+    /// How long `stop` waits unless the container or the caller says otherwise.
+    pub stop_timeout: Duration,
+    /// `/dev/shm` unless the container says otherwise, bytes.
+    pub shm_size: u64,
+    /// The parent of the containers' cgroups; must differ between daemons of one host.
+    pub cgroup_parent: String,
+    /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
+    pub keeper_command: Vec<PathBuf>,
+    /// The program and first arguments that run [`crate::container::init::main`], as pid 1 of `--init` containers.
+    pub init_program: PathBuf,
+}
+
+impl EngineConfig {
+    /// The defaults for these folders.
+    pub fn new(paths: Paths) -> EngineConfig {
+        EngineConfig {
+            cgroup_parent: default_cgroup_parent(&paths),
+            paths,
+            log: LogConfig { kind: "json-file".into(), config: Default::default() },
+            init: false,
+            stop_timeout: Duration::from_secs(10),
+            shm_size: 64 << 20,
+            keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
+            init_program: "/proc/self/exe".into(),
+        }
+    }
+}
+
+/// `berth` for the system's daemon, `berth-HASH` for one with another state folder.
+fn default_cgroup_parent(paths: &Paths) -> String {
+    if paths.state == std::path::Path::new("/var/lib/berth") {
+        return "berth".into();
+    }
+    // FNV-1a: stable between runs, which the standard hasher does not promise.
+    let bytes = paths.state.as_os_str().as_encoded_bytes();
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("berth-{:08x}", (hash ^ (hash >> 32)) as u32)
+}
