@@ -32,7 +32,10 @@ impl Paths {
         }
         let home = PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/".into()));
         let xdg = |name: &str, fallback: PathBuf| {
-            env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute()).unwrap_or(fallback)
+            env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|p| p.is_absolute())
+                .unwrap_or(fallback)
         };
         let uid = rustix::process::geteuid().as_raw();
         let run = xdg("XDG_RUNTIME_DIR", format!("/tmp/berth-run-{uid}").into()).join("berth");

@@ -38,7 +38,9 @@ impl ProcessKey {
         match ProcessKey::of(self.pid) {
             Ok(now) if now == self => Ok(Some(fd)),
             Ok(_) => Ok(None),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -78,9 +80,19 @@ impl PidFd {
                 use std::os::fd::AsRawFd;
                 // SAFETY: the descriptor is open for the length of the call and no pointer is passed.
                 let result = unsafe {
-                    libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), signal, 0usize, 0)
+                    libc::syscall(
+                        libc::SYS_pidfd_send_signal,
+                        self.0.as_raw_fd(),
+                        signal,
+                        0usize,
+                        0,
+                    )
                 };
-                if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+                if result == 0 {
+                    Ok(())
+                } else {
+                    Err(io::Error::last_os_error())
+                }
             }
         }
     }
@@ -106,7 +118,10 @@ mod tests {
     fn a_reused_pid_is_not_opened() {
         let own = ProcessKey::of(std::process::id() as i32).unwrap();
         assert!(own.open().unwrap().is_some());
-        let other = ProcessKey { start_ticks: own.start_ticks + 1, ..own };
+        let other = ProcessKey {
+            start_ticks: own.start_ticks + 1,
+            ..own
+        };
         assert!(other.open().unwrap().is_none());
     }
 }

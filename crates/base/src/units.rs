@@ -5,7 +5,9 @@ use std::time::Duration;
 /// The text is not a size or a duration.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UnitError {
-    #[error("{0:?} is not a size: write a number with b, k, m, g, t or KiB, MiB, GiB, TiB, as in 512m or 20G")]
+    #[error(
+        "{0:?} is not a size: write a number with b, k, m, g, t or KiB, MiB, GiB, TiB, as in 512m or 20G"
+    )]
     Size(String),
     #[error("{0:?} is not a duration: write numbers with ns, us, ms, s, m, h or d, as in 1m30s")]
     Duration(String),
@@ -18,7 +20,9 @@ pub enum UnitError {
 pub fn parse_size(text: &str) -> Result<u64, UnitError> {
     let wrong = || UnitError::Size(text.to_owned());
     let trimmed = text.trim();
-    let split = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+    let split = trimmed
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(trimmed.len());
     let (number, unit) = trimmed.split_at(split);
     let shift = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 0,
@@ -31,16 +35,28 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
     };
     if let Ok(whole) = number.parse::<u64>() {
         let bytes = whole.checked_mul(1 << shift).ok_or_else(wrong)?;
-        return if bytes <= i64::MAX as u64 { Ok(bytes) } else { Err(wrong()) };
+        return if bytes <= i64::MAX as u64 {
+            Ok(bytes)
+        } else {
+            Err(wrong())
+        };
     }
     let value: f64 = number.parse().map_err(|_| wrong())?;
     let bytes = value * (1u64 << shift) as f64;
-    if bytes.is_finite() && bytes < i64::MAX as f64 { Ok(bytes as u64) } else { Err(wrong()) }
+    if bytes.is_finite() && bytes < i64::MAX as f64 {
+        Ok(bytes as u64)
+    } else {
+        Err(wrong())
+    }
 }
 
 /// `1.5GiB`, `512MiB`, `17B`: binary units, at most four significant digits.
 pub fn format_size(bytes: u64) -> String {
-    scaled(bytes, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
+    scaled(
+        bytes,
+        1024.0,
+        &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"],
+    )
 }
 
 /// `1.5GB`, `512MB`, `17B`: decimal units, as `docker images` shows sizes.
@@ -63,7 +79,11 @@ fn scaled(bytes: u64, base: f64, units: &[&str]) -> String {
         2
     };
     let text = format!("{value:.digits$}");
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let text = if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
     format!("{text}{}", units[unit])
 }
 
@@ -82,10 +102,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
     }
     let mut total = 0f64;
     while !rest.is_empty() {
-        let split = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
+        let split = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(wrong)?;
         let value: f64 = rest[..split].parse().map_err(|_| wrong())?;
         rest = &rest[split..];
-        let end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        let end = rest
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(rest.len());
         total += value
             * match &rest[..end] {
                 "ns" => 1e-9,

@@ -26,10 +26,15 @@ pub type GuestMemory = GuestMemoryMmap<()>;
 /// What failed in a CPU back end.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
-    #[error("this host has no usable hardware virtualization: {0}. Use --cpu soft, or enable VT-x/AMD-V (or nested virtualization)")]
+    #[error(
+        "this host has no usable hardware virtualization: {0}. Use --cpu soft, or enable VT-x/AMD-V (or nested virtualization)"
+    )]
     NoVirtualization(String),
     #[error("{what}: {source}")]
-    Host { what: &'static str, source: std::io::Error },
+    Host {
+        what: &'static str,
+        source: std::io::Error,
+    },
     #[error("the saved CPU state cannot be used: {0}")]
     State(String),
     #[error("the CPU cannot go on: {0}")]

@@ -33,7 +33,10 @@ impl EngineConfig {
         EngineConfig {
             cgroup_parent: default_cgroup_parent(&paths),
             paths,
-            log: LogConfig { kind: "json-file".into(), config: Default::default() },
+            log: LogConfig {
+                kind: "json-file".into(),
+                config: Default::default(),
+            },
             init: false,
             stop_timeout: Duration::from_secs(10),
             shm_size: 64 << 20,

@@ -56,10 +56,18 @@ pub enum Error {
     Runtime { message: String, kind: Kind },
     /// An operating-system call failed.
     #[error("{what}: {source}")]
-    Io { what: String, #[source] source: io::Error },
+    Io {
+        what: String,
+        #[source]
+        source: io::Error,
+    },
     /// An error of another room, with its kind and its fix.
     #[error("{message}")]
-    Room { message: String, kind: Kind, fix: Option<String> },
+    Room {
+        message: String,
+        kind: Kind,
+        fix: Option<String>,
+    },
 }
 
 impl Error {
@@ -81,20 +89,26 @@ impl Error {
             }
             source = cause.source();
         }
-        Error::Room { message, kind: error.kind(), fix: error.fix() }
+        Error::Room {
+            message,
+            kind: error.kind(),
+            fix: error.fix(),
+        }
     }
 }
 
 impl Classified for Error {
     fn kind(&self) -> Kind {
         match self {
-            Error::NoSuchContainer(_) | Error::NoSuchExec(_) | Error::NoSuchImage(_) | Error::NotFound(_) => {
-                Kind::NotFound
-            }
+            Error::NoSuchContainer(_)
+            | Error::NoSuchExec(_)
+            | Error::NoSuchImage(_)
+            | Error::NotFound(_) => Kind::NotFound,
             Error::AmbiguousContainer(_) | Error::Invalid(_) => Kind::Invalid,
-            Error::NameInUse { .. } | Error::NotRunning(_) | Error::Paused(_) | Error::Conflict(_) => {
-                Kind::Conflict
-            }
+            Error::NameInUse { .. }
+            | Error::NotRunning(_)
+            | Error::Paused(_)
+            | Error::Conflict(_) => Kind::Conflict,
             Error::NotModified(_) => Kind::NotModified,
             Error::Unsupported(_) => Kind::Unsupported,
             Error::Forbidden(_) => Kind::Permission,

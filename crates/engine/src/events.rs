@@ -59,18 +59,35 @@ pub struct Events {
 
 impl Default for Events {
     fn default() -> Events {
-        Events { sender: broadcast::channel(BACKLOG).0, history: Mutex::default() }
+        Events {
+            sender: broadcast::channel(BACKLOG).0,
+            history: Mutex::default(),
+        }
     }
 }
 
 impl Events {
     /// Tells all listeners. `kind` is `container`, `image`, `network`, `volume` or `daemon`.
-    pub fn publish(&self, kind: &str, action: &str, id: &str, attributes: BTreeMap<String, String>) {
+    pub fn publish(
+        &self,
+        kind: &str,
+        action: &str,
+        id: &str,
+        attributes: BTreeMap<String, String>,
+    ) {
         let now = Timestamp::now();
         let old_style = matches!(kind, "container" | "image");
         let event = Event {
-            status: if old_style { action.to_owned() } else { String::new() },
-            id: if old_style { id.to_owned() } else { String::new() },
+            status: if old_style {
+                action.to_owned()
+            } else {
+                String::new()
+            },
+            id: if old_style {
+                id.to_owned()
+            } else {
+                String::new()
+            },
             from: if kind == "container" {
                 attributes.get("image").cloned().unwrap_or_default()
             } else {
@@ -78,7 +95,10 @@ impl Events {
             },
             kind: kind.to_owned(),
             action: action.to_owned(),
-            actor: Actor { id: id.to_owned(), attributes },
+            actor: Actor {
+                id: id.to_owned(),
+                attributes,
+            },
             scope: "local".into(),
             time: now.as_second(),
             time_nano: i64::try_from(now.as_nanosecond()).unwrap_or(i64::MAX),
@@ -104,7 +124,9 @@ impl Events {
         if let (Some(since), Some(until)) = (since, until)
             && since > until
         {
-            return Err(Error::Invalid("`since` time cannot be after `until` time".into()));
+            return Err(Error::Invalid(
+                "`since` time cannot be after `until` time".into(),
+            ));
         }
         let (past, receiver) = {
             let history = self.history.lock().unwrap_or_else(|e| e.into_inner());
@@ -112,7 +134,11 @@ impl Events {
             let past: Vec<Event> = match since {
                 Some(since) => {
                     let from = i64::try_from(since.as_nanosecond()).unwrap_or(0);
-                    history.iter().filter(|event| event.time_nano >= from).cloned().collect()
+                    history
+                        .iter()
+                        .filter(|event| event.time_nano >= from)
+                        .cloned()
+                        .collect()
                 }
                 None => Vec::new(),
             };
@@ -142,7 +168,10 @@ impl Events {
                 None => std::future::pending().await,
             }
         };
-        Ok(all.take_until(wait).filter(move |event| std::future::ready(fits(event))).boxed())
+        Ok(all
+            .take_until(wait)
+            .filter(move |event| std::future::ready(fits(event)))
+            .boxed())
     }
 }
 
@@ -167,10 +196,18 @@ fn matches(event: &Event, filters: &Filters) -> bool {
         && object("network")
         && object("daemon")
         && filters.any("image", |wanted| {
-            let image = if event.kind == "image" { Some(&event.actor.id) } else { attributes.get("image") };
+            let image = if event.kind == "image" {
+                Some(&event.actor.id)
+            } else {
+                attributes.get("image")
+            };
             image.is_some_and(|image| {
-                image == wanted || image.split_once(':').is_some_and(|(name, _)| name == wanted)
-            }) || (event.kind == "image" && attributes.get("name").is_some_and(|name| name == wanted))
+                image == wanted
+                    || image
+                        .split_once(':')
+                        .is_some_and(|(name, _)| name == wanted)
+            }) || (event.kind == "image"
+                && attributes.get("name").is_some_and(|name| name == wanted))
         })
         && filters.labels("label", attributes)
 }
@@ -180,7 +217,10 @@ mod tests {
     use super::*;
 
     fn attributes(name: &str) -> BTreeMap<String, String> {
-        BTreeMap::from([("name".into(), name.into()), ("image".into(), "busybox:latest".into())])
+        BTreeMap::from([
+            ("name".into(), name.into()),
+            ("image".into(), "busybox:latest".into()),
+        ])
     }
 
     #[tokio::test]
@@ -190,7 +230,9 @@ mod tests {
         let mut filters = Filters::default();
         filters.add("container", "one");
         let until = Timestamp::now() + std::time::Duration::from_millis(100);
-        let stream = events.subscribe(Some(Timestamp::UNIX_EPOCH), Some(until), filters).unwrap();
+        let stream = events
+            .subscribe(Some(Timestamp::UNIX_EPOCH), Some(until), filters)
+            .unwrap();
         events.publish("container", "start", "c1", attributes("one"));
         events.publish("container", "start", "c2", attributes("two"));
         let actions: Vec<String> = stream.map(|event| event.action).collect().await;
@@ -200,12 +242,21 @@ mod tests {
     #[test]
     fn actions_with_a_detail_are_found_by_their_first_word() {
         let events = Events::default();
-        events.publish("container", "exec_create: sh -c true", "c1", attributes("one"));
+        events.publish(
+            "container",
+            "exec_create: sh -c true",
+            "c1",
+            attributes("one"),
+        );
         let event = events.history.lock().unwrap()[0].clone();
         let mut filters = Filters::default();
         filters.add("event", "exec_create");
         filters.add("image", "busybox");
         assert!(matches(&event, &filters));
-        assert!(serde_json::to_string(&event).unwrap().contains("\"timeNano\""));
+        assert!(
+            serde_json::to_string(&event)
+                .unwrap()
+                .contains("\"timeNano\"")
+        );
     }
 }

@@ -34,7 +34,11 @@ impl Filters {
                 .map(|(name, values)| {
                     let values = match values {
                         Values::List(list) => list,
-                        Values::Set(set) => set.into_iter().filter(|(_, on)| *on).map(|(v, _)| v).collect(),
+                        Values::Set(set) => set
+                            .into_iter()
+                            .filter(|(_, on)| *on)
+                            .map(|(v, _)| v)
+                            .collect(),
                     };
                     (name, values)
                 })
@@ -44,7 +48,10 @@ impl Filters {
 
     /// Adds one value.
     pub fn add(&mut self, name: &str, value: impl Into<String>) {
-        self.0.entry(name.to_owned()).or_default().push(value.into());
+        self.0
+            .entry(name.to_owned())
+            .or_default()
+            .push(value.into());
     }
 
     /// Whether there is no filter at all.
@@ -112,7 +119,9 @@ impl Filters {
                 "false" | "0" | "False" | "FALSE" => Ok(Some(false)),
                 _ => Err(Error::Invalid(format!("invalid filter '{name}={value}'"))),
             },
-            _ => Err(Error::Invalid(format!("invalid filter '{name}': one value is wanted"))),
+            _ => Err(Error::Invalid(format!(
+                "invalid filter '{name}': one value is wanted"
+            ))),
         }
     }
 }

@@ -33,9 +33,14 @@ impl Engine {
     /// # Errors
     /// Where the folders cannot be made or the keeper cannot be started.
     pub async fn open(config: EngineConfig) -> Result<Arc<Engine>> {
-        std::fs::create_dir_all(&config.paths.state)
-            .map_err(Error::io(format!("cannot make {}", config.paths.state.display())))?;
-        Ok(Arc::new(Engine { config, events: Events::default() }))
+        std::fs::create_dir_all(&config.paths.state).map_err(Error::io(format!(
+            "cannot make {}",
+            config.paths.state.display()
+        )))?;
+        Ok(Arc::new(Engine {
+            config,
+            events: Events::default(),
+        }))
     }
 
     /// What it was opened with.

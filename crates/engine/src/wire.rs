@@ -143,12 +143,16 @@ mod tests {
 
     #[test]
     fn null_missing_and_unknown_fields_read_as_dockerd_reads_them() {
-        let sample: Sample =
-            serde_json::from_str(r#"{"Command":"ls","Ports":{"80/tcp":{},"81/udp":null},"IPCount":null,"Other":[1]}"#)
-                .unwrap();
+        let sample: Sample = serde_json::from_str(
+            r#"{"Command":"ls","Ports":{"80/tcp":{},"81/udp":null},"IPCount":null,"Other":[1]}"#,
+        )
+        .unwrap();
         assert_eq!(sample.command.unwrap().0, ["ls"]);
         assert_eq!(sample.ports.len(), 2);
         assert_eq!(sample.ip_count, 0);
-        assert_eq!(serde_json::from_str::<Sample>("{}").unwrap(), Sample::default());
+        assert_eq!(
+            serde_json::from_str::<Sample>("{}").unwrap(),
+            Sample::default()
+        );
     }
 }

@@ -21,12 +21,12 @@ use tokio::net::UnixStream;
 
 pub use config::{ContainerConfig, HealthConfig};
 pub use host_config::{
-    BindOptions, DeviceMapping, HostConfig, LogConfig, Mount, PortBinding, Resources, RestartPolicy,
-    TmpfsOptions, Ulimit, UpdateConfig, VolumeOptions,
+    BindOptions, DeviceMapping, HostConfig, LogConfig, Mount, PortBinding, Resources,
+    RestartPolicy, TmpfsOptions, Ulimit, UpdateConfig, VolumeOptions,
 };
 pub use inspect::{
-    Change, ContainerInspect, ContainerState, ContainerSummary, Created, Health, MountPoint, PathStat,
-    Port, PruneReport, Top, Updated, WaitResult,
+    Change, ContainerInspect, ContainerState, ContainerSummary, Created, Health, MountPoint,
+    PathStat, Port, PruneReport, Top, Updated, WaitResult,
 };
 pub use networking::{EndpointIpamConfig, EndpointSettings, NetworkSettings, NetworkingConfig};
 pub use stats::Stats;
@@ -134,13 +134,21 @@ pub struct AttachStream {
 }
 
 impl AsyncRead for AttachStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for AttachStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
@@ -191,13 +199,23 @@ impl Engine {
 
     /// Stops it: `signal` (its own stop signal), then after `timeout` seconds (its own; negative: never) SIGKILL.
     /// [`Error::NotModified`] where it does not run.
-    pub async fn stop(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+    pub async fn stop(
+        self: &Arc<Self>,
+        container: &str,
+        timeout: Option<i64>,
+        signal: Option<&str>,
+    ) -> Result<()> {
         let _ = (container, timeout, signal);
         absent("stop")
     }
 
     /// Stops (where it runs) and starts it.
-    pub async fn restart(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+    pub async fn restart(
+        self: &Arc<Self>,
+        container: &str,
+        timeout: Option<i64>,
+        signal: Option<&str>,
+    ) -> Result<()> {
         let _ = (container, timeout, signal);
         absent("restart")
     }
@@ -233,7 +251,11 @@ impl Engine {
     }
 
     /// Changes limits (fields that are zero stay) and the restart policy.
-    pub async fn update(self: &Arc<Self>, container: &str, update: UpdateConfig) -> Result<Updated> {
+    pub async fn update(
+        self: &Arc<Self>,
+        container: &str,
+        update: UpdateConfig,
+    ) -> Result<Updated> {
         let _ = (container, update);
         absent("update")
     }
@@ -245,7 +267,11 @@ impl Engine {
     }
 
     /// Everything about it; with the sizes of its layers where `size`.
-    pub async fn inspect(self: &Arc<Self>, container: &str, size: bool) -> Result<ContainerInspect> {
+    pub async fn inspect(
+        self: &Arc<Self>,
+        container: &str,
+        size: bool,
+    ) -> Result<ContainerInspect> {
         let _ = (container, size);
         absent("inspect")
     }
@@ -269,13 +295,21 @@ impl Engine {
     }
 
     /// Attaches to its standard streams; works before `start` too.
-    pub async fn attach(self: &Arc<Self>, container: &str, options: AttachOptions) -> Result<AttachStream> {
+    pub async fn attach(
+        self: &Arc<Self>,
+        container: &str,
+        options: AttachOptions,
+    ) -> Result<AttachStream> {
         let _ = (container, options);
         absent("attach")
     }
 
     /// Its log.
-    pub async fn logs(self: &Arc<Self>, container: &str, options: LogsOptions) -> Result<LogStream> {
+    pub async fn logs(
+        self: &Arc<Self>,
+        container: &str,
+        options: LogsOptions,
+    ) -> Result<LogStream> {
         let _ = (container, options);
         absent("logs")
     }
@@ -305,7 +339,11 @@ impl Engine {
     }
 
     /// A tar archive of a path inside.
-    pub async fn archive_get(self: &Arc<Self>, container: &str, path: &str) -> Result<(PathStat, TarStream)> {
+    pub async fn archive_get(
+        self: &Arc<Self>,
+        container: &str,
+        path: &str,
+    ) -> Result<(PathStat, TarStream)> {
         let _ = (container, path);
         absent("archive")
     }
@@ -329,7 +367,11 @@ impl Engine {
     }
 
     /// An image of it; answers the image's id (`sha256:…`).
-    pub async fn commit(self: &Arc<Self>, container: &str, options: CommitOptions) -> Result<String> {
+    pub async fn commit(
+        self: &Arc<Self>,
+        container: &str,
+        options: CommitOptions,
+    ) -> Result<String> {
         let _ = (container, options);
         absent("commit")
     }
@@ -341,25 +383,43 @@ impl Engine {
     }
 
     /// Connects a container to a network, now where it runs.
-    pub async fn connect_network(self: &Arc<Self>, network: &str, container: &str, endpoint: EndpointSettings) -> Result<()> {
+    pub async fn connect_network(
+        self: &Arc<Self>,
+        network: &str,
+        container: &str,
+        endpoint: EndpointSettings,
+    ) -> Result<()> {
         let _ = (network, container, endpoint);
         absent("network connect")
     }
 
     /// Takes a container off a network.
-    pub async fn disconnect_network(self: &Arc<Self>, network: &str, container: &str, force: bool) -> Result<()> {
+    pub async fn disconnect_network(
+        self: &Arc<Self>,
+        network: &str,
+        container: &str,
+        force: bool,
+    ) -> Result<()> {
         let _ = (network, container, force);
         absent("network disconnect")
     }
 
     /// Prepares a process in a running container; answers its id.
-    pub async fn exec_create(self: &Arc<Self>, container: &str, config: ExecConfig) -> Result<String> {
+    pub async fn exec_create(
+        self: &Arc<Self>,
+        container: &str,
+        config: ExecConfig,
+    ) -> Result<String> {
         let _ = (container, config);
         absent("exec")
     }
 
     /// Starts it; `None` where detached.
-    pub async fn exec_start(self: &Arc<Self>, exec: &str, start: ExecStart) -> Result<Option<AttachStream>> {
+    pub async fn exec_start(
+        self: &Arc<Self>,
+        exec: &str,
+        start: ExecStart,
+    ) -> Result<Option<AttachStream>> {
         let _ = (exec, start);
         absent("exec")
     }
