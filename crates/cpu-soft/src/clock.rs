@@ -56,8 +56,14 @@ struct Clock {
 fn clock() -> &'static Clock {
     static CLOCK: OnceLock<Clock> = OnceLock::new();
     CLOCK.get_or_init(|| {
-        std::thread::Builder::new().name("soft-clock".into()).spawn(tick).ok();
-        Clock { next: AtomicU64::new(u64::MAX), ..Clock::default() }
+        std::thread::Builder::new()
+            .name("soft-clock".into())
+            .spawn(tick)
+            .ok();
+        Clock {
+            next: AtomicU64::new(u64::MAX),
+            ..Clock::default()
+        }
     })
 }
 
@@ -90,7 +96,11 @@ fn tick() {
                 continue;
             }
             if at <= now {
-                if mailbox.alarm.compare_exchange(at, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                if mailbox
+                    .alarm
+                    .compare_exchange(at, 0, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok()
+                {
                     mailbox.ring_alarm();
                 } else {
                     next = now;
@@ -104,7 +114,11 @@ fn tick() {
             clock.changed.wait(known).unwrap_or_else(|e| e.into_inner())
         } else {
             let limit = ticks_to_duration(next.saturating_sub(now));
-            clock.changed.wait_timeout(known, limit).unwrap_or_else(|e| e.into_inner()).0
+            clock
+                .changed
+                .wait_timeout(known, limit)
+                .unwrap_or_else(|e| e.into_inner())
+                .0
         };
     }
 }

@@ -34,7 +34,12 @@ unsafe impl Sync for Machine {}
 
 impl Machine {
     pub fn new(vcpus: u32, model: cpu::CpuModel) -> Machine {
-        Machine { memory: OnceLock::new(), mailboxes: Mutex::new(Vec::new()), vcpus, model }
+        Machine {
+            memory: OnceLock::new(),
+            mailboxes: Mutex::new(Vec::new()),
+            vcpus,
+            model,
+        }
     }
 
     /// Sets guest RAM; false when it was set before or a region is not page-aligned.
@@ -45,7 +50,11 @@ impl Machine {
             if gpa % 4096 != 0 || region.len() % 4096 != 0 || region.as_ptr() as usize % 4096 != 0 {
                 return false;
             }
-            banks.push(Bank { gpa, len: region.len(), host: region.as_ptr() });
+            banks.push(Bank {
+                gpa,
+                len: region.len(),
+                host: region.as_ptr(),
+            });
         }
         // The largest bank first: most accesses end at the first comparison.
         banks.sort_by_key(|b| std::cmp::Reverse(b.len));
@@ -69,7 +78,8 @@ impl Machine {
     /// Sends a fixed interrupt to one CPU (by APIC id).
     pub fn post_interrupt(&self, apic_id: u32, vector: u8) {
         if let Some(mailbox) = self.mailbox(apic_id) {
-            mailbox.interrupts[usize::from(vector / 64)].fetch_or(1 << (vector % 64), Ordering::SeqCst);
+            mailbox.interrupts[usize::from(vector / 64)]
+                .fetch_or(1 << (vector % 64), Ordering::SeqCst);
             mailbox.ring();
         }
     }
@@ -84,7 +94,11 @@ impl Machine {
 
     /// The mailbox of a CPU that was made.
     pub fn mailbox(&self, apic_id: u32) -> Option<Arc<Mailbox>> {
-        self.mailboxes.lock().unwrap_or_else(|e| e.into_inner()).get(apic_id as usize).cloned()
+        self.mailboxes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .get(apic_id as usize)
+            .cloned()
     }
 }
 
@@ -141,8 +155,18 @@ impl Mailbox {
         let mut rung = self.sleeper.rung.lock().unwrap_or_else(|e| e.into_inner());
         if !*rung {
             rung = match limit {
-                Some(limit) => self.sleeper.wake.wait_timeout(rung, limit).unwrap_or_else(|e| e.into_inner()).0,
-                None => self.sleeper.wake.wait(rung).unwrap_or_else(|e| e.into_inner()),
+                Some(limit) => {
+                    self.sleeper
+                        .wake
+                        .wait_timeout(rung, limit)
+                        .unwrap_or_else(|e| e.into_inner())
+                        .0
+                }
+                None => self
+                    .sleeper
+                    .wake
+                    .wait(rung)
+                    .unwrap_or_else(|e| e.into_inner()),
             };
         }
         *rung = false;
@@ -150,7 +174,11 @@ impl Mailbox {
 
     /// True where something waits to be looked at.
     pub fn has_mail(&self) -> bool {
-        self.requests.load(Ordering::SeqCst) != 0 || self.interrupts.iter().any(|w| w.load(Ordering::SeqCst) != 0)
+        self.requests.load(Ordering::SeqCst) != 0
+            || self
+                .interrupts
+                .iter()
+                .any(|w| w.load(Ordering::SeqCst) != 0)
     }
 
     /// Asks to be rung (with [`request::ALARM`]) when the host's TSC reaches `host_tsc` (0: never).

@@ -114,7 +114,13 @@ impl Cpu {
     }
 
     /// Compare-and-swap; `Ok(Err(found))` where another value was found. Not atomic across pages or on devices.
-    pub fn compare_exchange<T: Scalar + PartialEq>(&mut self, va: u64, old: T, new: T, rights: Rights) -> Result<Result<T, T>, Fault> {
+    pub fn compare_exchange<T: Scalar + PartialEq>(
+        &mut self,
+        va: u64,
+        old: T,
+        new: T,
+        rights: Rights,
+    ) -> Result<Result<T, T>, Fault> {
         if va.is_multiple_of(T::SIZE as u64)
             && let Place::Ram(at) = self.place(va, Access::Write, rights)?
         {
@@ -158,7 +164,9 @@ impl Cpu {
         let mut bytes = [0u8; 8];
         match self.machine.ram_at(gpa) {
             // SAFETY: in RAM; an aligned scalar does not leave its page.
-            Some(at) if gpa % PAGE + T::SIZE as u64 <= PAGE => unsafe { load(at, &mut bytes[..T::SIZE]) },
+            Some(at) if gpa % PAGE + T::SIZE as u64 <= PAGE => unsafe {
+                load(at, &mut bytes[..T::SIZE])
+            },
             _ => self.device_read(gpa, &mut bytes[..T::SIZE]),
         }
         T::from_bytes(&bytes)
@@ -236,9 +244,15 @@ unsafe fn load(at: *const u8, out: &mut [u8]) {
     unsafe {
         match out.len() {
             1 => out[0] = at.read_volatile(),
-            2 if at.cast::<u16>().is_aligned() => out.copy_from_slice(&at.cast::<u16>().read_volatile().to_le_bytes()),
-            4 if at.cast::<u32>().is_aligned() => out.copy_from_slice(&at.cast::<u32>().read_volatile().to_le_bytes()),
-            8 if at.cast::<u64>().is_aligned() => out.copy_from_slice(&at.cast::<u64>().read_volatile().to_le_bytes()),
+            2 if at.cast::<u16>().is_aligned() => {
+                out.copy_from_slice(&at.cast::<u16>().read_volatile().to_le_bytes())
+            }
+            4 if at.cast::<u32>().is_aligned() => {
+                out.copy_from_slice(&at.cast::<u32>().read_volatile().to_le_bytes())
+            }
+            8 if at.cast::<u64>().is_aligned() => {
+                out.copy_from_slice(&at.cast::<u64>().read_volatile().to_le_bytes())
+            }
             n => std::ptr::copy_nonoverlapping(at, out.as_mut_ptr(), n),
         }
     }
@@ -253,9 +267,15 @@ unsafe fn store(at: *mut u8, data: &[u8]) {
     unsafe {
         match data.len() {
             1 => at.write_volatile(data[0]),
-            2 if at.cast::<u16>().is_aligned() => at.cast::<u16>().write_volatile(u16::from_bytes(data)),
-            4 if at.cast::<u32>().is_aligned() => at.cast::<u32>().write_volatile(u32::from_bytes(data)),
-            8 if at.cast::<u64>().is_aligned() => at.cast::<u64>().write_volatile(u64::from_bytes(data)),
+            2 if at.cast::<u16>().is_aligned() => {
+                at.cast::<u16>().write_volatile(u16::from_bytes(data))
+            }
+            4 if at.cast::<u32>().is_aligned() => {
+                at.cast::<u32>().write_volatile(u32::from_bytes(data))
+            }
+            8 if at.cast::<u64>().is_aligned() => {
+                at.cast::<u64>().write_volatile(u64::from_bytes(data))
+            }
             n => std::ptr::copy_nonoverlapping(data.as_ptr(), at, n),
         }
     }

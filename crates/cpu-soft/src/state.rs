@@ -63,10 +63,18 @@ pub struct Fault {
 
 impl Fault {
     pub const fn plain(vector: u8) -> Fault {
-        Fault { vector, error: None, address: 0 }
+        Fault {
+            vector,
+            error: None,
+            address: 0,
+        }
     }
     pub const fn with_error(vector: u8, error: u32) -> Fault {
-        Fault { vector, error: Some(error), address: 0 }
+        Fault {
+            vector,
+            error: Some(error),
+            address: 0,
+        }
     }
     pub const DE: Fault = Fault::plain(0);
     pub const DB: Fault = Fault::plain(1);
@@ -84,7 +92,11 @@ impl Fault {
         Fault::with_error(12, error)
     }
     pub const fn page(address: u64, error: u32) -> Fault {
-        Fault { vector: 14, error: Some(error), address }
+        Fault {
+            vector: 14,
+            error: Some(error),
+            address,
+        }
     }
 }
 
@@ -273,7 +285,11 @@ impl Frame {
             kernel_gs_base: 0,
             tsc_aux: 0,
             tsc_offset: 0,
-            bounce: Bounce { data: [0; 1024], address: 0, len: 0 },
+            bounce: Bounce {
+                data: [0; 1024],
+                address: 0,
+                len: 0,
+            },
             io: None,
             engine: std::ptr::null_mut(),
             machine,

@@ -3,7 +3,10 @@
 
 use crate::state::{Cpu, Frame, JUMP_ENTRIES, Level, TLB_ENTRIES, TlbEntry};
 
-const EMPTY: TlbEntry = TlbEntry { tag: u64::MAX, addend: 0 };
+const EMPTY: TlbEntry = TlbEntry {
+    tag: u64::MAX,
+    addend: 0,
+};
 
 /// Index of a page in [`Level::read`] and [`Level::write`].
 #[inline]

@@ -16,7 +16,11 @@ pub struct Translation {
 pub fn walk(cpu: &mut Cpu, va: u64, access: Access, rights: Rights) -> Result<Translation, Fault> {
     let _ = (access, rights);
     if cpu.cr0 >> 31 == 0 {
-        return Ok(Translation { gpa: va & 0xffff_ffff, writable: true, global: false });
+        return Ok(Translation {
+            gpa: va & 0xffff_ffff,
+            writable: true,
+            global: false,
+        });
     }
     Err(Fault::page(va, 0))
 }
