@@ -13,8 +13,62 @@ pub fn rfc3339(timestamp: jiff::Timestamp) -> String {
 /// The point "never", as Docker writes it.
 pub const ZERO: &str = "0001-01-01T00:00:00Z";
 
+/// The text is no point in time.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("invalid time {0:?}: write RFC 3339, seconds since 1970, or a duration back from now such as 10m")]
+pub struct InvalidTime(String);
+
+/// A point in time as people and Docker's clients write it: RFC 3339 (without a zone: the local one), a date,
+/// seconds since 1970 with up to nine decimals, or a duration back from now (`1h30m`).
+///
+/// # Errors
+/// [`InvalidTime`] for anything else.
+pub fn parse_moment(text: &str) -> Result<jiff::Timestamp, InvalidTime> {
+    let text = text.trim();
+    let wrong = || InvalidTime(text.chars().take(80).collect());
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    if let Ok(seconds) = seconds.parse::<i64>() {
+        if fraction.len() > 9 || !fraction.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(wrong());
+        }
+        let nanoseconds: i32 = format!("{fraction:0<9}").parse().map_err(|_| wrong())?;
+        return jiff::Timestamp::new(seconds, nanoseconds).map_err(|_| wrong());
+    }
+    if let Ok(time) = text.parse::<jiff::Timestamp>() {
+        return Ok(time);
+    }
+    if let Ok(time) = text.parse::<jiff::civil::DateTime>() {
+        let zoned = time.to_zoned(jiff::tz::TimeZone::system()).map_err(|_| wrong())?;
+        return Ok(zoned.timestamp());
+    }
+    let back = crate::units::parse_duration(text).map_err(|_| wrong())?;
+    let back = jiff::SignedDuration::try_from(back).map_err(|_| wrong())?;
+    jiff::Timestamp::now().checked_sub(back).map_err(|_| wrong())
+}
+
 #[cfg(test)]
 mod tests {
+    use super::parse_moment;
+    use proptest::prelude::*;
+
+    #[test]
+    fn times_are_read_in_every_form_of_the_clients() {
+        assert_eq!(parse_moment("10.5").unwrap().as_nanosecond(), 10_500_000_000);
+        assert_eq!(parse_moment("1970-01-01T00:00:10Z").unwrap().as_second(), 10);
+        assert_eq!(parse_moment("1970-01-01T02:00:10+02:00").unwrap().as_second(), 10);
+        assert!(parse_moment("10m").unwrap() < jiff::Timestamp::now());
+        assert!(parse_moment("2024-01-02").is_ok());
+        assert!(parse_moment("soon").is_err());
+        assert!(parse_moment("").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in ".{0,40}") {
+            let _ = parse_moment(&text);
+        }
+    }
+
     #[test]
     fn a_whole_second_still_has_nine_digits() {
         let t = jiff::Timestamp::from_second(0).unwrap();
