@@ -38,8 +38,7 @@ pub fn parse_moment(text: &str) -> Result<jiff::Timestamp, InvalidTime> {
         return Ok(time);
     }
     if let Ok(time) = text.parse::<jiff::civil::DateTime>() {
-        let zoned = time.to_zoned(jiff::tz::TimeZone::system()).map_err(|_| wrong())?;
-        return Ok(zoned.timestamp());
+        return jiff::tz::TimeZone::system().to_timestamp(time).map_err(|_| wrong());
     }
     let back = crate::units::parse_duration(text).map_err(|_| wrong())?;
     let back = jiff::SignedDuration::try_from(back).map_err(|_| wrong())?;

@@ -10,6 +10,7 @@ pub mod events;
 pub mod exec;
 pub mod filters;
 pub mod keeper;
+pub mod volume;
 pub(crate) mod wire;
 
 use std::sync::Arc;
@@ -18,12 +19,14 @@ pub use config::EngineConfig;
 pub use error::{Error, Result};
 pub use events::{Event, Events};
 pub use filters::Filters;
+pub use volume::Volumes;
 pub use wire::{KeySet, Words};
 
 /// The engine of one daemon. All methods may be called from any task at any time.
 pub struct Engine {
     config: EngineConfig,
     events: Events,
+    volumes: Arc<Volumes>,
 }
 
 impl Engine {
@@ -37,8 +40,10 @@ impl Engine {
             "cannot make {}",
             config.paths.state.display()
         )))?;
+        let volumes = Volumes::open(&config.paths.state.join("volumes"))?;
         Ok(Arc::new(Engine {
             config,
+            volumes: Arc::new(volumes),
             events: Events::default(),
         }))
     }
@@ -46,6 +51,11 @@ impl Engine {
     /// What it was opened with.
     pub fn config(&self) -> &EngineConfig {
         &self.config
+    }
+
+    /// The volumes of this host.
+    pub fn volumes(&self) -> &Arc<Volumes> {
+        &self.volumes
     }
 
     /// The event stream; faces publish what they do to images, networks and volumes here.
