@@ -15,7 +15,9 @@ pub const ZERO: &str = "0001-01-01T00:00:00Z";
 
 /// The text is no point in time.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("invalid time {0:?}: write RFC 3339, seconds since 1970, or a duration back from now such as 10m")]
+#[error(
+    "invalid time {0:?}: write RFC 3339, seconds since 1970, or a duration back from now such as 10m"
+)]
 pub struct InvalidTime(String);
 
 /// A point in time as people and Docker's clients write it: RFC 3339 (without a zone: the local one), a date,
@@ -38,11 +40,15 @@ pub fn parse_moment(text: &str) -> Result<jiff::Timestamp, InvalidTime> {
         return Ok(time);
     }
     if let Ok(time) = text.parse::<jiff::civil::DateTime>() {
-        return jiff::tz::TimeZone::system().to_timestamp(time).map_err(|_| wrong());
+        return jiff::tz::TimeZone::system()
+            .to_timestamp(time)
+            .map_err(|_| wrong());
     }
     let back = crate::units::parse_duration(text).map_err(|_| wrong())?;
     let back = jiff::SignedDuration::try_from(back).map_err(|_| wrong())?;
-    jiff::Timestamp::now().checked_sub(back).map_err(|_| wrong())
+    jiff::Timestamp::now()
+        .checked_sub(back)
+        .map_err(|_| wrong())
 }
 
 #[cfg(test)]
@@ -52,9 +58,20 @@ mod tests {
 
     #[test]
     fn times_are_read_in_every_form_of_the_clients() {
-        assert_eq!(parse_moment("10.5").unwrap().as_nanosecond(), 10_500_000_000);
-        assert_eq!(parse_moment("1970-01-01T00:00:10Z").unwrap().as_second(), 10);
-        assert_eq!(parse_moment("1970-01-01T02:00:10+02:00").unwrap().as_second(), 10);
+        assert_eq!(
+            parse_moment("10.5").unwrap().as_nanosecond(),
+            10_500_000_000
+        );
+        assert_eq!(
+            parse_moment("1970-01-01T00:00:10Z").unwrap().as_second(),
+            10
+        );
+        assert_eq!(
+            parse_moment("1970-01-01T02:00:10+02:00")
+                .unwrap()
+                .as_second(),
+            10
+        );
         assert!(parse_moment("10m").unwrap() < jiff::Timestamp::now());
         assert!(parse_moment("2024-01-02").is_ok());
         assert!(parse_moment("soon").is_err());

@@ -74,7 +74,11 @@ pub enum VolumeSource {
     /// A folder of this host, to be bound.
     Directory(PathBuf),
     /// A file system to be mounted in the container's namespace, as mount(8) is told.
-    Mount { kind: String, device: String, options: Vec<String> },
+    Mount {
+        kind: String,
+        device: String,
+        options: Vec<String>,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -142,11 +146,16 @@ impl Volumes {
                 }
             }
         }
-        Ok(Volumes { directory: directory.to_owned(), table: Mutex::new(table) })
+        Ok(Volumes {
+            directory: directory.to_owned(),
+            table: Mutex::new(table),
+        })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.table
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Creates a volume, or finds the one of this name. True where it is new.
@@ -161,7 +170,11 @@ impl Volumes {
     ///
     /// # Errors
     /// As [`Volumes::create`].
-    pub fn create_and_hold(&self, wanted: VolumeCreate, holder: Option<&str>) -> Result<(Volume, bool)> {
+    pub fn create_and_hold(
+        &self,
+        wanted: VolumeCreate,
+        holder: Option<&str>,
+    ) -> Result<(Volume, bool)> {
         if wanted.cluster_volume_spec.is_some() {
             return Err(Error::Unsupported(
                 "cluster volumes need a swarm, and this node is not in one".into(),
@@ -175,7 +188,9 @@ impl Volumes {
         }
         let mut labels = wanted.labels;
         let name = if wanted.name.is_empty() {
-            labels.get_or_insert_default().insert(ANONYMOUS_LABEL.into(), String::new());
+            labels
+                .get_or_insert_default()
+                .insert(ANONYMOUS_LABEL.into(), String::new());
             base::Id::random().to_string()
         } else {
             check_name(&wanted.name)?;
@@ -188,14 +203,23 @@ impl Volumes {
         let (record, new) = match existing {
             Some(record) => (record, false),
             None => {
-                let record = Record { name: name.clone(), created: now_to_the_second(), labels, options };
+                let record = Record {
+                    name: name.clone(),
+                    created: now_to_the_second(),
+                    labels,
+                    options,
+                };
                 self.write(&record)?;
                 table.volumes.insert(name.clone(), record.clone());
                 (record, true)
             }
         };
         if let Some(holder) = holder {
-            table.holders.entry(name).or_default().insert(holder.to_owned());
+            table
+                .holders
+                .entry(name)
+                .or_default()
+                .insert(holder.to_owned());
         }
         Ok((self.show(&record), new))
     }
@@ -219,7 +243,11 @@ impl Volumes {
         made.map_err(|error| {
             let _ = fs::remove_dir(home.join("_data"));
             let _ = fs::remove_dir(&home);
-            Error::io(format!("create {}: writing {}", record.name, home.display()))(error)
+            Error::io(format!(
+                "create {}: writing {}",
+                record.name,
+                home.display()
+            ))(error)
         })
     }
 
@@ -267,14 +295,20 @@ impl Volumes {
     pub fn list_with_usage(&self, filters: &Filters) -> Result<Vec<Volume>> {
         let mut volumes = self.list(filters)?;
         for volume in &mut volumes {
-            volume.usage_data =
-                Some(VolumeUsage { ref_count: self.holders(&volume.name).len() as i64, size: self.size(volume) });
+            volume.usage_data = Some(VolumeUsage {
+                ref_count: self.holders(&volume.name).len() as i64,
+                size: self.size(volume),
+            });
         }
         Ok(volumes)
     }
 
     fn size(&self, volume: &Volume) -> i64 {
-        if volume.options.as_ref().is_some_and(|options| options.contains_key("type")) {
+        if volume
+            .options
+            .as_ref()
+            .is_some_and(|options| options.contains_key("type"))
+        {
             return -1;
         }
         i64::try_from(tree_size(Path::new(&volume.mountpoint))).unwrap_or(i64::MAX)
@@ -286,27 +320,40 @@ impl Volumes {
     /// [`Error::NotFound`] for the volume, [`Error::Invalid`] where its server's name has no address.
     pub fn source(&self, name: &str) -> Result<VolumeSource> {
         let record = self.table().volumes.get(name).cloned();
-        let record = record.ok_or_else(|| Error::NotFound(format!("get {name}: no such volume")))?;
+        let record =
+            record.ok_or_else(|| Error::NotFound(format!("get {name}: no such volume")))?;
         let Some(kind) = record.options.get("type").filter(|kind| !kind.is_empty()) else {
-            return Ok(VolumeSource::Directory(self.directory.join(name).join("_data")));
+            return Ok(VolumeSource::Directory(
+                self.directory.join(name).join("_data"),
+            ));
         };
         let mut options: Vec<String> = record.options.get("o").map_or_else(Vec::new, |text| {
-            text.split(',').filter(|option| !option.is_empty()).map(str::to_owned).collect()
+            text.split(',')
+                .filter(|option| !option.is_empty())
+                .map(str::to_owned)
+                .collect()
         });
         // The kernel's NFS and CIFS clients take addresses, not names.
         if matches!(kind.as_str(), "nfs" | "nfs4" | "cifs") {
             for option in &mut options {
-                let Some(host) = option.strip_prefix("addr=") else { continue };
-                let mut found = (host, 0u16)
-                    .to_socket_addrs()
-                    .map_err(|error| Error::Invalid(format!("volume {name}: resolving {host}: {error}")))?;
-                let address =
-                    found.next().ok_or_else(|| Error::Invalid(format!("volume {name}: {host} has no address")))?;
+                let Some(host) = option.strip_prefix("addr=") else {
+                    continue;
+                };
+                let mut found = (host, 0u16).to_socket_addrs().map_err(|error| {
+                    Error::Invalid(format!("volume {name}: resolving {host}: {error}"))
+                })?;
+                let address = found.next().ok_or_else(|| {
+                    Error::Invalid(format!("volume {name}: {host} has no address"))
+                })?;
                 *option = format!("addr={}", address.ip());
             }
         }
         let device = record.options.get("device").cloned().unwrap_or_default();
-        Ok(VolumeSource::Mount { kind: kind.clone(), device, options })
+        Ok(VolumeSource::Mount {
+            kind: kind.clone(),
+            device,
+            options,
+        })
     }
 
     /// Notes that container `holder` uses the volume.
@@ -318,7 +365,11 @@ impl Volumes {
         if !table.volumes.contains_key(name) {
             return Err(Error::NotFound(format!("get {name}: no such volume")));
         }
-        table.holders.entry(name.to_owned()).or_default().insert(holder.to_owned());
+        table
+            .holders
+            .entry(name.to_owned())
+            .or_default()
+            .insert(holder.to_owned());
         Ok(())
     }
 
@@ -332,7 +383,10 @@ impl Volumes {
 
     /// The containers that use the volume.
     pub fn holders(&self, name: &str) -> Vec<String> {
-        self.table().holders.get(name).map_or_else(Vec::new, |ids| ids.iter().cloned().collect())
+        self.table()
+            .holders
+            .get(name)
+            .map_or_else(Vec::new, |ids| ids.iter().cloned().collect())
     }
 
     /// Removes a volume and its content. Deletes files: call it off the reactor.
@@ -348,7 +402,11 @@ impl Volumes {
                     false => Err(Error::NotFound(format!("get {name}: no such volume"))),
                 };
             }
-            if let Some(holders) = table.holders.get(name).filter(|holders| !holders.is_empty()) {
+            if let Some(holders) = table
+                .holders
+                .get(name)
+                .filter(|holders| !holders.is_empty())
+            {
                 let holders: Vec<&str> = holders.iter().map(String::as_str).collect();
                 return Err(Error::Conflict(format!(
                     "remove {name}: volume is in use - [{}]",
@@ -366,7 +424,9 @@ impl Volumes {
         let home = self.directory.join(name);
         let gone = loop {
             table.removals += 1;
-            let gone = self.directory.join(format!(".gone-{name}-{}", table.removals));
+            let gone = self
+                .directory
+                .join(format!(".gone-{name}-{}", table.removals));
             if !gone.exists() {
                 break gone;
             }
@@ -428,7 +488,12 @@ impl Volumes {
             created_at: record.created.clone(),
             driver: "local".into(),
             labels: record.labels.clone(),
-            mountpoint: self.directory.join(&record.name).join("_data").display().to_string(),
+            mountpoint: self
+                .directory
+                .join(&record.name)
+                .join("_data")
+                .display()
+                .to_string(),
             name: record.name.clone(),
             options: (!record.options.is_empty()).then(|| record.options.clone()),
             scope: "local".into(),
@@ -439,7 +504,9 @@ impl Volumes {
 
 impl Table {
     fn is_held(&self, name: &str) -> bool {
-        self.holders.get(name).is_some_and(|holders| !holders.is_empty())
+        self.holders
+            .get(name)
+            .is_some_and(|holders| !holders.is_empty())
     }
 }
 
@@ -449,9 +516,17 @@ fn now_to_the_second() -> String {
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(!path.exists()).mode(0o711).create(path).or_else(|error| {
-        if path.is_dir() && error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
-    })
+    fs::DirBuilder::new()
+        .recursive(!path.exists())
+        .mode(0o711)
+        .create(path)
+        .or_else(|error| {
+            if path.is_dir() && error.kind() == io::ErrorKind::AlreadyExists {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        })
 }
 
 fn delete(path: &Path) {
@@ -471,7 +546,9 @@ fn check_name(name: &str) -> Result<()> {
     }
     let fits = name.len() <= 240
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
     if fits {
         return Ok(());
     }
@@ -483,14 +560,23 @@ fn check_name(name: &str) -> Result<()> {
 
 fn check_options(name: &str, options: &BTreeMap<String, String>) -> Result<()> {
     let invalid = |why: String| Err(Error::Invalid(format!("create {name}: {why}")));
-    if let Some(option) = options.keys().find(|o| !matches!(o.as_str(), "type" | "o" | "device" | "size")) {
+    if let Some(option) = options
+        .keys()
+        .find(|o| !matches!(o.as_str(), "type" | "o" | "device" | "size"))
+    {
         return invalid(format!("invalid option: {option:?}"));
     }
     if options.contains_key("size") {
         return invalid("quota size requested but no quota support".into());
     }
-    for (option, needs) in [("device", &["type"][..]), ("type", &["device"]), ("o", &["device", "type"])] {
-        if let Some(missing) = needs.iter().find(|n| options.contains_key(option) && !options.contains_key(**n))
+    for (option, needs) in [
+        ("device", &["type"][..]),
+        ("type", &["device"]),
+        ("o", &["device", "type"]),
+    ] {
+        if let Some(missing) = needs
+            .iter()
+            .find(|n| options.contains_key(option) && !options.contains_key(**n))
         {
             return invalid(format!("missing required option: {missing:?}"));
         }
@@ -503,14 +589,20 @@ fn check_options(name: &str, options: &BTreeMap<String, String>) -> Result<()> {
 
 /// Bytes of all files below `path`, each inode once, no symbolic link followed, one file system.
 pub(crate) fn tree_size(path: &Path) -> u64 {
-    let Ok(top) = fs::symlink_metadata(path) else { return 0 };
+    let Ok(top) = fs::symlink_metadata(path) else {
+        return 0;
+    };
     let mut seen = BTreeSet::new();
     let mut total = 0u64;
     let mut open = vec![path.to_owned()];
     while let Some(directory) = open.pop() {
-        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let Ok(entries) = fs::read_dir(&directory) else {
+            continue;
+        };
         for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else { continue };
+            let Ok(metadata) = entry.metadata() else {
+                continue;
+            };
             if metadata.dev() != top.dev() {
                 continue;
             }
@@ -529,7 +621,10 @@ mod tests {
     use super::*;
 
     fn named(name: &str) -> VolumeCreate {
-        VolumeCreate { name: name.into(), ..VolumeCreate::default() }
+        VolumeCreate {
+            name: name.into(),
+            ..VolumeCreate::default()
+        }
     }
 
     #[test]
@@ -542,7 +637,14 @@ mod tests {
         assert!(!volumes.create(named("data")).unwrap().1);
         let volumes = Volumes::open(home.path()).unwrap();
         assert_eq!(volumes.get("data").unwrap(), volume);
-        assert_eq!(volumes.list_with_usage(&Filters::default()).unwrap()[0].usage_data.as_ref().unwrap().size, 5);
+        assert_eq!(
+            volumes.list_with_usage(&Filters::default()).unwrap()[0]
+                .usage_data
+                .as_ref()
+                .unwrap()
+                .size,
+            5
+        );
         assert!(volumes.remove("data", false).unwrap());
         assert!(volumes.get("data").is_err());
         assert!(volumes.remove("data", false).is_err());
@@ -582,8 +684,14 @@ mod tests {
         volumes.create_and_hold(named("used"), Some("c1")).unwrap();
         let (anonymous, _) = volumes.create(VolumeCreate::default()).unwrap();
         volumes.create(named("named")).unwrap();
-        assert!(matches!(volumes.remove("used", true), Err(Error::Conflict(_))));
-        assert_eq!(volumes.prune(&Filters::default()).unwrap().volumes_deleted, [anonymous.name]);
+        assert!(matches!(
+            volumes.remove("used", true),
+            Err(Error::Conflict(_))
+        ));
+        assert_eq!(
+            volumes.prune(&Filters::default()).unwrap().volumes_deleted,
+            [anonymous.name]
+        );
         let mut all = Filters::default();
         all.add("all", "true");
         assert_eq!(volumes.prune(&all).unwrap().volumes_deleted, ["named"]);
@@ -596,16 +704,37 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let volumes = Volumes::open(home.path()).unwrap();
         for name in ["a", "../x", ".hidden", "a/b", "a b", "-x", "a\0b"] {
-            assert!(matches!(volumes.create(named(name)), Err(Error::Invalid(_))), "{name:?}");
+            assert!(
+                matches!(volumes.create(named(name)), Err(Error::Invalid(_))),
+                "{name:?}"
+            );
         }
         let with = |pairs: &[(&str, &str)]| VolumeCreate {
-            driver_opts: Some(pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()),
+            driver_opts: Some(
+                pairs
+                    .iter()
+                    .map(|(k, v)| (k.to_string(), v.to_string()))
+                    .collect(),
+            ),
             ..named("opts")
         };
         assert!(volumes.create(with(&[("type", "tmpfs")])).is_err());
         assert!(volumes.create(with(&[("color", "red")])).is_err());
-        assert!(volumes.create(VolumeCreate { driver: "rexray".into(), ..named("xx") }).is_err());
-        volumes.create(with(&[("type", "tmpfs"), ("device", "tmpfs"), ("o", "size=1m,uid=7")])).unwrap();
+        assert!(
+            volumes
+                .create(VolumeCreate {
+                    driver: "rexray".into(),
+                    ..named("xx")
+                })
+                .is_err()
+        );
+        volumes
+            .create(with(&[
+                ("type", "tmpfs"),
+                ("device", "tmpfs"),
+                ("o", "size=1m,uid=7"),
+            ]))
+            .unwrap();
         assert_eq!(
             volumes.source("opts").unwrap(),
             VolumeSource::Mount {
