@@ -83,6 +83,12 @@ pub trait Vm: Send + Sync {
     /// Delivers a message-signalled interrupt: address and data as the guest programmed them.
     /// Callable from any thread; wakes a halted CPU.
     fn signal_msi(&self, address: u64, data: u32) -> Result<(), CpuError>;
+    /// What the IOAPIC's `pin` sends, `None` while it is masked: address and data as for [`Vm::signal_msi`]. A back
+    /// end whose hardware ends interrupts by itself needs it, to report the level-triggered ones
+    /// ([`CpuIo::eoi`]); others report every end.
+    fn ioapic_route(&self, _pin: u32, _message: Option<(u64, u32)>) -> Result<(), CpuError> {
+        Ok(())
+    }
     /// Host-backed doorbells and interrupt lines, where the back end has them.
     fn doorbells(&self) -> Option<&dyn Doorbells> {
         None

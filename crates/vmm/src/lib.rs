@@ -1,1 +1,17 @@
+//! The machine: guest memory, buses, devices, boot loaders and the run loop, above any CPU that implements
+//! [`cpu::Vm`].
 //!
+//! ```text
+//!   boot ─▶ machine ─▶ bus ─▶ devices, pci ─▶ irq lines, messages ─▶ cpu::Vm
+//!              └─▶ control (run, pause, end)      memory (RAM, DMA)
+//! ```
+
+pub mod acpi;
+pub mod boot;
+pub mod bus;
+pub mod control;
+pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod state;
+pub mod terminal;

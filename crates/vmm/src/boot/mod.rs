@@ -1,0 +1,355 @@
+//! Booting a Linux kernel without firmware, and `berth machine boot`: a machine in the foreground.
+//!
+//! A bzImage is decompressed on the host and its vmlinux entered directly, by the 64-bit boot protocol or PVH.
+//! The kernel then runs at its link address: it is its decompressor that would have moved it (KASLR). With
+//! [`Protocol::BzImage`], and where we lack the compression method, the decompressor runs in the guest instead.
+
+pub mod bzimage;
+pub mod decompress;
+pub mod elf;
+mod entry;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use base::error::kind_of_io;
+use base::{Classified, Kind};
+use cpu::{CpuError, CpuModel, GuestMemory};
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+
+pub use crate::control::Outcome;
+use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
+use crate::memory::MemoryError;
+use crate::terminal::{Input, Terminal};
+
+/// Kernels and initrds larger than this are mistakes.
+const FILE_LIMIT: u64 = 2 << 30;
+
+/// A kernel could not be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error("cannot read {what} {path}: {source}")]
+    Read { what: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{what} {path} is too large: more than 2 GiB")]
+    Large { what: &'static str, path: PathBuf },
+    #[error("the kernel is neither a bzImage nor an ELF file for x86-64")]
+    NotAKernel,
+    #[error("the kernel image cannot be used: {0}")]
+    BzImage(&'static str),
+    #[error("the kernel's ELF file cannot be used: {0}")]
+    Elf(&'static str),
+    #[error("the kernel is compressed with {0}, which cannot be undone here")]
+    Compression(&'static str),
+    #[error("the kernel's {method} payload is damaged: {reason}")]
+    Payload { method: &'static str, reason: String },
+    #[error("the kernel has no {0} entry")]
+    NoEntry(&'static str),
+    #[error("no room for the {what}: {len} bytes at {address:#x}. Give the machine more memory")]
+    NoRoom { what: &'static str, address: u64, len: u64 },
+    #[error("the kernel command line has {length} bytes; this kernel takes {limit}")]
+    CommandLine { length: usize, limit: usize },
+    #[error("the kernel command line holds a zero byte")]
+    CommandLineNul,
+    #[error("the terminal cannot be used: {0}")]
+    Terminal(std::io::Error),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Disk(#[from] disk::DiskError),
+}
+
+impl From<CpuError> for BootError {
+    fn from(error: CpuError) -> BootError {
+        BootError::Machine(error.into())
+    }
+}
+
+impl From<MemoryError> for BootError {
+    fn from(error: MemoryError) -> BootError {
+        BootError::Machine(error.into())
+    }
+}
+
+impl Classified for BootError {
+    fn kind(&self) -> Kind {
+        match self {
+            BootError::Read { source, .. } => kind_of_io(source),
+            BootError::Compression(_) => Kind::Unsupported,
+            BootError::NoRoom { .. } => Kind::Capacity,
+            BootError::Terminal(_) => Kind::Internal,
+            BootError::Machine(error) => error.kind(),
+            BootError::Disk(error) => error.kind(),
+            _ => Kind::Invalid,
+        }
+    }
+    fn fix(&self) -> Option<String> {
+        match self {
+            BootError::Machine(error) => error.fix(),
+            BootError::NoRoom { .. } => Some("give a larger --memory".into()),
+            _ => None,
+        }
+    }
+}
+
+/// How the kernel is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    /// vmlinux, in long mode.
+    #[default]
+    Linux64,
+    /// vmlinux, in 32-bit protected mode.
+    Pvh,
+    /// The bzImage's own decompressor, in long mode: slower, with KASLR.
+    BzImage,
+}
+
+impl std::str::FromStr for Protocol {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Protocol, String> {
+        match text {
+            "linux64" => Ok(Protocol::Linux64),
+            "pvh" => Ok(Protocol::Pvh),
+            "bzimage" => Ok(Protocol::BzImage),
+            _ => Err(format!("{text:?} is no boot protocol: linux64, pvh or bzimage")),
+        }
+    }
+}
+
+/// A kernel file, ready to be placed into memory.
+pub struct Kernel {
+    file: Vec<u8>,
+    /// The vmlinux inside, where it could be unpacked; the file itself where that is one.
+    unpacked: Option<Vec<u8>>,
+}
+
+impl Kernel {
+    /// Reads and, where the protocol wants it, unpacks a kernel.
+    pub fn open(path: &Path, protocol: Protocol) -> Result<Kernel, BootError> {
+        Kernel::parse(read("kernel", path)?, protocol)
+    }
+
+    /// A kernel from its file's bytes.
+    pub fn parse(file: Vec<u8>, protocol: Protocol) -> Result<Kernel, BootError> {
+        let unpacked = match bzimage::parse(&file)? {
+            None if file.starts_with(b"\x7fELF") => None,
+            None => return Err(BootError::NotAKernel),
+            Some(_) if protocol == Protocol::BzImage => None,
+            Some(image) => match decompress::decompress(image.payload) {
+                Ok(plain) => Some(plain),
+                Err(BootError::Compression(_)) if image.has_64bit_entry && protocol == Protocol::Linux64 => None,
+                Err(error) => return Err(error),
+            },
+        };
+        Ok(Kernel { file, unpacked })
+    }
+}
+
+/// For fuzzing: the loaders on arbitrary bytes.
+pub fn fuzz_kernel(data: &[u8]) {
+    let Ok(memory) = crate::memory::allocate(64 << 20) else { return };
+    if let Ok(kernel) = Kernel::parse(data.to_vec(), Protocol::Linux64) {
+        let mut state = cpu::x86::CpuState::default();
+        let _ = place(&memory, &kernel, None, "", 0, Protocol::Linux64, &mut state);
+    }
+}
+
+/// Puts kernel, initrd and boot structures into fresh guest memory and sets the first CPU's state.
+pub fn place(
+    memory: &GuestMemory,
+    kernel: &Kernel,
+    initrd: Option<&[u8]>,
+    command_line: &str,
+    rsdp: u64,
+    protocol: Protocol,
+    state: &mut cpu::x86::CpuState,
+) -> Result<(), BootError> {
+    let image = bzimage::parse(&kernel.file)?;
+    let elf = match (&kernel.unpacked, &image) {
+        (Some(plain), _) => Some(elf::load(memory, plain)?),
+        (None, None) => Some(elf::load(memory, &kernel.file)?),
+        (None, Some(_)) => None,
+    };
+    let (kernel_end, entry) = match (&elf, &image) {
+        (Some(loaded), _) => (loaded.end, loaded.entry),
+        (None, Some(image)) => place_decompressor(memory, image)?,
+        (None, None) => return Err(BootError::NotAKernel),
+    };
+    let initrd_max = image.as_ref().map_or(0x7fff_ffff, |image| image.initrd_max);
+    let initrd = initrd.map(|bytes| entry::place_initrd(memory, bytes, kernel_end, initrd_max)).transpose()?;
+    let handover = entry::Handover { memory, command_line, initrd, rsdp };
+    match protocol {
+        Protocol::Pvh => {
+            let entry = elf.and_then(|loaded| loaded.pvh_entry).ok_or(BootError::NoEntry("PVH"))?;
+            entry::pvh(&handover, entry, state)
+        }
+        Protocol::Linux64 | Protocol::BzImage => entry::linux64(&handover, image.as_ref(), entry, state),
+    }
+}
+
+/// Puts the compressed kernel where it wants to be; gives its memory's end and 64-bit entry.
+fn place_decompressor(memory: &GuestMemory, image: &bzimage::BzImage<'_>) -> Result<(u64, u64), BootError> {
+    if !image.has_64bit_entry {
+        return Err(BootError::NoEntry("64-bit"));
+    }
+    let address = image.pref_address;
+    let len = u64::from(image.init_size).max(image.code.len() as u64);
+    let no_room = BootError::NoRoom { what: "kernel", address, len };
+    match address.checked_add(len) {
+        Some(end) if address >= crate::memory::KERNEL_FLOOR && end <= crate::memory::low_end(memory) => {
+            memory.write_slice(image.code, GuestAddress(address)).map_err(|_| no_room)?;
+            Ok((end, address + bzimage::ENTRY_64))
+        }
+        _ => Err(no_room),
+    }
+}
+
+fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
+    let failed = |source| BootError::Read { what, path: path.to_owned(), source };
+    let meta = fs::metadata(path).map_err(failed)?;
+    if meta.is_file() && meta.len() > FILE_LIMIT {
+        return Err(BootError::Large { what, path: path.to_owned() });
+    }
+    fs::read(path).map_err(failed)
+}
+
+/// What `berth machine boot` was asked for.
+#[derive(Debug, Clone, Default)]
+pub struct BootConfig {
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    /// Added to our own part of the command line.
+    pub append: String,
+    pub disks: Vec<DiskConfig>,
+    pub machine: MachineConfig,
+    pub protocol: Protocol,
+    /// Says on standard error which CPU serves and how long the start took.
+    pub verbose: bool,
+}
+
+/// One disk of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    pub path: PathBuf,
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The command line: what every guest of ours wants, then the user's part, which wins.
+pub fn command_line(append: &str, has_disk: bool, has_initrd: bool) -> String {
+    let mut words = vec!["console=ttyS0"];
+    if !append.split_whitespace().any(|word| word.starts_with("panic=")) {
+        // A panic resets the machine at once, so that its policy applies.
+        words.push("panic=-1");
+    }
+    if has_disk && !has_initrd && !append.split_whitespace().any(|word| word.starts_with("root=")) {
+        words.push("root=/dev/nvme0n1 rw");
+    }
+    if !append.trim().is_empty() {
+        words.push(append.trim());
+    }
+    words.join(" ")
+}
+
+/// Runs a kernel in the foreground, with its serial line on the terminal, until it ends.
+///
+/// # Errors
+/// Where it cannot be started; how a started one ended is its [`Outcome`].
+pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
+    let begun = std::time::Instant::now();
+    let kernel = Kernel::open(&config.kernel, config.protocol)?;
+    let initrd = config.initrd.as_deref().map(|path| read("initrd", path)).transpose()?;
+    let mut machine = Machine::new(config.machine.clone(), Box::new(std::io::stdout()))?;
+    if let Some(note) = &machine.cpu_note {
+        eprintln!("berth: {note}");
+    }
+    let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
+    let command_line = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
+    let memory = machine.memory.clone();
+    machine.set_start::<BootError>(|state| {
+        place(&memory, &kernel, initrd.as_deref(), &command_line, rsdp, config.protocol, state)
+    })?;
+    drop((kernel, initrd));
+    let (serial, power, control) = (machine.serial.clone(), machine.power.clone(), machine.control.clone());
+    let terminal = Terminal::open(move |input| match input {
+        Input::Bytes(bytes) => serial.receive(&bytes),
+        Input::Quit => control.end(Outcome::Killed),
+        Input::PowerButton => power.press_button(),
+        Input::Help => {
+            let _ = std::io::stderr()
+                .write_all(b"\r\nCtrl-A x ends the machine, p presses its power button, Ctrl-A sends Ctrl-A\r\n");
+        }
+    })
+    .map_err(BootError::Terminal)?;
+    machine.start()?;
+    if config.verbose {
+        eprintln!("berth: started on {} in {:.1} ms\r", machine.vm.name(), begun.elapsed().as_secs_f64() * 1000.0);
+    }
+    let outcome = machine.wait();
+    drop(terminal);
+    if config.verbose {
+        for (name, value) in machine.counters() {
+            eprintln!("berth: {name} {value}");
+        }
+    }
+    Ok(outcome)
+}
+
+/// The model asked for by name: `max`, `x86-64-v2`, `x86-64-v3`.
+pub fn parse_model(text: &str) -> Result<CpuModel, String> {
+    match text {
+        "max" => Ok(CpuModel::Max),
+        "x86-64-v2" => Ok(CpuModel::X86_64V2),
+        "x86-64-v3" => Ok(CpuModel::X86_64V3),
+        _ => Err(format!("{text:?} is no CPU model: max, x86-64-v2 or x86-64-v3")),
+    }
+}
+
+/// The choice of CPU by name, for command lines.
+pub fn parse_cpu(text: &str) -> Result<CpuChoice, String> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packed_kernel_is_unpacked_and_placed() {
+        let vmlinux = elf::tests::kernel(b"code", 0x100_0000);
+        let mut payload = zstd::encode_all(&vmlinux[..], 1).unwrap();
+        payload.extend((vmlinux.len() as u32).to_le_bytes());
+        let file = bzimage::tests::image(&payload);
+        let memory = crate::memory::allocate(64 << 20).unwrap();
+        for protocol in [Protocol::Linux64, Protocol::Pvh] {
+            let kernel = Kernel::parse(file.clone(), protocol).unwrap();
+            let mut state = cpu::x86::CpuState::default();
+            place(&memory, &kernel, Some(b"initrd"), "quiet", 0xe_0000, protocol, &mut state).unwrap();
+            assert_eq!(state.rip, 0x100_0000);
+        }
+    }
+
+    #[test]
+    fn a_kernel_packed_by_a_method_we_lack_unpacks_itself() {
+        let file = bzimage::tests::image(b"BZh9");
+        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let kernel = Kernel::parse(file, Protocol::Linux64).unwrap();
+        let mut state = cpu::x86::CpuState::default();
+        place(&memory, &kernel, None, "", 0, Protocol::Linux64, &mut state).unwrap();
+        assert_eq!(state.rip, 0x100_0200);
+    }
+
+    #[test]
+    fn the_users_words_win() {
+        assert_eq!(command_line("", false, false), "console=ttyS0 panic=-1");
+        assert_eq!(command_line("panic=5 root=/dev/vda", true, false), "console=ttyS0 panic=5 root=/dev/vda");
+        assert_eq!(command_line("quiet", true, false), "console=ttyS0 panic=-1 root=/dev/nvme0n1 rw quiet");
+    }
+
+    #[test]
+    fn a_file_that_is_no_kernel_is_refused() {
+        assert!(matches!(Kernel::parse(b"hello".to_vec(), Protocol::Linux64), Err(BootError::NotAKernel)));
+    }
+}

@@ -1,0 +1,349 @@
+//! A 16550A serial port (National Semiconductor PC16550D data sheet, section 8).
+//!
+//! Output goes to a queue that a thread of its own drains, so that a slow terminal never stops a CPU: while
+//! the queue is full the port says that its transmitter is busy, as a slow line would.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bus::BusDevice;
+use crate::devices::ioapic::IrqLine;
+use crate::state::{Persist, Saved, StateError};
+
+/// Bytes that wait for the outside; the guest sees a busy transmitter beyond.
+const OUTPUT_LIMIT: usize = 64 * 1024;
+/// Bytes of input that wait for the guest; more is dropped, as a line without flow control drops.
+const INPUT_LIMIT: usize = 64 * 1024;
+const FIFO: usize = 16;
+
+const IER_RECEIVED: u8 = 1;
+const IER_EMPTY: u8 = 2;
+const LCR_DIVISOR: u8 = 0x80;
+const MCR_LOOP: u8 = 0x10;
+const MCR_OUT2: u8 = 0x08;
+const LSR_READY: u8 = 0x01;
+const LSR_OVERRUN: u8 = 0x02;
+const LSR_EMPTY: u8 = 0x60;
+/// Carrier, data set ready, clear to send.
+const MSR_CONNECTED: u8 = 0xb0;
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+struct State {
+    interrupt_enable: u8,
+    fifo_control: u8,
+    line_control: u8,
+    modem_control: u8,
+    scratch: u8,
+    divisor: u16,
+    overrun: bool,
+    /// The transmitter became empty and the guest has not yet been told.
+    empty_pending: bool,
+    input: VecDeque<u8>,
+    irq_up: bool,
+}
+
+#[derive(Default)]
+struct Output {
+    bytes: Vec<u8>,
+    writing: bool,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct OutputQueue {
+    output: Mutex<Output>,
+    changed: Condvar,
+}
+
+impl OutputQueue {
+    fn lock(&self) -> MutexGuard<'_, Output> {
+        self.output.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One serial port. Lock order: the state, then the output queue, then the IOAPIC.
+pub struct Serial {
+    name: String,
+    irq: IrqLine,
+    state: Mutex<State>,
+    queue: Arc<OutputQueue>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Serial {
+    /// A port called `name` (`serial0`) whose output goes to `sink`.
+    pub fn new(name: impl Into<String>, irq: IrqLine, mut sink: Box<dyn Write + Send>) -> Arc<Serial> {
+        let queue = Arc::new(OutputQueue::default());
+        let drained = queue.clone();
+        let name = name.into();
+        let writer = std::thread::Builder::new().name(name.clone()).spawn(move || {
+            loop {
+                let bytes = {
+                    let mut output = drained.lock();
+                    while output.bytes.is_empty() && !output.closed {
+                        output = drained.changed.wait(output).unwrap_or_else(PoisonError::into_inner);
+                    }
+                    if output.bytes.is_empty() {
+                        return;
+                    }
+                    output.writing = true;
+                    std::mem::take(&mut output.bytes)
+                };
+                // A terminal that is gone takes no output; the guest goes on.
+                let _ = sink.write_all(&bytes).and_then(|()| sink.flush());
+                drained.lock().writing = false;
+                drained.changed.notify_all();
+            }
+        });
+        let state = State { divisor: 1, ..State::default() };
+        Arc::new(Serial { name, irq, state: Mutex::new(state), queue, writer: Mutex::new(writer.ok()) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Input from outside; what has no room is dropped.
+    pub fn receive(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        let room = INPUT_LIMIT.saturating_sub(state.input.len());
+        state.input.extend(&bytes[..bytes.len().min(room)]);
+        state.overrun |= bytes.len() > room;
+        self.update_irq(&mut state);
+    }
+
+    /// Waits until all output is written and ends the writing thread. Later output is dropped.
+    pub fn close(&self) {
+        self.queue.lock().closed = true;
+        self.queue.changed.notify_all();
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            let _ = writer.join();
+        }
+    }
+
+    fn transmit(&self, byte: u8) {
+        let mut output = self.queue.lock();
+        if output.closed || output.bytes.len() >= OUTPUT_LIMIT {
+            return;
+        }
+        output.bytes.push(byte);
+        if output.bytes.len() == 1 && !output.writing {
+            self.queue.changed.notify_all();
+        }
+    }
+
+    fn room(&self) -> bool {
+        let output = self.queue.lock();
+        output.closed || output.bytes.len() < OUTPUT_LIMIT
+    }
+
+    fn pending(state: &State) -> Option<u8> {
+        if state.interrupt_enable & IER_RECEIVED != 0 && !state.input.is_empty() {
+            Some(0b0100)
+        } else if state.interrupt_enable & IER_EMPTY != 0 && state.empty_pending {
+            Some(0b0010)
+        } else {
+            None
+        }
+    }
+
+    fn update_irq(&self, state: &mut State) {
+        // OUT2 gates the line on a PC.
+        let gated = state.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2;
+        state.irq_up = gated && Serial::pending(state).is_some();
+        self.irq.set(state.irq_up);
+    }
+
+    fn read_register(&self, register: u64) -> u8 {
+        let mut state = self.lock();
+        let value = match register {
+            0 if state.line_control & LCR_DIVISOR != 0 => state.divisor as u8,
+            0 => state.input.pop_front().unwrap_or(0),
+            1 if state.line_control & LCR_DIVISOR != 0 => (state.divisor >> 8) as u8,
+            1 => state.interrupt_enable,
+            2 => {
+                let fifos = if state.fifo_control & 1 != 0 { 0xc0 } else { 0 };
+                let cause = Serial::pending(&state);
+                if cause == Some(0b0010) {
+                    state.empty_pending = false;
+                }
+                fifos | cause.unwrap_or(0b0001)
+            }
+            3 => state.line_control,
+            4 => state.modem_control,
+            5 => {
+                let ready = if state.input.is_empty() { 0 } else { LSR_READY };
+                let overrun = if std::mem::take(&mut state.overrun) { LSR_OVERRUN } else { 0 };
+                ready | overrun | if self.room() { LSR_EMPTY } else { 0 }
+            }
+            6 if state.modem_control & MCR_LOOP != 0 => {
+                // Outputs wired to inputs: DTR to DSR, RTS to CTS, OUT1 to RI, OUT2 to DCD.
+                let out = state.modem_control;
+                (out & 1) << 5 | (out & 2) << 3 | (out & 4) << 4 | (out & 8) << 4
+            }
+            6 => MSR_CONNECTED,
+            7 => state.scratch,
+            _ => 0xff,
+        };
+        self.update_irq(&mut state);
+        value
+    }
+
+    fn write_register(&self, register: u64, value: u8) {
+        let mut state = self.lock();
+        match register {
+            0 if state.line_control & LCR_DIVISOR != 0 => state.divisor = state.divisor & 0xff00 | u16::from(value),
+            0 => {
+                if state.modem_control & MCR_LOOP != 0 {
+                    if state.input.len() < FIFO {
+                        state.input.push_back(value);
+                    } else {
+                        state.overrun = true;
+                    }
+                } else {
+                    self.transmit(value);
+                }
+                state.empty_pending = true;
+                // One edge for each byte: lowered here, raised below.
+                self.irq.set(false);
+            }
+            1 if state.line_control & LCR_DIVISOR != 0 => {
+                state.divisor = state.divisor & 0xff | u16::from(value) << 8;
+            }
+            1 => {
+                let newly = value & !state.interrupt_enable;
+                state.interrupt_enable = value & 0xf;
+                if newly & IER_EMPTY != 0 {
+                    state.empty_pending = true;
+                }
+            }
+            2 => {
+                state.fifo_control = value & 0xc9;
+                if value & 2 != 0 && state.modem_control & MCR_LOOP != 0 {
+                    state.input.clear();
+                }
+            }
+            3 => state.line_control = value,
+            4 => state.modem_control = value & 0x1f,
+            7 => state.scratch = value,
+            _ => {}
+        }
+        self.update_irq(&mut state);
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for (register, byte) in (offset..).zip(data) {
+            *byte = self.read_register(register);
+        }
+    }
+    fn write(&self, offset: u64, data: &[u8]) {
+        for (register, byte) in (offset..).zip(data) {
+            self.write_register(register, *byte);
+        }
+    }
+}
+
+impl Persist for Serial {
+    fn identity(&self) -> String {
+        self.name.clone()
+    }
+    fn save(&self) -> Result<Saved, StateError> {
+        Saved::of(self.identity(), 1, &*self.lock())
+    }
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let state: State = saved.get(&self.identity(), 1)?;
+        if state.input.len() > INPUT_LIMIT {
+            return Err(saved.damaged("more input than the port holds"));
+        }
+        self.irq.resume(state.irq_up);
+        *self.lock() = state;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::ioapic::IoApic;
+    use crate::devices::test_board::{Recorder, keeps_its_state};
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port(sink: &Shared) -> (Arc<Recorder>, Arc<Serial>) {
+        let vm = Arc::new(Recorder::default());
+        let ioapic = IoApic::new(vm.clone());
+        ioapic.write(0, &[0x18]);
+        ioapic.write(0x10, &0x24u32.to_le_bytes());
+        let serial = Serial::new("serial0", ioapic.line(4), Box::new(sink.clone()));
+        (vm, serial)
+    }
+
+    #[test]
+    fn what_is_written_comes_out_whole_and_in_order() {
+        let sink = Shared::default();
+        let (_, serial) = port(&sink);
+        let text: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
+        for byte in &text {
+            while serial.read_register(5) & LSR_EMPTY == 0 {
+                std::thread::yield_now();
+            }
+            serial.write_register(0, *byte);
+        }
+        serial.close();
+        assert_eq!(*sink.0.lock().unwrap(), text);
+    }
+
+    #[test]
+    fn input_and_an_empty_transmitter_interrupt() {
+        let (vm, serial) = port(&Shared::default());
+        serial.write_register(4, MCR_OUT2);
+        serial.write_register(1, IER_RECEIVED | IER_EMPTY);
+        assert_eq!(vm.messages.lock().unwrap().len(), 1);
+        assert_eq!(serial.read_register(2) & 0xf, 0b0010);
+        assert_eq!(serial.read_register(2) & 0xf, 0b0001, "reading the cause takes it away");
+        serial.receive(b"ab");
+        assert_eq!(vm.messages.lock().unwrap().len(), 2);
+        assert_eq!(serial.read_register(2) & 0xf, 0b0100);
+        assert_eq!((serial.read_register(0), serial.read_register(0)), (b'a', b'b'));
+        assert_eq!(serial.read_register(5) & LSR_READY, 0);
+    }
+
+    #[test]
+    fn the_state_survives() {
+        let (_, used) = port(&Shared::default());
+        used.write_register(4, MCR_OUT2);
+        used.write_register(1, IER_RECEIVED);
+        used.receive(b"waiting");
+        let (vm, fresh) = port(&Shared::default());
+        keeps_its_state(&*used, &*fresh);
+        assert!(vm.messages.lock().unwrap().is_empty(), "the interrupt was sent before the save");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_register_access_panics(accesses in proptest::collection::vec((0u64..8, proptest::num::u8::ANY), 0..200)) {
+            let (_, serial) = port(&Shared::default());
+            for (register, value) in accesses {
+                serial.write_register(register, value);
+                serial.read_register(register ^ 7);
+            }
+        }
+    }
+}
