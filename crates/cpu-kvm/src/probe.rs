@@ -22,7 +22,9 @@ impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Probe::Usable => f.write_str("KVM is usable"),
-            Probe::EmulatedOnly => f.write_str("/dev/kvm only emulates (the CPU shows neither vmx nor svm)"),
+            Probe::EmulatedOnly => {
+                f.write_str("/dev/kvm only emulates (the CPU shows neither vmx nor svm)")
+            }
             Probe::Denied(reason) => write!(f, "/dev/kvm cannot be used ({reason})"),
             Probe::Missing => f.write_str("there is no /dev/kvm"),
         }
@@ -44,7 +46,10 @@ pub fn probe() -> Probe {
         Err(error) => return Probe::Denied(error.to_string()),
     };
     if kvm.get_api_version() != 12 {
-        return Probe::Denied(format!("its interface has version {}, not 12", kvm.get_api_version()));
+        return Probe::Denied(format!(
+            "its interface has version {}, not 12",
+            kvm.get_api_version()
+        ));
     }
     for (capability, name) in [
         (kvm_ioctls::Cap::SplitIrqchip, "split interrupt controllers"),
@@ -52,7 +57,9 @@ pub fn probe() -> Probe {
         (kvm_ioctls::Cap::ImmediateExit, "immediate exits"),
     ] {
         if !kvm.check_extension(capability) {
-            return Probe::Denied(format!("it lacks {name}; a Linux kernel from 4.12 on has them"));
+            return Probe::Denied(format!(
+                "it lacks {name}; a Linux kernel from 4.12 on has them"
+            ));
         }
     }
     if has_virtualization(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()) {
@@ -66,7 +73,11 @@ fn has_virtualization(cpuinfo: &str) -> bool {
     cpuinfo
         .lines()
         .filter_map(|line| line.strip_prefix("flags"))
-        .any(|flags| flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+        .any(|flags| {
+            flags
+                .split_ascii_whitespace()
+                .any(|flag| flag == "vmx" || flag == "svm")
+        })
 }
 
 #[cfg(test)]
@@ -76,7 +87,9 @@ mod tests {
     #[test]
     fn virtualization_is_a_whole_flag() {
         assert!(has_virtualization("model\t: 1\nflags\t\t: fpu vmx sse\n"));
-        assert!(!has_virtualization("flags\t\t: fpu svm_lock\nvmx flags\t: vnmi\n"));
+        assert!(!has_virtualization(
+            "flags\t\t: fpu svm_lock\nvmx flags\t: vnmi\n"
+        ));
         assert!(!has_virtualization(""));
     }
 

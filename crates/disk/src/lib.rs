@@ -13,11 +13,19 @@ pub use raw::RawDisk;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     #[error("cannot open disk {path}: {source}")]
-    Open { path: PathBuf, source: std::io::Error },
+    Open {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("disk {path} cannot be used: {reason}")]
     Unusable { path: PathBuf, reason: String },
     #[error("{what} of {len} bytes at {offset} on the disk failed: {source}")]
-    Io { what: &'static str, offset: u64, len: u64, source: std::io::Error },
+    Io {
+        what: &'static str,
+        offset: u64,
+        len: u64,
+        source: std::io::Error,
+    },
 }
 
 impl Classified for DiskError {

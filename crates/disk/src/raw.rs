@@ -22,29 +22,58 @@ impl RawDisk {
     /// # Errors
     /// [`DiskError::Open`]; [`DiskError::Unusable`] for what is no disk, or is in use.
     pub fn open(path: &Path, read_only: bool) -> Result<RawDisk, DiskError> {
-        let open = |source| DiskError::Open { path: path.to_owned(), source };
-        let unusable = |reason: &str| DiskError::Unusable { path: path.to_owned(), reason: reason.into() };
-        let mut file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(open)?;
+        let open = |source| DiskError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let unusable = |reason: &str| DiskError::Unusable {
+            path: path.to_owned(),
+            reason: reason.into(),
+        };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .open(path)
+            .map_err(open)?;
         let kind = file.metadata().map_err(open)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(unusable("it is neither a file nor a block device"));
         }
-        let lock =
-            if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-        match flock(&file, lock) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(unusable("another machine uses it")),
-            // File systems without locks exist; the disk is usable all the same.
-            Ok(()) | Err(_) => {}
+        let lock = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        // File systems without locks exist; the disk is usable all the same.
+        if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&file, lock) {
+            return Err(unusable("another machine uses it"));
         }
         let len = file.seek(SeekFrom::End(0)).map_err(open)?;
         if len < 512 {
             return Err(unusable("it is smaller than one sector"));
         }
-        Ok(RawDisk { file, len, read_only })
+        Ok(RawDisk {
+            file,
+            len,
+            read_only,
+        })
     }
 
-    fn check(&self, what: &'static str, offset: u64, len: u64, writes: bool) -> Result<(), DiskError> {
-        let fail = |kind| Err(DiskError::Io { what, offset, len, source: io::Error::from(kind) });
+    fn check(
+        &self,
+        what: &'static str,
+        offset: u64,
+        len: u64,
+        writes: bool,
+    ) -> Result<(), DiskError> {
+        let fail = |kind| {
+            Err(DiskError::Io {
+                what,
+                offset,
+                len,
+                source: io::Error::from(kind),
+            })
+        };
         if writes && self.read_only {
             return fail(io::ErrorKind::ReadOnlyFilesystem);
         }
@@ -55,7 +84,12 @@ impl RawDisk {
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<(), rustix::io::Errno> {
-        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        )
     }
 }
 
@@ -71,20 +105,39 @@ impl Disk for RawDisk {
     fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
         let len = data.len() as u64;
         self.check("reading", offset, len, false)?;
-        self.file.read_exact_at(data, offset).map_err(|source| DiskError::Io { what: "reading", offset, len, source })
+        self.file
+            .read_exact_at(data, offset)
+            .map_err(|source| DiskError::Io {
+                what: "reading",
+                offset,
+                len,
+                source,
+            })
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
         let len = data.len() as u64;
         self.check("writing", offset, len, true)?;
-        self.file.write_all_at(data, offset).map_err(|source| DiskError::Io { what: "writing", offset, len, source })
+        self.file
+            .write_all_at(data, offset)
+            .map_err(|source| DiskError::Io {
+                what: "writing",
+                offset,
+                len,
+                source,
+            })
     }
 
     fn flush(&self) -> Result<(), DiskError> {
         if self.read_only {
             return Ok(());
         }
-        self.file.sync_data().map_err(|source| DiskError::Io { what: "flushing", offset: 0, len: self.len, source })
+        self.file.sync_data().map_err(|source| DiskError::Io {
+            what: "flushing",
+            offset: 0,
+            len: self.len,
+            source,
+        })
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -94,8 +147,16 @@ impl Disk for RawDisk {
         }
         match self.punch(offset, len) {
             // Where the file system cannot punch holes the space stays used: a discard is a hint.
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => Ok(()),
-            Err(error) => Err(DiskError::Io { what: "discarding", offset, len, source: error.into() }),
+            Ok(())
+            | Err(
+                rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL,
+            ) => Ok(()),
+            Err(error) => Err(DiskError::Io {
+                what: "discarding",
+                offset,
+                len,
+                source: error.into(),
+            }),
         }
     }
 
@@ -133,7 +194,11 @@ mod tests {
         disk.write_zeroes(5000, 1000).unwrap();
         let mut data = [1; 4096];
         disk.read_at(4096, &mut data).unwrap();
-        assert!(data[..904].iter().all(|b| *b == 7) && data[904..1904].iter().all(|b| *b == 0) && data[1904] == 7);
+        assert!(
+            data[..904].iter().all(|b| *b == 7)
+                && data[904..1904].iter().all(|b| *b == 0)
+                && data[1904] == 7
+        );
         disk.flush().unwrap();
         disk.discard(4096, 4096).unwrap();
     }
@@ -144,7 +209,13 @@ mod tests {
         assert!(disk.write_at(4000, &[0; 97]).is_err());
         assert!(disk.read_at(u64::MAX, &mut [0]).is_err());
         assert!(disk.discard(0, 4097).is_err());
-        assert!(matches!(RawDisk::open(file.path(), false), Err(DiskError::Unusable { .. })), "it is locked");
+        assert!(
+            matches!(
+                RawDisk::open(file.path(), false),
+                Err(DiskError::Unusable { .. })
+            ),
+            "it is locked"
+        );
         drop(disk);
         let disk = RawDisk::open(file.path(), true).unwrap();
         assert!(disk.write_at(0, &[0]).is_err() && disk.write_zeroes(0, 1).is_err());

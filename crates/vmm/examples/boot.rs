@@ -10,14 +10,26 @@ fn parse() -> Result<BootConfig, String> {
     let mut config = BootConfig::default();
     let mut arguments = std::env::args().skip(1);
     while let Some(flag) = arguments.next() {
-        let mut value = || arguments.next().ok_or_else(|| format!("{flag} wants a value"));
+        let mut value = || {
+            arguments
+                .next()
+                .ok_or_else(|| format!("{flag} wants a value"))
+        };
         match flag.as_str() {
             "--kernel" => config.kernel = value()?.into(),
             "--initrd" => config.initrd = Some(value()?.into()),
             "--append" => config.append = value()?,
-            "--disk" => config.disks.push(DiskConfig { path: value()?.into(), read_only: false }),
-            "--cpus" => config.machine.cpus = value()?.parse().map_err(|_| "--cpus wants a number")?,
-            "--memory" => config.machine.memory = base::units::parse_size(&value()?).map_err(|e| e.to_string())?,
+            "--disk" => config.disks.push(DiskConfig {
+                path: value()?.into(),
+                read_only: false,
+            }),
+            "--cpus" => {
+                config.machine.cpus = value()?.parse().map_err(|_| "--cpus wants a number")?
+            }
+            "--memory" => {
+                config.machine.memory =
+                    base::units::parse_size(&value()?).map_err(|e| e.to_string())?
+            }
             "--cpu" => config.machine.cpu = value()?.parse()?,
             "--model" => config.machine.model = parse_model(&value()?)?,
             "--protocol" => config.protocol = value()?.parse()?,

@@ -2,13 +2,16 @@
 //! power-management hardware, no PIC, no PIT interrupt.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
-    OpRegionSpace, Package, PackageBuilder, Path, ResourceTemplate, Scope, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
+    Name, Notify, OpRegion, OpRegionSpace, Package, PackageBuilder, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as Space, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -20,7 +23,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::devices::power::{EVENT_POWER_BUTTON, RESET_VALUE, SLEEP_TYPE_OFF};
 use crate::devices::{pin, port};
 use crate::memory::{
-    ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, MemoryError, PCI_ECAM_LEN, PCI_ECAM_START, PCI_WINDOW32, window64,
+    ACPI_END, ACPI_START, IOAPIC_START, LAPIC_START, MemoryError, PCI_ECAM_LEN, PCI_ECAM_START,
+    PCI_WINDOW32, window64,
 };
 
 const OEM: [u8; 6] = *b"BERTH ";
@@ -42,7 +46,8 @@ struct Layout {
 
 impl Layout {
     fn add(&mut self, table: &[u8]) -> u64 {
-        self.content.resize(self.content.len().next_multiple_of(64), 0);
+        self.content
+            .resize(self.content.len().next_multiple_of(64), 0);
         let address = self.start + self.content.len() as u64;
         self.content.extend_from_slice(table);
         address
@@ -58,7 +63,10 @@ impl Layout {
 /// Where they do not fit below 1 MiB, with several thousand CPUs.
 pub fn write(memory: &GuestMemory, cpus: u32) -> Result<u64, MemoryError> {
     // The RSDP comes first, where a search finds it (5.2.5.1).
-    let mut layout = Layout { start: ACPI_START, content: vec![0; Rsdp::len()] };
+    let mut layout = Layout {
+        start: ACPI_START,
+        content: vec![0; Rsdp::len()],
+    };
     let dsdt = layout.add(&dsdt(memory));
     let mut fadt = FADTBuilder::new(OEM, TABLE, 1)
         .dsdt_64(dsdt)
@@ -74,9 +82,18 @@ pub fn write(memory: &GuestMemory, cpus: u32) -> Result<u64, MemoryError> {
     fadt.sleep_control_reg = register(port::POWER);
     fadt.sleep_status_reg = register(port::POWER + 1);
     let fadt = layout.add(&bytes(&fadt.finalize()));
-    let mut madt = MADT::new(OEM, TABLE, 1, LocalInterruptController::Address(LAPIC_START as u32));
+    let mut madt = MADT::new(
+        OEM,
+        TABLE,
+        1,
+        LocalInterruptController::Address(LAPIC_START as u32),
+    );
     for id in 0..cpus {
-        madt.add_structure(ProcessorLocalApic::new(id as u8, id as u8, EnabledStatus::Enabled));
+        madt.add_structure(ProcessorLocalApic::new(
+            id as u8,
+            id as u8,
+            EnabledStatus::Enabled,
+        ));
     }
     madt.add_structure(IoApic::new(0, IOAPIC_START as u32, 0));
     let madt = layout.add(&bytes(&madt));
@@ -92,11 +109,17 @@ pub fn write(memory: &GuestMemory, cpus: u32) -> Result<u64, MemoryError> {
     layout.content[..rsdp.len()].copy_from_slice(&rsdp);
     let len = layout.content.len() as u64;
     if len > ACPI_END - ACPI_START {
-        return Err(MemoryError::Outside { address: ACPI_START, len });
+        return Err(MemoryError::Outside {
+            address: ACPI_START,
+            len,
+        });
     }
     memory
         .write_slice(&layout.content, GuestAddress(ACPI_START))
-        .map_err(|_| MemoryError::Outside { address: ACPI_START, len })?;
+        .map_err(|_| MemoryError::Outside {
+            address: ACPI_START,
+            len,
+        })?;
     Ok(ACPI_START)
 }
 
@@ -205,7 +228,12 @@ fn board(out: &mut dyn AmlSink) {
                     &Name::new(Path::new("_HID"), &EISAName::new("PNP0B00")),
                     &Name::new(
                         Path::new("_CRS"),
-                        &ResourceTemplate::new(vec![&IO::new(port::RTC as u16, port::RTC as u16, 0, 2)]),
+                        &ResourceTemplate::new(vec![&IO::new(
+                            port::RTC as u16,
+                            port::RTC as u16,
+                            0,
+                            2,
+                        )]),
                     ),
                 ],
             ),
@@ -223,9 +251,20 @@ fn board(out: &mut dyn AmlSink) {
                     &Name::new(Path::new("_UID"), &ZERO),
                     &Name::new(
                         Path::new("_CRS"),
-                        &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, pin::POWER)]),
+                        &ResourceTemplate::new(vec![&Interrupt::new(
+                            true,
+                            true,
+                            false,
+                            false,
+                            pin::POWER,
+                        )]),
                     ),
-                    &OpRegion::new(Path::new("EVTR"), OpRegionSpace::SystemIO, &(port::POWER as u16 + 3), &1u8),
+                    &OpRegion::new(
+                        Path::new("EVTR"),
+                        OpRegionSpace::SystemIO,
+                        &(port::POWER as u16 + 3),
+                        &1u8,
+                    ),
                     &Field::new(
                         Path::new("EVTR"),
                         FieldAccessType::Byte,
@@ -276,7 +315,10 @@ mod tests {
         assert_eq!(&root[..8], b"RSD PTR ");
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!((sum(&root[..20]), sum(&root)), (0, 0));
-        let xsdt = table(&memory, u64::from_le_bytes(root[24..32].try_into().unwrap()));
+        let xsdt = table(
+            &memory,
+            u64::from_le_bytes(root[24..32].try_into().unwrap()),
+        );
         assert_eq!(sum(&xsdt), 0);
         let mut names = Vec::new();
         for entry in xsdt[36..].chunks(8) {
@@ -284,7 +326,10 @@ mod tests {
             assert_eq!(sum(&content), 0);
             names.push(String::from_utf8(content[..4].to_vec()).unwrap());
             if names.last().unwrap() == "FACP" {
-                let dsdt = table(&memory, u64::from_le_bytes(content[140..148].try_into().unwrap()));
+                let dsdt = table(
+                    &memory,
+                    u64::from_le_bytes(content[140..148].try_into().unwrap()),
+                );
                 assert_eq!((sum(&dsdt), &dsdt[..4]), (0, &b"DSDT"[..]));
             }
         }

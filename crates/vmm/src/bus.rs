@@ -46,7 +46,9 @@ impl Bus {
     /// [`BusError::Taken`] where it overlaps another range, is empty or wraps.
     pub fn insert(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         let taken = BusError::Taken { base, len };
-        let Some(end) = base.checked_add(len).filter(|_| len > 0) else { return Err(taken) };
+        let Some(end) = base.checked_add(len).filter(|_| len > 0) else {
+            return Err(taken);
+        };
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         let at = ranges.partition_point(|range| range.base < base);
         if at > 0 && ranges[at - 1].base + ranges[at - 1].len > base {
@@ -73,7 +75,9 @@ impl Bus {
 
     fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
-        let at = ranges.partition_point(|range| range.base <= address).checked_sub(1)?;
+        let at = ranges
+            .partition_point(|range| range.base <= address)
+            .checked_sub(1)?;
         let range = &ranges[at];
         let offset = address - range.base;
         (offset.checked_add(len as u64)? <= range.len).then(|| (offset, range.device.clone()))
@@ -108,7 +112,10 @@ impl Bus {
 /// The low bytes of `value`, as many as `data` holds; the rest becomes zero.
 pub fn put(data: &mut [u8], value: u64) {
     let bytes = value.to_le_bytes();
-    for (to, from) in data.iter_mut().zip(bytes.iter().chain(std::iter::repeat(&0))) {
+    for (to, from) in data
+        .iter_mut()
+        .zip(bytes.iter().chain(std::iter::repeat(&0)))
+    {
         *to = *from;
     }
 }

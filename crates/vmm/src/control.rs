@@ -53,7 +53,11 @@ pub struct Control {
 impl Control {
     pub fn new() -> Arc<Control> {
         Arc::new(Control {
-            inner: Mutex::new(Inner { phase: Phase::Running, active: 0, kicks: Vec::new() }),
+            inner: Mutex::new(Inner {
+                phase: Phase::Running,
+                active: 0,
+                kicks: Vec::new(),
+            }),
             changed: Condvar::new(),
             ended: AtomicBool::new(false),
         })
@@ -64,7 +68,9 @@ impl Control {
     }
 
     fn wait<'a>(&self, guard: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(guard)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the machine. Only the first outcome counts.
@@ -111,7 +117,11 @@ impl Control {
                 return Some(outcome.clone());
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 

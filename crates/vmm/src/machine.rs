@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use base::{Classified, Kind};
 use cpu::x86::CpuState;
 use cpu::{CpuError, CpuIo, CpuModel, Exit, GuestMemory, Vcpu, Vm, VmConfig};
+use cpu_kvm::{KvmVm, Probe};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Bus, BusDevice, BusError};
@@ -113,12 +114,31 @@ impl Classified for MachineError {
 }
 
 /// The back end that serves, and why, where that is worth saying.
-pub fn open_cpus(choice: CpuChoice, _config: VmConfig) -> Result<(Arc<dyn Vm>, Option<String>), CpuError> {
-    let probe = cpu_kvm::probe();
-    match choice {
-        CpuChoice::Soft | CpuChoice::Auto => Err(CpuError::Broken("the software CPU is not built in yet".into())),
-        CpuChoice::Kvm => Err(CpuError::NoVirtualization(probe.to_string())),
+pub fn open_cpus(
+    choice: CpuChoice,
+    config: VmConfig,
+) -> Result<(Arc<dyn Vm>, Option<String>), CpuError> {
+    match (choice, cpu_kvm::probe()) {
+        (CpuChoice::Soft, _) => Ok((soft_cpus(config)?, None)),
+        (CpuChoice::Auto | CpuChoice::Kvm, Probe::Usable) => {
+            Ok((Arc::new(KvmVm::new(config)?), None))
+        }
+        (CpuChoice::Kvm, Probe::EmulatedOnly) => {
+            let note = format!("{}: this will be very slow", Probe::EmulatedOnly);
+            Ok((Arc::new(KvmVm::new(config)?), Some(note)))
+        }
+        (CpuChoice::Kvm, probe) => Err(CpuError::NoVirtualization(probe.to_string())),
+        (CpuChoice::Auto, probe) => Ok((
+            soft_cpus(config)?,
+            Some(format!("{probe}: the software CPU runs this machine")),
+        )),
     }
+}
+
+fn soft_cpus(_: VmConfig) -> Result<Arc<dyn Vm>, CpuError> {
+    Err(CpuError::Broken(
+        "the software CPU is not built in yet".into(),
+    ))
 }
 
 /// A CPU of a machine, with the lock its thread holds while it runs.
@@ -149,12 +169,19 @@ impl Machine {
     ///
     /// # Errors
     /// See [`MachineError`].
-    pub fn new(config: MachineConfig, console: Box<dyn Write + Send>) -> Result<Machine, MachineError> {
+    pub fn new(
+        config: MachineConfig,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Machine, MachineError> {
         if !(1..=CPU_LIMIT).contains(&config.cpus) {
             return Err(MachineError::Cpus(config.cpus));
         }
         let memory = Arc::new(memory::allocate(config.memory)?);
-        let vm_config = VmConfig { vcpus: config.cpus, model: config.model, code_cache: config.code_cache };
+        let vm_config = VmConfig {
+            vcpus: config.cpus,
+            model: config.model,
+            code_cache: config.code_cache,
+        };
         let (vm, cpu_note) = open_cpus(config.cpu, vm_config)?;
         vm.set_memory(memory.clone())?;
         let control = Control::new();
@@ -170,7 +197,11 @@ impl Machine {
             (port::PIC_MASTER, 2, master.clone()),
             (port::PIC_SLAVE, 2, slave.clone()),
             (port::PIT, 4, pit.clone()),
-            (port::SYSTEM_CONTROL, 1, Arc::new(SystemControl(pit.clone()))),
+            (
+                port::SYSTEM_CONTROL,
+                1,
+                Arc::new(SystemControl(pit.clone())),
+            ),
             (port::KEYBOARD_DATA, 1, keyboard(false)),
             (port::KEYBOARD_COMMAND, 1, keyboard(true)),
             (port::RTC, 2, rtc.clone()),
@@ -183,8 +214,15 @@ impl Machine {
         if config.debug_exit {
             pio.insert(port::DEBUG_EXIT, 1, DebugExit::new(control.clone()))?;
         }
-        let devices: Vec<Arc<dyn Persist>> =
-            vec![ioapic.clone(), master, slave, pit, rtc, serial.clone(), power.clone()];
+        let devices: Vec<Arc<dyn Persist>> = vec![
+            ioapic.clone(),
+            master,
+            slave,
+            pit,
+            rtc,
+            serial.clone(),
+            power.clone(),
+        ];
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
             let vcpu = vm.create_vcpu(id)?;
@@ -255,7 +293,9 @@ impl Machine {
                             .map(String::as_str)
                             .or_else(|| panic.downcast_ref::<&str>().copied())
                             .unwrap_or("no message");
-                        control.end(Outcome::Crash(format!("a defect in CPU {id}'s thread: {text}")));
+                        control.end(Outcome::Crash(format!(
+                            "a defect in CPU {id}'s thread: {text}"
+                        )));
                     }
                 })
                 .map_err(|error| {
@@ -281,7 +321,11 @@ impl Machine {
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut sums: Vec<(&'static str, u64)> = Vec::new();
         for vcpu in &self.vcpus {
-            for (name, value) in vcpu.lock().unwrap_or_else(PoisonError::into_inner).counters() {
+            for (name, value) in vcpu
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .counters()
+            {
                 match sums.iter_mut().find(|(known, _)| *known == name) {
                     Some((_, sum)) => *sum += value,
                     None => sums.push((name, value)),
@@ -293,7 +337,10 @@ impl Machine {
 
     /// Every CPU's state; the machine must be paused or not yet started.
     pub fn cpu_states(&self) -> Result<Vec<CpuState>, CpuError> {
-        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).save()).collect()
+        self.vcpus
+            .iter()
+            .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).save())
+            .collect()
     }
 }
 
@@ -306,11 +353,16 @@ impl Drop for Machine {
 
 fn run_cpu(vcpu: &SharedVcpu, control: &Control, port: &mut CpuPort) {
     while control.enter() {
-        let exit = vcpu.lock().unwrap_or_else(PoisonError::into_inner).run(port);
+        let exit = vcpu
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .run(port);
         control.leave();
         match exit {
             Ok(Exit::Kicked | Exit::Stopped) => {}
-            Ok(Exit::TripleFault) => control.end(Outcome::Crash("the guest's CPU shut down (triple fault)".into())),
+            Ok(Exit::TripleFault) => control.end(Outcome::Crash(
+                "the guest's CPU shut down (triple fault)".into(),
+            )),
             Err(error) => control.end(Outcome::Crash(error.to_string())),
         }
     }

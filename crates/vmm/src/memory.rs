@@ -13,7 +13,10 @@
 use std::sync::Arc;
 
 use cpu::{GuestMemory, Vm};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    VolatileSlice,
+};
 
 /// Low RAM ends here at the latest, and the 32-bit PCI window begins.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -37,7 +40,9 @@ pub const KERNEL_FLOOR: u64 = 0x10_0000;
 /// Guest RAM could not be made or reached.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    #[error("a machine needs between 16 MiB and 16 TiB of memory, in whole 4 KiB pages; {0} bytes were asked for")]
+    #[error(
+        "a machine needs between 16 MiB and 16 TiB of memory, in whole 4 KiB pages; {0} bytes were asked for"
+    )]
     Size(u64),
     #[error("the host does not give {0} bytes of address space for guest memory: {1}")]
     Map(u64, String),
@@ -63,8 +68,13 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
 
 fn region(base: u64, size: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let mapping = MmapRegion::build(None, size as usize, libc::PROT_READ | libc::PROT_WRITE, flags)
-        .map_err(|error| MemoryError::Map(size, error.to_string()))?;
+    let mapping = MmapRegion::build(
+        None,
+        size as usize,
+        libc::PROT_READ | libc::PROT_WRITE,
+        flags,
+    )
+    .map_err(|error| MemoryError::Map(size, error.to_string()))?;
     // SAFETY: the range is the mapping just made, which outlives the call; both hints change no content.
     unsafe {
         libc::madvise(mapping.as_ptr().cast(), size as usize, libc::MADV_HUGEPAGE);
@@ -76,12 +86,20 @@ fn region(base: u64, size: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
 
 /// RAM as ranges `(start, length)`, ascending.
 pub fn ranges(memory: &GuestMemory) -> Vec<(u64, u64)> {
-    memory.iter().map(|region| (region.start_addr().0, region.len())).collect()
+    memory
+        .iter()
+        .map(|region| (region.start_addr().0, region.len()))
+        .collect()
 }
 
 /// End of the RAM below 4 GiB.
 pub fn low_end(memory: &GuestMemory) -> u64 {
-    ranges(memory).iter().map(|(start, len)| start + len).filter(|end| *end <= LOW_RAM_END).max().unwrap_or(0)
+    ranges(memory)
+        .iter()
+        .map(|(start, len)| start + len)
+        .filter(|end| *end <= LOW_RAM_END)
+        .max()
+        .unwrap_or(0)
 }
 
 /// Where the 64-bit PCI window begins: past all RAM.
@@ -103,7 +121,11 @@ pub enum E820Kind {
 pub fn e820(memory: &GuestMemory) -> Vec<(u64, u64, E820Kind)> {
     let mut map = vec![
         (0, BASE_MEMORY_END, E820Kind::Ram),
-        (BASE_MEMORY_END, 0xa_0000 - BASE_MEMORY_END, E820Kind::Reserved),
+        (
+            BASE_MEMORY_END,
+            0xa_0000 - BASE_MEMORY_END,
+            E820Kind::Reserved,
+        ),
         (ACPI_START, ACPI_END - ACPI_START, E820Kind::Reserved),
         (KERNEL_FLOOR, low_end(memory) - KERNEL_FLOOR, E820Kind::Ram),
         (PCI_ECAM_START, PCI_ECAM_LEN, E820Kind::Reserved),
@@ -168,8 +190,12 @@ impl Dma {
     /// # Errors
     /// [`MemoryError::Outside`] where the range is not within one piece of RAM.
     pub fn slice(&self, address: u64, len: usize) -> Result<VolatileSlice<'_, ()>, MemoryError> {
-        GuestMemoryBackend::get_slice(&*self.memory, GuestAddress(address), len)
-            .map_err(|_| MemoryError::Outside { address, len: len as u64 })
+        GuestMemoryBackend::get_slice(&*self.memory, GuestAddress(address), len).map_err(|_| {
+            MemoryError::Outside {
+                address,
+                len: len as u64,
+            }
+        })
     }
 
     /// Tells the CPUs of a write through [`Dma::slice`].
@@ -185,15 +211,25 @@ mod tests {
     #[test]
     fn memory_past_three_gibibytes_continues_at_four() {
         let memory = allocate(5 << 30).unwrap();
-        assert_eq!(ranges(&memory), [(0, LOW_RAM_END), (HIGH_RAM_START, 2 << 30)]);
+        assert_eq!(
+            ranges(&memory),
+            [(0, LOW_RAM_END), (HIGH_RAM_START, 2 << 30)]
+        );
         let map = e820(&memory);
-        assert!(map.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{map:x?}");
+        assert!(
+            map.windows(2)
+                .all(|pair| pair[0].0 + pair[0].1 <= pair[1].0),
+            "{map:x?}"
+        );
         assert_eq!(window64(&memory).start, PCI_WINDOW64_FLOOR);
     }
 
     #[test]
     fn a_size_nobody_can_boot_is_refused() {
         assert!(matches!(allocate(4096), Err(MemoryError::Size(4096))));
-        assert!(matches!(allocate((64 << 20) + 1), Err(MemoryError::Size(_))));
+        assert!(matches!(
+            allocate((64 << 20) + 1),
+            Err(MemoryError::Size(_))
+        ));
     }
 }

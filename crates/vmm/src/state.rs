@@ -17,8 +17,14 @@ pub struct Saved {
 pub enum StateError {
     #[error("the saved state is of {found}, not of {wanted}")]
     Device { found: String, wanted: String },
-    #[error("the state of {device} was saved in version {found}; this program reads version {wanted}")]
-    Version { device: String, found: u32, wanted: u32 },
+    #[error(
+        "the state of {device} was saved in version {found}; this program reads version {wanted}"
+    )]
+    Version {
+        device: String,
+        found: u32,
+        wanted: u32,
+    },
     #[error("the saved state of {device} is damaged: {reason}")]
     Damaged { device: String, reason: String },
     #[error("{device} cannot be saved now: {reason}")]
@@ -37,9 +43,15 @@ pub trait Persist: Send + Sync {
 impl Saved {
     /// Files `state` under `device`.
     pub fn of<T: Serialize>(device: String, version: u32, state: &T) -> Result<Saved, StateError> {
-        let state = serde_json::to_value(state)
-            .map_err(|error| StateError::Damaged { device: device.clone(), reason: error.to_string() })?;
-        Ok(Saved { device, version, state })
+        let state = serde_json::to_value(state).map_err(|error| StateError::Damaged {
+            device: device.clone(),
+            reason: error.to_string(),
+        })?;
+        Ok(Saved {
+            device,
+            version,
+            state,
+        })
     }
 
     /// The struct that was filed.
@@ -48,16 +60,26 @@ impl Saved {
     /// Where it is of another device or version, or does not parse.
     pub fn get<T: DeserializeOwned>(&self, device: &str, version: u32) -> Result<T, StateError> {
         if self.device != device {
-            return Err(StateError::Device { found: self.device.clone(), wanted: device.to_owned() });
+            return Err(StateError::Device {
+                found: self.device.clone(),
+                wanted: device.to_owned(),
+            });
         }
         if self.version != version {
-            return Err(StateError::Version { device: device.to_owned(), found: self.version, wanted: version });
+            return Err(StateError::Version {
+                device: device.to_owned(),
+                found: self.version,
+                wanted: version,
+            });
         }
         T::deserialize(&self.state).map_err(|error| self.damaged(error.to_string()))
     }
 
     /// The error for content that parses and still cannot be.
     pub fn damaged(&self, reason: impl Into<String>) -> StateError {
-        StateError::Damaged { device: self.device.clone(), reason: reason.into() }
+        StateError::Damaged {
+            device: self.device.clone(),
+            reason: reason.into(),
+        }
     }
 }

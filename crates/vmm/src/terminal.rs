@@ -89,30 +89,41 @@ impl Terminal {
         let interactive = before.is_some();
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let stopped = rustix::io::dup(&stop)?;
-        let thread = std::thread::Builder::new().name("terminal".into()).spawn(move || {
-            let stdin = std::io::stdin();
-            let mut escape = Escape::default();
-            let mut buffer = [0u8; 4096];
-            loop {
-                let input = stdin.as_fd();
-                let mut wanted =
-                    [PollFd::new(&input, PollFlags::IN), PollFd::new(&stopped, PollFlags::IN)];
-                match poll(&mut wanted, None) {
-                    Err(rustix::io::Errno::INTR) => continue,
-                    Err(_) => return,
-                    Ok(_) if !wanted[1].revents().is_empty() => return,
-                    Ok(_) => {}
+        let thread = std::thread::Builder::new()
+            .name("terminal".into())
+            .spawn(move || {
+                let stdin = std::io::stdin();
+                let mut escape = Escape::default();
+                let mut buffer = [0u8; 4096];
+                loop {
+                    let input = stdin.as_fd();
+                    let mut wanted = [
+                        PollFd::new(&input, PollFlags::IN),
+                        PollFd::new(&stopped, PollFlags::IN),
+                    ];
+                    match poll(&mut wanted, None) {
+                        Err(rustix::io::Errno::INTR) => continue,
+                        Err(_) => return,
+                        Ok(_) if !wanted[1].revents().is_empty() => return,
+                        Ok(_) => {}
+                    }
+                    match rustix::io::read(input, &mut buffer) {
+                        Ok(0) => return,
+                        Ok(count) if interactive => escape
+                            .feed(&buffer[..count])
+                            .into_iter()
+                            .for_each(&mut handle),
+                        Ok(count) => handle(Input::Bytes(buffer[..count].to_vec())),
+                        Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                        Err(_) => return,
+                    }
                 }
-                match rustix::io::read(input, &mut buffer) {
-                    Ok(0) => return,
-                    Ok(count) if interactive => escape.feed(&buffer[..count]).into_iter().for_each(&mut handle),
-                    Ok(count) => handle(Input::Bytes(buffer[..count].to_vec())),
-                    Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                    Err(_) => return,
-                }
-            }
-        });
-        let mut terminal = Terminal { before, stop, thread: None };
+            });
+        let mut terminal = Terminal {
+            before,
+            stop,
+            thread: None,
+        };
         terminal.thread = Some(thread?);
         Ok(terminal)
     }
@@ -138,8 +149,14 @@ mod tests {
     fn the_escape_key_works_across_reads_and_can_be_sent() {
         let mut escape = Escape::default();
         assert_eq!(escape.feed(b"ab\x01"), [Input::Bytes(b"ab".to_vec())]);
-        assert_eq!(escape.feed(b"xcd"), [Input::Quit, Input::Bytes(b"cd".to_vec())]);
-        assert_eq!(escape.feed(b"\x01\x01\x01p"), [Input::Bytes(vec![1]), Input::PowerButton]);
+        assert_eq!(
+            escape.feed(b"xcd"),
+            [Input::Quit, Input::Bytes(b"cd".to_vec())]
+        );
+        assert_eq!(
+            escape.feed(b"\x01\x01\x01p"),
+            [Input::Bytes(vec![1]), Input::PowerButton]
+        );
         assert_eq!(escape.feed(b"\x01?"), [Input::Help]);
     }
 }

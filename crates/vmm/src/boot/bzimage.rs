@@ -36,12 +36,20 @@ pub fn parse(file: &[u8]) -> Result<Option<BzImage<'_>>, BootError> {
         return Ok(None);
     }
     let cut = || BootError::BzImage("it is cut short");
-    let u16_at = |at: usize| file.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]])).ok_or_else(cut);
+    let u16_at = |at: usize| {
+        file.get(at..at + 2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]))
+            .ok_or_else(cut)
+    };
     let u32_at = |at: usize| {
-        file.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).ok_or_else(cut)
+        file.get(at..at + 4)
+            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .ok_or_else(cut)
     };
     if u16_at(0x206)? < 0x20c {
-        return Err(BootError::BzImage("its boot protocol is older than 2.12 (Linux 3.8)"));
+        return Err(BootError::BzImage(
+            "its boot protocol is older than 2.12 (Linux 3.8)",
+        ));
     }
     if file.get(0x211).ok_or_else(cut)? & 1 == 0 {
         return Err(BootError::BzImage("it is a zImage, which loads low"));
@@ -52,7 +60,9 @@ pub fn parse(file: &[u8]) -> Result<Option<BzImage<'_>>, BootError> {
     };
     let code = file.get((setup_sectors + 1) * 512..).ok_or_else(cut)?;
     let (offset, length) = (u32_at(0x248)? as usize, u32_at(0x24c)? as usize);
-    let payload = code.get(offset..offset.checked_add(length).ok_or_else(cut)?).ok_or_else(cut)?;
+    let payload = code
+        .get(offset..offset.checked_add(length).ok_or_else(cut)?)
+        .ok_or_else(cut)?;
     let header_end = (0x202 + usize::from(file[0x201])).clamp(0x264, 0x290);
     Ok(Some(BzImage {
         header: file.get(HEADER_AT..header_end).ok_or_else(cut)?,
@@ -91,7 +101,10 @@ pub(crate) mod tests {
     fn the_payload_is_found() {
         let file = image(b"payload");
         let parsed = parse(&file).unwrap().unwrap();
-        assert_eq!((parsed.payload, parsed.cmdline_max, parsed.has_64bit_entry), (&b"payload"[..], 2047, true));
+        assert_eq!(
+            (parsed.payload, parsed.cmdline_max, parsed.has_64bit_entry),
+            (&b"payload"[..], 2047, true)
+        );
         assert_eq!(parse(b"\x7fELF").unwrap(), None);
     }
 

@@ -13,7 +13,10 @@ const LZ4_LEGACY: u32 = 0x184c_2102;
 const LZ4_BLOCK: usize = 8 << 20;
 
 fn broken(method: &'static str, reason: impl ToString) -> BootError {
-    BootError::Payload { method, reason: reason.to_string() }
+    BootError::Payload {
+        method,
+        reason: reason.to_string(),
+    }
 }
 
 /// The decompressed form of `payload`, as the Linux build appends it (`scripts/Makefile.lib`): for all but
@@ -28,14 +31,25 @@ pub fn decompress(payload: &[u8]) -> Result<Vec<u8>, BootError> {
     } else if start(&[0x1f, 0x8b]) {
         bounded("gzip", flate2::read::GzDecoder::new(payload), hint(payload))
     } else if start(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        let decoder = zstd::stream::read::Decoder::new(payload).map_err(|error| broken("zstd", error))?;
+        let decoder =
+            zstd::stream::read::Decoder::new(payload).map_err(|error| broken("zstd", error))?;
         bounded("zstd", decoder.single_frame(), hint(payload))
     } else if start(&[0xfd, b'7', b'z', b'X', b'Z', 0]) {
-        let stream = liblzma::stream::Stream::new_stream_decoder(u64::MAX, 0).map_err(|error| broken("xz", error))?;
-        bounded("xz", liblzma::read::XzDecoder::new_stream(payload, stream), hint(payload))
+        let stream = liblzma::stream::Stream::new_stream_decoder(u64::MAX, 0)
+            .map_err(|error| broken("xz", error))?;
+        bounded(
+            "xz",
+            liblzma::read::XzDecoder::new_stream(payload, stream),
+            hint(payload),
+        )
     } else if start(&[0x5d, 0, 0]) {
-        let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX).map_err(|error| broken("lzma", error))?;
-        bounded("lzma", liblzma::read::XzDecoder::new_stream(payload, stream), hint(payload))
+        let stream = liblzma::stream::Stream::new_lzma_decoder(u64::MAX)
+            .map_err(|error| broken("lzma", error))?;
+        bounded(
+            "lzma",
+            liblzma::read::XzDecoder::new_stream(payload, stream),
+            hint(payload),
+        )
     } else if start(&LZ4_LEGACY.to_le_bytes()) {
         lz4_legacy(payload)
     } else {
@@ -62,20 +76,30 @@ fn trailer(payload: &[u8]) -> Option<usize> {
 
 fn bounded(method: &'static str, reader: impl Read, hint: usize) -> Result<Vec<u8>, BootError> {
     let mut out = Vec::with_capacity(hint);
-    let count =
-        reader.take(LIMIT as u64 + 1).read_to_end(&mut out).map_err(|error| broken(method, error))?;
-    if count > LIMIT { Err(broken(method, "it is larger than 1 GiB")) } else { Ok(out) }
+    let count = reader
+        .take(LIMIT as u64 + 1)
+        .read_to_end(&mut out)
+        .map_err(|error| broken(method, error))?;
+    if count > LIMIT {
+        Err(broken(method, "it is larger than 1 GiB"))
+    } else {
+        Ok(out)
+    }
 }
 
 /// Blocks are independent: they are decompressed side by side.
 fn lz4_legacy(payload: &[u8]) -> Result<Vec<u8>, BootError> {
     let size = trailer(payload).unwrap_or(0);
-    let body = payload.get(4..payload.len().saturating_sub(4)).unwrap_or_default();
+    let body = payload
+        .get(4..payload.len().saturating_sub(4))
+        .unwrap_or_default();
     let mut blocks = Vec::new();
     let mut rest = body;
     while let Some((length, after)) = rest.split_first_chunk::<4>() {
         let length = u32::from_le_bytes(*length) as usize;
-        let block = after.get(..length).ok_or_else(|| broken("lz4", "a block reaches past the end"))?;
+        let block = after
+            .get(..length)
+            .ok_or_else(|| broken("lz4", "a block reaches past the end"))?;
         blocks.push(block);
         rest = &after[length..];
     }
@@ -85,11 +109,18 @@ fn lz4_legacy(payload: &[u8]) -> Result<Vec<u8>, BootError> {
     let mut out = vec![0u8; size];
     let work: Vec<(&[u8], &mut [u8])> = blocks.into_iter().zip(out.chunks_mut(LZ4_BLOCK)).collect();
     let queue = std::sync::Mutex::new(work.into_iter());
-    let helpers = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let helpers = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(8);
     let decode = || {
         loop {
-            let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-            let Some((block, to)) = next else { return Ok(()) };
+            let next = queue
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .next();
+            let Some((block, to)) = next else {
+                return Ok(());
+            };
             let want = to.len();
             match lz4_flex::block::decompress_into(block, to) {
                 Ok(got) if got == want => {}
@@ -102,7 +133,11 @@ fn lz4_legacy(payload: &[u8]) -> Result<Vec<u8>, BootError> {
         let threads: Vec<_> = (1..helpers).map(|_| scope.spawn(decode)).collect();
         let mut result = decode();
         for thread in threads {
-            result = result.and(thread.join().unwrap_or_else(|_| Err(broken("lz4", "the decoder stopped"))));
+            result = result.and(
+                thread
+                    .join()
+                    .unwrap_or_else(|_| Err(broken("lz4", "the decoder stopped"))),
+            );
         }
         result
     })?;
@@ -116,7 +151,9 @@ mod tests {
     use std::io::Write;
 
     fn sample() -> Vec<u8> {
-        (0..300_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect()
+        (0..300_000u32)
+            .flat_map(|n| (n / 7).to_le_bytes())
+            .collect()
     }
 
     #[test]
@@ -146,7 +183,10 @@ mod tests {
 
     #[test]
     fn a_method_we_lack_is_named() {
-        assert!(matches!(decompress(b"BZh91AY"), Err(BootError::Compression("bzip2"))));
+        assert!(matches!(
+            decompress(b"BZh91AY"),
+            Err(BootError::Compression("bzip2"))
+        ));
     }
 
     proptest! {

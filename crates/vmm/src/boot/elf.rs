@@ -38,15 +38,21 @@ fn wrong(reason: &'static str) -> BootError {
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
+    Some(u16::from_le_bytes(
+        bytes.get(at..at.checked_add(2)?)?.try_into().ok()?,
+    ))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    Some(u32::from_le_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+    Some(u64::from_le_bytes(
+        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
+    ))
 }
 
 /// Reads the headers of a 64-bit x86 ELF file.
@@ -68,10 +74,16 @@ pub fn parse(file: &[u8]) -> Result<Headers, BootError> {
     if size < 56 {
         return Err(wrong("its program headers are too small"));
     }
-    let mut headers = Headers { entry, pvh_entry: None, segments: Vec::new() };
+    let mut headers = Headers {
+        entry,
+        pvh_entry: None,
+        segments: Vec::new(),
+    };
     for index in 0..count {
         let at = table.checked_add(index * size).ok_or_else(cut)?;
-        let header = file.get(at..at.checked_add(56).ok_or_else(cut)?).ok_or_else(cut)?;
+        let header = file
+            .get(at..at.checked_add(56).ok_or_else(cut)?)
+            .ok_or_else(cut)?;
         let field = |offset| u64_at(header, offset).unwrap_or(0);
         let offset = usize::try_from(field(8)).map_err(|_| cut())?;
         let in_file = usize::try_from(field(32)).map_err(|_| cut())?;
@@ -84,7 +96,9 @@ pub fn parse(file: &[u8]) -> Result<Headers, BootError> {
                     return Err(wrong("a segment is larger in the file than in memory"));
                 }
                 if in_memory > 0 {
-                    headers.segments.push((offset, in_file, field(24), in_memory));
+                    headers
+                        .segments
+                        .push((offset, in_file, field(24), in_memory));
                 }
             }
             Some(PT_NOTE) => {
@@ -123,19 +137,33 @@ pub fn load(memory: &GuestMemory, file: &[u8]) -> Result<Loaded, BootError> {
     let headers = parse(file)?;
     let mut end = 0;
     for (offset, in_file, address, in_memory) in headers.segments {
-        let past = address.checked_add(in_memory).ok_or(wrong("a segment wraps"))?;
+        let past = address
+            .checked_add(in_memory)
+            .ok_or(wrong("a segment wraps"))?;
         let within = crate::memory::ranges(memory)
             .iter()
             .any(|(start, len)| address >= (*start).max(KERNEL_FLOOR) && past <= start + len);
         if !within {
-            return Err(BootError::NoRoom { what: "kernel", address, len: in_memory });
+            return Err(BootError::NoRoom {
+                what: "kernel",
+                address,
+                len: in_memory,
+            });
         }
         memory
             .write_slice(&file[offset..offset + in_file], GuestAddress(address))
-            .map_err(|_| BootError::NoRoom { what: "kernel", address, len: in_memory })?;
+            .map_err(|_| BootError::NoRoom {
+                what: "kernel",
+                address,
+                len: in_memory,
+            })?;
         end = end.max(past);
     }
-    Ok(Loaded { entry: headers.entry, pvh_entry: headers.pvh_entry, end })
+    Ok(Loaded {
+        entry: headers.entry,
+        pvh_entry: headers.pvh_entry,
+        end,
+    })
 }
 
 #[cfg(test)]
@@ -180,9 +208,18 @@ pub(crate) mod tests {
     fn a_kernel_lands_where_it_says() {
         let memory = crate::memory::allocate(16 << 20).unwrap();
         let loaded = load(&memory, &kernel(b"code", 0x20_0000)).unwrap();
-        assert_eq!(loaded, Loaded { entry: 0x20_0000, pvh_entry: Some(0x20_0000), end: 0x20_0004 });
+        assert_eq!(
+            loaded,
+            Loaded {
+                entry: 0x20_0000,
+                pvh_entry: Some(0x20_0000),
+                end: 0x20_0004
+            }
+        );
         let mut code = [0; 4];
-        memory.read_slice(&mut code, GuestAddress(0x20_0000)).unwrap();
+        memory
+            .read_slice(&mut code, GuestAddress(0x20_0000))
+            .unwrap();
         assert_eq!(&code, b"code");
     }
 
@@ -190,7 +227,10 @@ pub(crate) mod tests {
     fn a_kernel_outside_memory_or_over_the_boot_structures_is_refused() {
         let memory = crate::memory::allocate(16 << 20).unwrap();
         for address in [0x7000, 16 << 20, u64::MAX - 1] {
-            assert!(load(&memory, &kernel(b"code", address)).is_err(), "{address:#x}");
+            assert!(
+                load(&memory, &kernel(b"code", address)).is_err(),
+                "{address:#x}"
+            );
         }
     }
 

@@ -32,8 +32,14 @@ pub struct Handover<'a> {
 }
 
 fn put(memory: &GuestMemory, address: u64, bytes: &[u8]) -> Result<(), BootError> {
-    let no_room = |_| BootError::NoRoom { what: "boot structures", address, len: bytes.len() as u64 };
-    memory.write_slice(bytes, GuestAddress(address)).map_err(no_room)
+    let no_room = |_| BootError::NoRoom {
+        what: "boot structures",
+        address,
+        len: bytes.len() as u64,
+    };
+    memory
+        .write_slice(bytes, GuestAddress(address))
+        .map_err(no_room)
 }
 
 fn put_command_line(handover: &Handover<'_>, limit: usize) -> Result<(), BootError> {
@@ -45,7 +51,11 @@ fn put_command_line(handover: &Handover<'_>, limit: usize) -> Result<(), BootErr
     if handover.command_line.contains('\0') {
         return Err(BootError::CommandLineNul);
     }
-    put(handover.memory, COMMAND_LINE, handover.command_line.as_bytes())?;
+    put(
+        handover.memory,
+        COMMAND_LINE,
+        handover.command_line.as_bytes(),
+    )?;
     put(handover.memory, COMMAND_LINE + length as u64, &[0])
 }
 
@@ -53,7 +63,12 @@ fn put_command_line(handover: &Handover<'_>, limit: usize) -> Result<(), BootErr
 ///
 /// # Errors
 /// [`BootError::NoRoom`] where it would reach into the kernel.
-pub fn place_initrd(memory: &GuestMemory, initrd: &[u8], kernel_end: u64, max: u32) -> Result<(u64, u64), BootError> {
+pub fn place_initrd(
+    memory: &GuestMemory,
+    initrd: &[u8],
+    kernel_end: u64,
+    max: u32,
+) -> Result<(u64, u64), BootError> {
     let top = low_end(memory).min(u64::from(max) + 1);
     let len = initrd.len() as u64;
     let address = top.checked_sub(len).map(|address| address & !0xfff);
@@ -62,22 +77,41 @@ pub fn place_initrd(memory: &GuestMemory, initrd: &[u8], kernel_end: u64, max: u
             put(memory, address, initrd)?;
             Ok((address, len))
         }
-        _ => Err(BootError::NoRoom { what: "initrd", address: address.unwrap_or(0), len }),
+        _ => Err(BootError::NoRoom {
+            what: "initrd",
+            address: address.unwrap_or(0),
+            len,
+        }),
     }
 }
 
 fn segment(selector: u16, attributes: u16) -> Segment {
-    Segment { base: 0, limit: 0xffff_ffff, selector, attributes, unusable: false }
+    Segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        attributes,
+        unusable: false,
+    }
 }
 
 fn unusable() -> Segment {
-    Segment { unusable: true, ..Segment::default() }
+    Segment {
+        unusable: true,
+        ..Segment::default()
+    }
 }
 
 fn flat_segments(state: &mut CpuState, code: u16) {
     let data = segment(0x18, 0xc093);
     state.segments = [data, segment(0x10, code), data, data, data, data];
-    state.tr = Segment { base: 0, limit: 0x67, selector: 0x20, attributes: 0x8b, unusable: false };
+    state.tr = Segment {
+        base: 0,
+        limit: 0x67,
+        selector: 0x20,
+        attributes: 0x8b,
+        unusable: false,
+    };
     state.ldtr = unusable();
 }
 
@@ -85,12 +119,25 @@ fn put_gdt(memory: &GuestMemory, state: &mut CpuState) -> Result<(), BootError> 
     // null, unused, code (0x10), data (0x18), TSS (0x20, two slots); the code's L and D bits follow the mode.
     let code = &state.segments[1];
     let descriptor = |attributes: u16| -> u64 {
-        0xffff | u64::from(attributes & 0xff) << 40 | 0xf << 48 | u64::from(attributes >> 12 & 0xf) << 52
+        0xffff
+            | u64::from(attributes & 0xff) << 40
+            | 0xf << 48
+            | u64::from(attributes >> 12 & 0xf) << 52
     };
-    let table = [0, 0, descriptor(code.attributes), descriptor(0xc093), 0x67 | 0x8b << 40, 0];
+    let table = [
+        0,
+        0,
+        descriptor(code.attributes),
+        descriptor(0xc093),
+        0x67 | 0x8b << 40,
+        0,
+    ];
     let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_le_bytes()).collect();
     put(memory, GDT, &bytes)?;
-    state.gdtr = TableRegister { base: GDT, limit: (bytes.len() - 1) as u16 };
+    state.gdtr = TableRegister {
+        base: GDT,
+        limit: (bytes.len() - 1) as u16,
+    };
     state.idtr = TableRegister { base: 0, limit: 0 };
     Ok(())
 }
@@ -99,12 +146,21 @@ fn put_gdt(memory: &GuestMemory, state: &mut CpuState) -> Result<(), BootError> 
 ///
 /// # Errors
 /// Where the command line is too long or memory too small.
-pub fn linux64(handover: &Handover<'_>, image: Option<&bzimage::BzImage<'_>>, entry: u64, state: &mut CpuState) -> Result<(), BootError> {
+pub fn linux64(
+    handover: &Handover<'_>,
+    image: Option<&bzimage::BzImage<'_>>,
+    entry: u64,
+    state: &mut CpuState,
+) -> Result<(), BootError> {
     let memory = handover.memory;
-    put_command_line(handover, image.map_or(COMMAND_LINE_LIMIT, |image| image.cmdline_max as usize))?;
+    put_command_line(
+        handover,
+        image.map_or(COMMAND_LINE_LIMIT, |image| image.cmdline_max as usize),
+    )?;
     let mut page = vec![0u8; 4096];
     match image {
-        Some(image) => page[bzimage::HEADER_AT..bzimage::HEADER_AT + image.header.len()].copy_from_slice(image.header),
+        Some(image) => page[bzimage::HEADER_AT..bzimage::HEADER_AT + image.header.len()]
+            .copy_from_slice(image.header),
         None => {
             // A bare vmlinux has no header of its own: the least that the kernel reads.
             page[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
@@ -144,7 +200,14 @@ pub fn linux64(handover: &Handover<'_>, image: Option<&bzimage::BzImage<'_>>, en
         // Present, writable, 2 MiB.
         tables[1024 + page] = (page as u64) << 21 | 0x83;
     }
-    put(memory, PAGE_TABLES, &tables.iter().flat_map(|entry| entry.to_le_bytes()).collect::<Vec<u8>>())?;
+    put(
+        memory,
+        PAGE_TABLES,
+        &tables
+            .iter()
+            .flat_map(|entry| entry.to_le_bytes())
+            .collect::<Vec<u8>>(),
+    )?;
 
     flat_segments(state, 0xa09b);
     put_gdt(memory, state)?;
@@ -177,7 +240,14 @@ pub fn pvh(handover: &Handover<'_>, entry: u32, state: &mut CpuState) -> Result<
     info.extend(1u32.to_le_bytes());
     info.extend(0u32.to_le_bytes());
     info.extend(u32::from(handover.initrd.is_some()).to_le_bytes());
-    info.extend(if handover.initrd.is_some() { modules } else { 0 }.to_le_bytes());
+    info.extend(
+        if handover.initrd.is_some() {
+            modules
+        } else {
+            0
+        }
+        .to_le_bytes(),
+    );
     info.extend(COMMAND_LINE.to_le_bytes());
     info.extend(handover.rsdp.to_le_bytes());
     info.extend(map_at.to_le_bytes());
@@ -220,14 +290,28 @@ mod tests {
         let memory = crate::memory::allocate(64 << 20).unwrap();
         let initrd = place_initrd(&memory, &[7; 5000], 0x200_0000, 0x37ff_ffff).unwrap();
         assert_eq!(initrd, (0x400_0000 - 0x2000, 5000));
-        let handover = Handover { memory: &memory, command_line: "quiet", initrd: Some(initrd), rsdp: 0xe_0000 };
+        let handover = Handover {
+            memory: &memory,
+            command_line: "quiet",
+            initrd: Some(initrd),
+            rsdp: 0xe_0000,
+        };
         let mut state = CpuState::default();
         linux64(&handover, None, 0x100_0000, &mut state).unwrap();
-        let read = |at: u64| memory.read_obj::<u32>(GuestAddress(ZERO_PAGE + at)).unwrap();
-        assert_eq!((read(0x218), read(0x21c), read(0x70)), (initrd.0 as u32, 5000, 0xe_0000));
+        let read = |at: u64| {
+            memory
+                .read_obj::<u32>(GuestAddress(ZERO_PAGE + at))
+                .unwrap()
+        };
+        assert_eq!(
+            (read(0x218), read(0x21c), read(0x70)),
+            (initrd.0 as u32, 5000, 0xe_0000)
+        );
         assert_eq!(state.gpr[RSI], ZERO_PAGE);
         let mut text = [0; 6];
-        memory.read_slice(&mut text, GuestAddress(u64::from(read(0x228)))).unwrap();
+        memory
+            .read_slice(&mut text, GuestAddress(u64::from(read(0x228))))
+            .unwrap();
         assert_eq!(&text, b"quiet\0");
     }
 
@@ -236,7 +320,12 @@ mod tests {
         let memory = crate::memory::allocate(16 << 20).unwrap();
         assert!(place_initrd(&memory, &vec![0; 8 << 20], 9 << 20, u32::MAX).is_err());
         let long = "x".repeat(70_000);
-        let handover = Handover { memory: &memory, command_line: &long, initrd: None, rsdp: 0 };
+        let handover = Handover {
+            memory: &memory,
+            command_line: &long,
+            initrd: None,
+            rsdp: 0,
+        };
         assert!(matches!(
             linux64(&handover, None, 0, &mut CpuState::default()),
             Err(BootError::CommandLine { length: 70_000, .. })

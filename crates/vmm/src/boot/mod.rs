@@ -31,7 +31,11 @@ const FILE_LIMIT: u64 = 2 << 30;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     #[error("cannot read {what} {path}: {source}")]
-    Read { what: &'static str, path: PathBuf, source: std::io::Error },
+    Read {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{what} {path} is too large: more than 2 GiB")]
     Large { what: &'static str, path: PathBuf },
     #[error("the kernel is neither a bzImage nor an ELF file for x86-64")]
@@ -43,11 +47,18 @@ pub enum BootError {
     #[error("the kernel is compressed with {0}, which cannot be undone here")]
     Compression(&'static str),
     #[error("the kernel's {method} payload is damaged: {reason}")]
-    Payload { method: &'static str, reason: String },
+    Payload {
+        method: &'static str,
+        reason: String,
+    },
     #[error("the kernel has no {0} entry")]
     NoEntry(&'static str),
     #[error("no room for the {what}: {len} bytes at {address:#x}. Give the machine more memory")]
-    NoRoom { what: &'static str, address: u64, len: u64 },
+    NoRoom {
+        what: &'static str,
+        address: u64,
+        len: u64,
+    },
     #[error("the kernel command line has {length} bytes; this kernel takes {limit}")]
     CommandLine { length: usize, limit: usize },
     #[error("the kernel command line holds a zero byte")]
@@ -113,7 +124,9 @@ impl std::str::FromStr for Protocol {
             "linux64" => Ok(Protocol::Linux64),
             "pvh" => Ok(Protocol::Pvh),
             "bzimage" => Ok(Protocol::BzImage),
-            _ => Err(format!("{text:?} is no boot protocol: linux64, pvh or bzimage")),
+            _ => Err(format!(
+                "{text:?} is no boot protocol: linux64, pvh or bzimage"
+            )),
         }
     }
 }
@@ -139,7 +152,11 @@ impl Kernel {
             Some(_) if protocol == Protocol::BzImage => None,
             Some(image) => match decompress::decompress(image.payload) {
                 Ok(plain) => Some(plain),
-                Err(BootError::Compression(_)) if image.has_64bit_entry && protocol == Protocol::Linux64 => None,
+                Err(BootError::Compression(_))
+                    if image.has_64bit_entry && protocol == Protocol::Linux64 =>
+                {
+                    None
+                }
                 Err(error) => return Err(error),
             },
         };
@@ -149,7 +166,9 @@ impl Kernel {
 
 /// For fuzzing: the loaders on arbitrary bytes.
 pub fn fuzz_kernel(data: &[u8]) {
-    let Ok(memory) = crate::memory::allocate(64 << 20) else { return };
+    let Ok(memory) = crate::memory::allocate(64 << 20) else {
+        return;
+    };
     if let Ok(kernel) = Kernel::parse(data.to_vec(), Protocol::Linux64) {
         let mut state = cpu::x86::CpuState::default();
         let _ = place(&memory, &kernel, None, "", 0, Protocol::Linux64, &mut state);
@@ -178,28 +197,50 @@ pub fn place(
         (None, None) => return Err(BootError::NotAKernel),
     };
     let initrd_max = image.as_ref().map_or(0x7fff_ffff, |image| image.initrd_max);
-    let initrd = initrd.map(|bytes| entry::place_initrd(memory, bytes, kernel_end, initrd_max)).transpose()?;
-    let handover = entry::Handover { memory, command_line, initrd, rsdp };
+    let initrd = initrd
+        .map(|bytes| entry::place_initrd(memory, bytes, kernel_end, initrd_max))
+        .transpose()?;
+    let handover = entry::Handover {
+        memory,
+        command_line,
+        initrd,
+        rsdp,
+    };
     match protocol {
         Protocol::Pvh => {
-            let entry = elf.and_then(|loaded| loaded.pvh_entry).ok_or(BootError::NoEntry("PVH"))?;
+            let entry = elf
+                .and_then(|loaded| loaded.pvh_entry)
+                .ok_or(BootError::NoEntry("PVH"))?;
             entry::pvh(&handover, entry, state)
         }
-        Protocol::Linux64 | Protocol::BzImage => entry::linux64(&handover, image.as_ref(), entry, state),
+        Protocol::Linux64 | Protocol::BzImage => {
+            entry::linux64(&handover, image.as_ref(), entry, state)
+        }
     }
 }
 
 /// Puts the compressed kernel where it wants to be; gives its memory's end and 64-bit entry.
-fn place_decompressor(memory: &GuestMemory, image: &bzimage::BzImage<'_>) -> Result<(u64, u64), BootError> {
+fn place_decompressor(
+    memory: &GuestMemory,
+    image: &bzimage::BzImage<'_>,
+) -> Result<(u64, u64), BootError> {
     if !image.has_64bit_entry {
         return Err(BootError::NoEntry("64-bit"));
     }
     let address = image.pref_address;
     let len = u64::from(image.init_size).max(image.code.len() as u64);
-    let no_room = BootError::NoRoom { what: "kernel", address, len };
+    let no_room = BootError::NoRoom {
+        what: "kernel",
+        address,
+        len,
+    };
     match address.checked_add(len) {
-        Some(end) if address >= crate::memory::KERNEL_FLOOR && end <= crate::memory::low_end(memory) => {
-            memory.write_slice(image.code, GuestAddress(address)).map_err(|_| no_room)?;
+        Some(end)
+            if address >= crate::memory::KERNEL_FLOOR && end <= crate::memory::low_end(memory) =>
+        {
+            memory
+                .write_slice(image.code, GuestAddress(address))
+                .map_err(|_| no_room)?;
             Ok((end, address + bzimage::ENTRY_64))
         }
         _ => Err(no_room),
@@ -207,10 +248,17 @@ fn place_decompressor(memory: &GuestMemory, image: &bzimage::BzImage<'_>) -> Res
 }
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
-    let failed = |source| BootError::Read { what, path: path.to_owned(), source };
+    let failed = |source| BootError::Read {
+        what,
+        path: path.to_owned(),
+        source,
+    };
     let meta = fs::metadata(path).map_err(failed)?;
     if meta.is_file() && meta.len() > FILE_LIMIT {
-        return Err(BootError::Large { what, path: path.to_owned() });
+        return Err(BootError::Large {
+            what,
+            path: path.to_owned(),
+        });
     }
     fs::read(path).map_err(failed)
 }
@@ -240,11 +288,19 @@ pub struct DiskConfig {
 /// The command line: what every guest of ours wants, then the user's part, which wins.
 pub fn command_line(append: &str, has_disk: bool, has_initrd: bool) -> String {
     let mut words = vec!["console=ttyS0"];
-    if !append.split_whitespace().any(|word| word.starts_with("panic=")) {
+    if !append
+        .split_whitespace()
+        .any(|word| word.starts_with("panic="))
+    {
         // A panic resets the machine at once, so that its policy applies.
         words.push("panic=-1");
     }
-    if has_disk && !has_initrd && !append.split_whitespace().any(|word| word.starts_with("root=")) {
+    if has_disk
+        && !has_initrd
+        && !append
+            .split_whitespace()
+            .any(|word| word.starts_with("root="))
+    {
         words.push("root=/dev/nvme0n1 rw");
     }
     if !append.trim().is_empty() {
@@ -260,7 +316,11 @@ pub fn command_line(append: &str, has_disk: bool, has_initrd: bool) -> String {
 pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     let begun = std::time::Instant::now();
     let kernel = Kernel::open(&config.kernel, config.protocol)?;
-    let initrd = config.initrd.as_deref().map(|path| read("initrd", path)).transpose()?;
+    let initrd = config
+        .initrd
+        .as_deref()
+        .map(|path| read("initrd", path))
+        .transpose()?;
     let mut machine = Machine::new(config.machine.clone(), Box::new(std::io::stdout()))?;
     if let Some(note) = &machine.cpu_note {
         eprintln!("berth: {note}");
@@ -269,10 +329,22 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     let command_line = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
     let memory = machine.memory.clone();
     machine.set_start::<BootError>(|state| {
-        place(&memory, &kernel, initrd.as_deref(), &command_line, rsdp, config.protocol, state)
+        place(
+            &memory,
+            &kernel,
+            initrd.as_deref(),
+            &command_line,
+            rsdp,
+            config.protocol,
+            state,
+        )
     })?;
     drop((kernel, initrd));
-    let (serial, power, control) = (machine.serial.clone(), machine.power.clone(), machine.control.clone());
+    let (serial, power, control) = (
+        machine.serial.clone(),
+        machine.power.clone(),
+        machine.control.clone(),
+    );
     let terminal = Terminal::open(move |input| match input {
         Input::Bytes(bytes) => serial.receive(&bytes),
         Input::Quit => control.end(Outcome::Killed),
@@ -285,7 +357,11 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     .map_err(BootError::Terminal)?;
     machine.start()?;
     if config.verbose {
-        eprintln!("berth: started on {} in {:.1} ms\r", machine.vm.name(), begun.elapsed().as_secs_f64() * 1000.0);
+        eprintln!(
+            "berth: started on {} in {:.1} ms\r",
+            machine.vm.name(),
+            begun.elapsed().as_secs_f64() * 1000.0
+        );
     }
     let outcome = machine.wait();
     drop(terminal);
@@ -303,7 +379,9 @@ pub fn parse_model(text: &str) -> Result<CpuModel, String> {
         "max" => Ok(CpuModel::Max),
         "x86-64-v2" => Ok(CpuModel::X86_64V2),
         "x86-64-v3" => Ok(CpuModel::X86_64V3),
-        _ => Err(format!("{text:?} is no CPU model: max, x86-64-v2 or x86-64-v3")),
+        _ => Err(format!(
+            "{text:?} is no CPU model: max, x86-64-v2 or x86-64-v3"
+        )),
     }
 }
 
@@ -326,7 +404,16 @@ mod tests {
         for protocol in [Protocol::Linux64, Protocol::Pvh] {
             let kernel = Kernel::parse(file.clone(), protocol).unwrap();
             let mut state = cpu::x86::CpuState::default();
-            place(&memory, &kernel, Some(b"initrd"), "quiet", 0xe_0000, protocol, &mut state).unwrap();
+            place(
+                &memory,
+                &kernel,
+                Some(b"initrd"),
+                "quiet",
+                0xe_0000,
+                protocol,
+                &mut state,
+            )
+            .unwrap();
             assert_eq!(state.rip, 0x100_0000);
         }
     }
@@ -344,12 +431,21 @@ mod tests {
     #[test]
     fn the_users_words_win() {
         assert_eq!(command_line("", false, false), "console=ttyS0 panic=-1");
-        assert_eq!(command_line("panic=5 root=/dev/vda", true, false), "console=ttyS0 panic=5 root=/dev/vda");
-        assert_eq!(command_line("quiet", true, false), "console=ttyS0 panic=-1 root=/dev/nvme0n1 rw quiet");
+        assert_eq!(
+            command_line("panic=5 root=/dev/vda", true, false),
+            "console=ttyS0 panic=5 root=/dev/vda"
+        );
+        assert_eq!(
+            command_line("quiet", true, false),
+            "console=ttyS0 panic=-1 root=/dev/nvme0n1 rw quiet"
+        );
     }
 
     #[test]
     fn a_file_that_is_no_kernel_is_refused() {
-        assert!(matches!(Kernel::parse(b"hello".to_vec(), Protocol::Linux64), Err(BootError::NotAKernel)));
+        assert!(matches!(
+            Kernel::parse(b"hello".to_vec(), Protocol::Linux64),
+            Err(BootError::NotAKernel)
+        ));
     }
 }

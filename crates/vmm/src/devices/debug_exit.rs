@@ -21,6 +21,7 @@ impl BusDevice for DebugExit {
         data.fill(0);
     }
     fn write(&self, _: u64, data: &[u8]) {
-        self.control.end(Outcome::DebugExit(data.first().copied().unwrap_or(0)));
+        self.control
+            .end(Outcome::DebugExit(data.first().copied().unwrap_or(0)));
     }
 }

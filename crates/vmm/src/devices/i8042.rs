@@ -15,7 +15,10 @@ pub struct KeyboardController {
 impl KeyboardController {
     /// The device of port 0x64 where `command_port`, else of port 0x60.
     pub fn new(control: Arc<Control>, command_port: bool) -> Arc<KeyboardController> {
-        Arc::new(KeyboardController { control, command_port })
+        Arc::new(KeyboardController {
+            control,
+            command_port,
+        })
     }
 }
 

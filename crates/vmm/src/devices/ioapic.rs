@@ -88,15 +88,29 @@ impl Inner {
         }
         let waited = self.state.waiting_edges & 1 << pin != 0;
         self.state.waiting_edges &= !(1 << pin);
-        if *entry & LEVEL != 0 || waited && self.holders[pin] > 0 { self.deliver(pin) } else { None }
+        if *entry & LEVEL != 0 || waited && self.holders[pin] > 0 {
+            self.deliver(pin)
+        } else {
+            None
+        }
     }
 }
 
 impl IoApic {
     pub fn new(vm: Arc<dyn Vm>) -> Arc<IoApic> {
-        let state =
-            State { id: 0, select: 0, redirection: [MASKED; PINS], waiting_edges: 0 };
-        Arc::new(IoApic { vm, inner: Mutex::new(Inner { state, holders: [0; PINS] }) })
+        let state = State {
+            id: 0,
+            select: 0,
+            redirection: [MASKED; PINS],
+            waiting_edges: 0,
+        };
+        Arc::new(IoApic {
+            vm,
+            inner: Mutex::new(Inner {
+                state,
+                holders: [0; PINS],
+            }),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -117,14 +131,22 @@ impl IoApic {
     /// Where there is no such pin.
     pub fn line(self: &Arc<IoApic>, pin: u32) -> IrqLine {
         assert!((pin as usize) < PINS);
-        IrqLine { ioapic: self.clone(), pin: pin as usize, up: AtomicBool::new(false) }
+        IrqLine {
+            ioapic: self.clone(),
+            pin: pin as usize,
+            up: AtomicBool::new(false),
+        }
     }
 
     fn change(&self, pin: usize, up: bool) {
         let message = {
             let mut inner = self.lock();
             let before = inner.holders[pin];
-            inner.holders[pin] = if up { before + 1 } else { before.saturating_sub(1) };
+            inner.holders[pin] = if up {
+                before + 1
+            } else {
+                before.saturating_sub(1)
+            };
             if !(up && before == 0) {
                 return;
             }
@@ -144,7 +166,10 @@ impl IoApic {
             let mut inner = self.lock();
             for pin in 0..PINS {
                 let entry = inner.state.redirection[pin];
-                if entry & 0xff == u64::from(vector) && entry & LEVEL != 0 && entry & REMOTE_IRR != 0 {
+                if entry & 0xff == u64::from(vector)
+                    && entry & LEVEL != 0
+                    && entry & REMOTE_IRR != 0
+                {
                     inner.state.redirection[pin] &= !REMOTE_IRR;
                     messages.extend(inner.deliver(pin));
                 }
@@ -171,7 +196,11 @@ impl BusDevice for IoApic {
             (0x10, 0x01) => VERSION,
             (0x10, register @ 0x10..=0x3f) => {
                 let entry = inner.state.redirection[usize::from((register - 0x10) / 2)];
-                if register & 1 == 1 { (entry >> 32) as u32 } else { entry as u32 }
+                if register & 1 == 1 {
+                    (entry >> 32) as u32
+                } else {
+                    entry as u32
+                }
             }
             _ => 0,
         };
@@ -257,7 +286,11 @@ impl IrqLine {
         if self.up.swap(up, Ordering::AcqRel) != up {
             let mut inner = self.ioapic.lock();
             let holders = &mut inner.holders[self.pin];
-            *holders = if up { *holders + 1 } else { holders.saturating_sub(1) };
+            *holders = if up {
+                *holders + 1
+            } else {
+                holders.saturating_sub(1)
+            };
         }
     }
 }
@@ -268,7 +301,10 @@ mod tests {
     use crate::devices::test_board::{Recorder, keeps_its_state};
 
     fn program(ioapic: &IoApic, pin: u8, entry: u64) {
-        for (register, value) in [(0x11 + 2 * pin, (entry >> 32) as u32), (0x10 + 2 * pin, entry as u32)] {
+        for (register, value) in [
+            (0x11 + 2 * pin, (entry >> 32) as u32),
+            (0x10 + 2 * pin, entry as u32),
+        ] {
             ioapic.write(0, &u32::from(register).to_le_bytes());
             ioapic.write(0x10, &value.to_le_bytes());
         }
@@ -291,7 +327,11 @@ mod tests {
         assert_eq!(vm.messages.lock().unwrap().len(), 1);
         first.set(false);
         ioapic.end_of_interrupt(0x51);
-        assert_eq!(vm.messages.lock().unwrap().len(), 2, "the second device still holds the pin");
+        assert_eq!(
+            vm.messages.lock().unwrap().len(),
+            2,
+            "the second device still holds the pin"
+        );
         second.set(false);
         ioapic.end_of_interrupt(0x51);
         assert_eq!(vm.messages.lock().unwrap().len(), 2);

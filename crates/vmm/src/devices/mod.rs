@@ -70,9 +70,15 @@ pub(crate) mod test_board {
     /// The test every device passes: save, restore into a fresh one, save again, compare.
     pub fn keeps_its_state(used: &dyn Persist, fresh: &dyn Persist) {
         let saved = used.save().unwrap();
-        assert_ne!(saved, fresh.save().unwrap(), "the test must change the device first");
+        assert_ne!(
+            saved,
+            fresh.save().unwrap(),
+            "the test must change the device first"
+        );
         let text = serde_json::to_string(&saved).unwrap();
-        fresh.restore(&serde_json::from_str(&text).unwrap()).unwrap();
+        fresh
+            .restore(&serde_json::from_str(&text).unwrap())
+            .unwrap();
         assert_eq!(fresh.save().unwrap(), saved);
         let mut other = saved.clone();
         other.version += 1;

@@ -26,7 +26,13 @@ pub struct Pic {
 impl Pic {
     /// `name` is `pic0` or `pic1`.
     pub fn new(name: &'static str) -> Arc<Pic> {
-        Arc::new(Pic { name, state: Mutex::new(State { mask: 0xff, ..State::default() }) })
+        Arc::new(Pic {
+            name,
+            state: Mutex::new(State {
+                mask: 0xff,
+                ..State::default()
+            }),
+        })
     }
 }
 
@@ -44,7 +50,11 @@ impl BusDevice for Pic {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match (offset, state.step) {
             (0, _) if value & 0x10 != 0 => {
-                *state = State { step: 2, wants_fourth: value & 1 != 0, ..State::default() };
+                *state = State {
+                    step: 2,
+                    wants_fourth: value & 1 != 0,
+                    ..State::default()
+                };
             }
             (1, 2) => {
                 state.vector_base = value & 0xf8;
@@ -63,10 +73,15 @@ impl Persist for Pic {
         self.name.into()
     }
     fn save(&self) -> Result<Saved, StateError> {
-        Saved::of(self.identity(), 1, &*self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        Saved::of(
+            self.identity(),
+            1,
+            &*self.state.lock().unwrap_or_else(PoisonError::into_inner),
+        )
     }
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = saved.get(&self.identity(), 1)?;
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
+            saved.get(&self.identity(), 1)?;
         Ok(())
     }
 }

@@ -42,7 +42,11 @@ impl Counter {
     }
 
     fn period(&self) -> u64 {
-        if self.reload == 0 { 0x1_0000 } else { u64::from(self.reload) }
+        if self.reload == 0 {
+            0x1_0000
+        } else {
+            u64::from(self.reload)
+        }
     }
 
     fn value(&self, now: u64) -> u16 {
@@ -93,12 +97,19 @@ impl Counter {
         let high = match self.access {
             1 => false,
             2 => true,
-            _ => std::mem::replace(&mut self.high_next, !self.high_next),
+            _ => {
+                self.high_next = !self.high_next;
+                !self.high_next
+            }
         };
         if self.access != 3 || high {
             self.latch = None;
         }
-        if high { (value >> 8) as u8 } else { value as u8 }
+        if high {
+            (value >> 8) as u8
+        } else {
+            value as u8
+        }
     }
 
     fn write(&mut self, value: u8, now: u64) {
@@ -149,10 +160,28 @@ pub struct SystemControl(pub Arc<Pit>);
 
 impl Pit {
     pub fn new() -> Arc<Pit> {
-        let counter = Counter { access: 3, gate: true, ..Counter::default() };
-        let gated = Counter { gate: false, ..counter.clone() };
-        let state = State { counters: [counter.clone(), counter, gated], speaker: false, refresh: false, clock: 0 };
-        Arc::new(Pit { inner: Mutex::new(Inner { state, start: Instant::now(), start_offset: 0 }) })
+        let counter = Counter {
+            access: 3,
+            gate: true,
+            ..Counter::default()
+        };
+        let gated = Counter {
+            gate: false,
+            ..counter.clone()
+        };
+        let state = State {
+            counters: [counter.clone(), counter, gated],
+            speaker: false,
+            refresh: false,
+            clock: 0,
+        };
+        Arc::new(Pit {
+            inner: Mutex::new(Inner {
+                state,
+                start: Instant::now(),
+                start_offset: 0,
+            }),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -172,7 +201,8 @@ impl Pit {
                 if value & 0x10 == 0 {
                     let output = if counter.output(now) { 0x80 } else { 0 };
                     let null = if counter.loaded { 0 } else { 0x40 };
-                    counter.status_latch = Some(output | null | counter.access << 4 | counter.mode << 1);
+                    counter.status_latch =
+                        Some(output | null | counter.access << 4 | counter.mode << 1);
                 }
             }
             return;
@@ -253,11 +283,22 @@ impl Persist for Pit {
     }
     fn save(&self) -> Result<Saved, StateError> {
         let inner = self.lock();
-        Saved::of(self.identity(), 1, &State { clock: inner.now() / 1_000_000_000, ..inner.state.clone() })
+        Saved::of(
+            self.identity(),
+            1,
+            &State {
+                clock: inner.now() / 1_000_000_000,
+                ..inner.state.clone()
+            },
+        )
     }
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let state: State = saved.get(&self.identity(), 1)?;
-        if state.counters.iter().any(|counter| counter.mode > 5 || counter.access > 3) {
+        if state
+            .counters
+            .iter()
+            .any(|counter| counter.mode > 5 || counter.access > 3)
+        {
             return Err(saved.damaged("a counter is in no mode there is"));
         }
         let mut inner = self.lock();

@@ -36,12 +36,19 @@ pub struct Power {
 
 impl Power {
     pub fn new(control: Arc<Control>, irq: IrqLine) -> Arc<Power> {
-        Arc::new(Power { control, irq, state: Mutex::new(State::default()) })
+        Arc::new(Power {
+            control,
+            irq,
+            state: Mutex::new(State::default()),
+        })
     }
 
     /// Presses the power button: a guest with ACPI shuts down in its own time.
     pub fn press_button(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).events |= EVENT_POWER_BUTTON;
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .events |= EVENT_POWER_BUTTON;
         self.irq.pulse();
     }
 }
@@ -50,7 +57,13 @@ impl BusDevice for Power {
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (register, byte) in (offset..).zip(data) {
             *byte = match register {
-                3 => std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).events),
+                3 => std::mem::take(
+                    &mut self
+                        .state
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .events,
+                ),
                 _ => 0,
             };
         }
@@ -74,10 +87,15 @@ impl Persist for Power {
         "power".into()
     }
     fn save(&self) -> Result<Saved, StateError> {
-        Saved::of(self.identity(), 1, &*self.state.lock().unwrap_or_else(PoisonError::into_inner))
+        Saved::of(
+            self.identity(),
+            1,
+            &*self.state.lock().unwrap_or_else(PoisonError::into_inner),
+        )
     }
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = saved.get(&self.identity(), 1)?;
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
+            saved.get(&self.identity(), 1)?;
         Ok(())
     }
 }

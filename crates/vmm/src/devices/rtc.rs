@@ -50,18 +50,28 @@ fn date_of(days: i64) -> (i64, i64, i64) {
 }
 
 fn host_seconds() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs() as i64)
 }
 
 impl State {
     fn encode(&self, value: i64) -> u8 {
         let value = value as u8;
-        if self.ram[REGISTER_B] & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.ram[REGISTER_B] & B_BINARY != 0 {
+            value
+        } else {
+            value / 10 << 4 | value % 10
+        }
     }
 
     fn decode(&self, register: usize) -> i64 {
         let value = self.ram[register];
-        i64::from(if self.ram[REGISTER_B] & B_BINARY != 0 { value } else { (value >> 4) * 10 + (value & 0xf) })
+        i64::from(if self.ram[REGISTER_B] & B_BINARY != 0 {
+            value
+        } else {
+            (value >> 4) * 10 + (value & 0xf)
+        })
     }
 
     /// Puts the time of `seconds` into the registers.
@@ -108,7 +118,13 @@ impl Rtc {
         ram[0x0a] = 0x26;
         ram[REGISTER_B] = B_24_HOURS;
         ram[0x0d] = 0x80;
-        Arc::new(Rtc { state: Mutex::new(State { index: 0, ram, offset: 0 }) })
+        Arc::new(Rtc {
+            state: Mutex::new(State {
+                index: 0,
+                ram,
+                offset: 0,
+            }),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -205,9 +221,15 @@ mod tests {
     #[test]
     fn a_known_second_shows_as_its_date() {
         let rtc = Rtc::new();
-        let shown: Vec<u8> =
-            [0x32, 9, 8, 7, 6, 4, 2, 0].iter().map(|index| register(&rtc, *index, 1_709_210_096)).collect();
-        assert_eq!(shown, [0x20, 0x24, 0x02, 0x29, 0x05, 0x12, 0x34, 0x56], "Thursday 2024-02-29 12:34:56");
+        let shown: Vec<u8> = [0x32, 9, 8, 7, 6, 4, 2, 0]
+            .iter()
+            .map(|index| register(&rtc, *index, 1_709_210_096))
+            .collect();
+        assert_eq!(
+            shown,
+            [0x20, 0x24, 0x02, 0x29, 0x05, 0x12, 0x34, 0x56],
+            "Thursday 2024-02-29 12:34:56"
+        );
     }
 
     #[test]
@@ -215,13 +237,28 @@ mod tests {
         let rtc = Rtc::new();
         rtc.write(0, &[0x0b]);
         rtc.write_at(0x82, 1000);
-        for (index, value) in [(0x32, 0x19), (9, 0x99), (8, 0x12), (7, 0x31), (4, 0x23), (2, 0x59), (0, 0x59)] {
+        for (index, value) in [
+            (0x32, 0x19),
+            (9, 0x99),
+            (8, 0x12),
+            (7, 0x31),
+            (4, 0x23),
+            (2, 0x59),
+            (0, 0x59),
+        ] {
             rtc.write(0, &[index]);
             rtc.write_at(value, 1000);
         }
         rtc.write(0, &[0x0b]);
         rtc.write_at(0x02, 1000);
-        assert_eq!((register(&rtc, 9, 1001), register(&rtc, 0x32, 1001), register(&rtc, 0, 1001)), (0, 0x20, 0));
+        assert_eq!(
+            (
+                register(&rtc, 9, 1001),
+                register(&rtc, 0x32, 1001),
+                register(&rtc, 0, 1001)
+            ),
+            (0, 0x20, 0)
+        );
         keeps_its_state(&*rtc, &*Rtc::new());
     }
 

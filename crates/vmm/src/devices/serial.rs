@@ -76,31 +76,49 @@ pub struct Serial {
 
 impl Serial {
     /// A port called `name` (`serial0`) whose output goes to `sink`.
-    pub fn new(name: impl Into<String>, irq: IrqLine, mut sink: Box<dyn Write + Send>) -> Arc<Serial> {
+    pub fn new(
+        name: impl Into<String>,
+        irq: IrqLine,
+        mut sink: Box<dyn Write + Send>,
+    ) -> Arc<Serial> {
         let queue = Arc::new(OutputQueue::default());
         let drained = queue.clone();
         let name = name.into();
-        let writer = std::thread::Builder::new().name(name.clone()).spawn(move || {
-            loop {
-                let bytes = {
-                    let mut output = drained.lock();
-                    while output.bytes.is_empty() && !output.closed {
-                        output = drained.changed.wait(output).unwrap_or_else(PoisonError::into_inner);
-                    }
-                    if output.bytes.is_empty() {
-                        return;
-                    }
-                    output.writing = true;
-                    std::mem::take(&mut output.bytes)
-                };
-                // A terminal that is gone takes no output; the guest goes on.
-                let _ = sink.write_all(&bytes).and_then(|()| sink.flush());
-                drained.lock().writing = false;
-                drained.changed.notify_all();
-            }
-        });
-        let state = State { divisor: 1, ..State::default() };
-        Arc::new(Serial { name, irq, state: Mutex::new(state), queue, writer: Mutex::new(writer.ok()) })
+        let writer = std::thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || {
+                loop {
+                    let bytes = {
+                        let mut output = drained.lock();
+                        while output.bytes.is_empty() && !output.closed {
+                            output = drained
+                                .changed
+                                .wait(output)
+                                .unwrap_or_else(PoisonError::into_inner);
+                        }
+                        if output.bytes.is_empty() {
+                            return;
+                        }
+                        output.writing = true;
+                        std::mem::take(&mut output.bytes)
+                    };
+                    // A terminal that is gone takes no output; the guest goes on.
+                    let _ = sink.write_all(&bytes).and_then(|()| sink.flush());
+                    drained.lock().writing = false;
+                    drained.changed.notify_all();
+                }
+            });
+        let state = State {
+            divisor: 1,
+            ..State::default()
+        };
+        Arc::new(Serial {
+            name,
+            irq,
+            state: Mutex::new(state),
+            queue,
+            writer: Mutex::new(writer.ok()),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -120,7 +138,11 @@ impl Serial {
     pub fn close(&self) {
         self.queue.lock().closed = true;
         self.queue.changed.notify_all();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self
+            .writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(writer) = writer {
             let _ = writer.join();
         }
@@ -178,7 +200,11 @@ impl Serial {
             4 => state.modem_control,
             5 => {
                 let ready = if state.input.is_empty() { 0 } else { LSR_READY };
-                let overrun = if std::mem::take(&mut state.overrun) { LSR_OVERRUN } else { 0 };
+                let overrun = if std::mem::take(&mut state.overrun) {
+                    LSR_OVERRUN
+                } else {
+                    0
+                };
                 ready | overrun | if self.room() { LSR_EMPTY } else { 0 }
             }
             6 if state.modem_control & MCR_LOOP != 0 => {
@@ -197,7 +223,9 @@ impl Serial {
     fn write_register(&self, register: u64, value: u8) {
         let mut state = self.lock();
         match register {
-            0 if state.line_control & LCR_DIVISOR != 0 => state.divisor = state.divisor & 0xff00 | u16::from(value),
+            0 if state.line_control & LCR_DIVISOR != 0 => {
+                state.divisor = state.divisor & 0xff00 | u16::from(value)
+            }
             0 => {
                 if state.modem_control & MCR_LOOP != 0 {
                     if state.input.len() < FIFO {
@@ -317,11 +345,18 @@ mod tests {
         serial.write_register(1, IER_RECEIVED | IER_EMPTY);
         assert_eq!(vm.messages.lock().unwrap().len(), 1);
         assert_eq!(serial.read_register(2) & 0xf, 0b0010);
-        assert_eq!(serial.read_register(2) & 0xf, 0b0001, "reading the cause takes it away");
+        assert_eq!(
+            serial.read_register(2) & 0xf,
+            0b0001,
+            "reading the cause takes it away"
+        );
         serial.receive(b"ab");
         assert_eq!(vm.messages.lock().unwrap().len(), 2);
         assert_eq!(serial.read_register(2) & 0xf, 0b0100);
-        assert_eq!((serial.read_register(0), serial.read_register(0)), (b'a', b'b'));
+        assert_eq!(
+            (serial.read_register(0), serial.read_register(0)),
+            (b'a', b'b')
+        );
         assert_eq!(serial.read_register(5) & LSR_READY, 0);
     }
 
@@ -333,7 +368,10 @@ mod tests {
         used.receive(b"waiting");
         let (vm, fresh) = port(&Shared::default());
         keeps_its_state(&*used, &*fresh);
-        assert!(vm.messages.lock().unwrap().is_empty(), "the interrupt was sent before the save");
+        assert!(
+            vm.messages.lock().unwrap().is_empty(),
+            "the interrupt was sent before the save"
+        );
     }
 
     proptest::proptest! {

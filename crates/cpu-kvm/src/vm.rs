@@ -1,0 +1,235 @@
+//! One machine of KVM.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cpu::{CpuError, DirtyLog, Doorbells, GuestMemory, Vcpu, Vm, VmConfig};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::vcpu::KvmVcpu;
+use crate::{cpuid, host};
+
+const PINS: usize = 24;
+/// Three pages that Intel's real-mode emulation wants, below the local APIC.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// See the module. Locks are leaves.
+pub struct KvmVm {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    supported: CpuId,
+    config: VmConfig,
+    memory: Mutex<Option<Arc<GuestMemory>>>,
+    routes: Mutex<[Option<(u64, u32)>; PINS]>,
+}
+
+impl KvmVm {
+    /// Makes a machine.
+    ///
+    /// # Errors
+    /// [`CpuError::NoVirtualization`] where KVM is missing or lacks split interrupt controllers.
+    pub fn new(config: VmConfig) -> Result<KvmVm, CpuError> {
+        let missing = |what: &str, error: kvm_ioctls::Error| {
+            CpuError::NoVirtualization(format!("{what}: {error}"))
+        };
+        let kvm = Kvm::new().map_err(|error| missing("/dev/kvm", error))?;
+        let vm = kvm
+            .create_vm()
+            .map_err(|error| missing("making a machine", error))?;
+        vm.set_identity_map_address(IDENTITY_MAP)
+            .map_err(host("setting the identity map"))?;
+        vm.set_tss_address(TSS_ADDRESS)
+            .map_err(host("setting the TSS address"))?;
+        let mut split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        split.args[0] = PINS as u64;
+        vm.enable_cap(&split)
+            .map_err(|error| missing("split interrupt controllers", error))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(host("reading the supported CPUID"))?;
+        Ok(KvmVm {
+            kvm,
+            vm: Arc::new(vm),
+            supported,
+            config,
+            memory: Mutex::new(None),
+            routes: Mutex::new([None; PINS]),
+        })
+    }
+
+    fn map(&self, flags: u32) -> Result<(), CpuError> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(memory) = &*memory else {
+            return Ok(());
+        };
+        for (slot, region) in memory.iter().enumerate() {
+            let mapping = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a mapping of `memory`, which `self.memory` keeps for as long as the machine.
+            unsafe { self.vm.set_user_memory_region(mapping) }
+                .map_err(host("giving the guest its memory"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Vm for KvmVm {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), CpuError> {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+        self.map(0)
+    }
+
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CpuError> {
+        let fd = self
+            .vm
+            .create_vcpu(u64::from(id))
+            .map_err(host("making a CPU"))?;
+        let deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let entries = cpuid::of(
+            &self.supported,
+            self.config.model,
+            id,
+            self.config.vcpus,
+            deadline,
+        );
+        fd.set_cpuid2(&entries).map_err(host("setting CPUID"))?;
+        let msrs = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(host("listing MSRs"))?;
+        let vcpu = KvmVcpu::new(self.vm.clone(), fd, msrs.as_slice().to_vec())?;
+        Ok(Box::new(vcpu))
+    }
+
+    fn signal_msi(&self, address: u64, data: u32) -> Result<(), CpuError> {
+        let message = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        // Zero means that no CPU takes it (masked or absent), which is the guest's business.
+        self.vm
+            .signal_msi(message)
+            .map(|_| ())
+            .map_err(host("sending an interrupt message"))
+    }
+
+    fn ioapic_route(&self, pin: u32, message: Option<(u64, u32)>) -> Result<(), CpuError> {
+        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(route) = routes.get_mut(pin as usize) else {
+            return Ok(());
+        };
+        if *route == message {
+            return Ok(());
+        }
+        *route = message;
+        let mut entries = Vec::new();
+        for (gsi, route) in routes.iter().enumerate() {
+            let Some((address, data)) = *route else {
+                continue;
+            };
+            let mut entry = kvm_irq_routing_entry {
+                gsi: gsi as u32,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..Default::default()
+            };
+            entry.u.msi.address_lo = address as u32;
+            entry.u.msi.address_hi = (address >> 32) as u32;
+            entry.u.msi.data = data;
+            entries.push(entry);
+        }
+        let table = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| CpuError::Broken("the interrupt routes do not fit".into()))?;
+        self.vm
+            .set_gsi_routing(&table)
+            .map_err(host("routing interrupts"))
+    }
+
+    fn doorbells(&self) -> Option<&dyn Doorbells> {
+        Some(self)
+    }
+
+    fn memory_written(&self, _: u64, _: u64) {}
+
+    fn dirty_log(&self) -> Option<&dyn DirtyLog> {
+        Some(self)
+    }
+}
+
+/// A second descriptor of the same event.
+fn event(fd: BorrowedFd<'_>) -> Result<EventFd, CpuError> {
+    let failed = |source| CpuError::Host {
+        what: "duplicating an event",
+        source,
+    };
+    // SAFETY: fcntl takes no pointer here, and the descriptor is open for as long as it is borrowed.
+    let copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return Err(failed(std::io::Error::last_os_error()));
+    }
+    // SAFETY: the descriptor was just made and is owned by nobody else.
+    Ok(unsafe { EventFd::from_raw_fd(copy) })
+}
+
+impl Doorbells for KvmVm {
+    fn add_doorbell(&self, gpa: u64, len: u32, fd: BorrowedFd<'_>) -> Result<(), CpuError> {
+        if len != 0 {
+            return Err(CpuError::Broken(
+                "doorbells take writes of any length".into(),
+            ));
+        }
+        self.vm
+            .register_ioevent(&event(fd)?, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(host("adding a doorbell"))
+    }
+
+    fn remove_doorbell(&self, gpa: u64, _: u32, fd: BorrowedFd<'_>) -> Result<(), CpuError> {
+        self.vm
+            .unregister_ioevent(&event(fd)?, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(host("removing a doorbell"))
+    }
+}
+
+impl DirtyLog for KvmVm {
+    fn start(&self) -> Result<(), CpuError> {
+        self.map(KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    fn take(&self) -> Result<Vec<u64>, CpuError> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bits = Vec::new();
+        for (slot, region) in memory.iter().flat_map(|memory| memory.iter()).enumerate() {
+            let log = self
+                .vm
+                .get_dirty_log(slot as u32, region.len() as usize)
+                .map_err(host("reading the log of written pages"))?;
+            bits.extend(log);
+        }
+        Ok(bits)
+    }
+
+    fn stop(&self) -> Result<(), CpuError> {
+        self.map(0)
+    }
+}
