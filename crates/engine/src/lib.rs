@@ -9,7 +9,11 @@ pub mod error;
 pub mod events;
 pub mod exec;
 pub mod filters;
+pub mod image;
 pub mod keeper;
+pub mod network;
+pub mod progress;
+pub mod system;
 pub mod volume;
 pub(crate) mod wire;
 

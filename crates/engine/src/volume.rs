@@ -20,6 +20,7 @@ use std::sync::{Mutex, MutexGuard};
 use base::file::{self, Durability};
 use serde::{Deserialize, Serialize};
 
+use crate::Engine;
 use crate::error::{Error, Result};
 use crate::filters::Filters;
 use crate::wire::wire;
@@ -508,6 +509,63 @@ impl Table {
             .get(name)
             .is_some_and(|holders| !holders.is_empty())
     }
+}
+
+impl Engine {
+    /// Creates a volume (or finds it), and tells the listeners.
+    ///
+    /// # Errors
+    /// As [`Volumes::create`].
+    pub async fn create_volume(&self, wanted: VolumeCreate) -> Result<Volume> {
+        let volumes = self.volumes().clone();
+        let (volume, new) = blocking(move || volumes.create(wanted)).await?;
+        if new {
+            self.volume_event("create", &volume.name);
+        }
+        Ok(volume)
+    }
+
+    /// Removes a volume that no container uses.
+    ///
+    /// # Errors
+    /// As [`Volumes::remove`].
+    pub async fn remove_volume(&self, name: &str, force: bool) -> Result<()> {
+        let volumes = self.volumes().clone();
+        let owned = name.to_owned();
+        if blocking(move || volumes.remove(&owned, force)).await? {
+            self.volume_event("destroy", name);
+        }
+        Ok(())
+    }
+
+    /// Removes unused volumes.
+    ///
+    /// # Errors
+    /// As [`Volumes::prune`].
+    pub async fn prune_volumes(&self, filters: Filters) -> Result<VolumesPruned> {
+        let volumes = self.volumes().clone();
+        let report = blocking(move || volumes.prune(&filters)).await?;
+        for name in &report.volumes_deleted {
+            self.volume_event("destroy", name);
+        }
+        let reclaimed = BTreeMap::from([("reclaimed".into(), report.space_reclaimed.to_string())]);
+        self.events().publish("volume", "prune", "", reclaimed);
+        Ok(report)
+    }
+
+    fn volume_event(&self, action: &str, name: &str) {
+        let attributes = BTreeMap::from([("driver".into(), "local".into())]);
+        self.events().publish("volume", action, name, attributes);
+    }
+}
+
+/// Runs what waits for the disk off the reactor.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::Io { what: "a worker".into(), source: io::Error::other(error) }))
 }
 
 /// dockerd stamps volumes to the second.

@@ -1,0 +1,159 @@
+//! Connections that become streams: attach and exec.
+//!
+//! ```text
+//! client                                       daemon
+//!   POST …/attach  Upgrade: tcp          ──▶
+//!                                        ◀──   101 UPGRADED, Upgrade: tcp, Content-Type: (raw|multiplexed)
+//!   stdin, then half-close               ──▶
+//!                                        ◀──   output: raw with a terminal, else frames of 8 bytes
+//!                                              [stream, 0, 0, 0, length as u32 big-endian] and the bytes
+//! ```
+//!
+//! On a connection that cannot be upgraded (HTTP/1.0, a request that is not a connection's first and says no
+//! `Upgrade`), the output is the response's body and stdin the request's.
+
+use std::io;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, Request, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::TryStreamExt;
+use hyper::ext::ReasonPhrase;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio_util::io::{ReaderStream, StreamReader};
+
+use crate::version::ApiVersion;
+
+/// Bytes copied at a time; also how far a slow client may be behind beyond the socket's own buffer.
+const BUFFER: usize = 32 * 1024;
+
+/// The media type of a container's output.
+pub fn media_type(terminal: bool, version: ApiVersion) -> HeaderValue {
+    if terminal || version < ApiVersion::minor(42) {
+        HeaderValue::from_static("application/vnd.docker.raw-stream")
+    } else {
+        HeaderValue::from_static("application/vnd.docker.multiplexed-stream")
+    }
+}
+
+/// One frame of a multiplexed stream.
+pub fn frame(stream: u8, payload: &[u8]) -> Bytes {
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    let mut out = Vec::with_capacity(8 + payload.len());
+    out.extend_from_slice(&[stream, 0, 0, 0]);
+    out.extend_from_slice(&length.to_be_bytes());
+    out.extend_from_slice(&payload[..length as usize]);
+    out.into()
+}
+
+/// Answers `request` by joining its connection with `container`.
+pub fn join<C>(mut request: Request<Body>, kind: HeaderValue, container: C) -> Response
+where
+    C: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let wants = request.headers().contains_key(header::UPGRADE);
+    if !wants || request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
+        return plain(request, kind, container);
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(client) => pump(TokioIo::new(client), container).await,
+            Err(error) => tracing::debug!(%error, "the client left before its connection was taken over"),
+        }
+    });
+    let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, kind);
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("tcp"));
+    response.extensions_mut().insert(ReasonPhrase::from_static(b"UPGRADED"));
+    response
+}
+
+fn plain<C>(request: Request<Body>, kind: HeaderValue, container: C) -> Response
+where
+    C: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (output, mut input) = tokio::io::split(container);
+    let mut body = StreamReader::new(request.into_body().into_data_stream().map_err(io::Error::other));
+    tokio::spawn(async move {
+        if tokio::io::copy(&mut body, &mut input).await.is_ok() {
+            let _ = input.shutdown().await;
+        }
+    });
+    let body = Body::from_stream(ReaderStream::with_capacity(output, BUFFER));
+    ([(header::CONTENT_TYPE, kind)], body).into_response()
+}
+
+/// Copies both ways until the container's side ends. The client's end of input is passed on as just that.
+async fn pump<A, B>(client: A, container: B)
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (mut from_container, mut to_container) = tokio::io::split(container);
+    let input = async {
+        let copied = copy(&mut from_client, &mut to_container).await;
+        if copied.is_ok() {
+            let _ = to_container.shutdown().await;
+        }
+        // Output goes on after the end of input, until the container closes it.
+        std::future::pending::<()>().await;
+    };
+    let output = async {
+        let _ = copy(&mut from_container, &mut to_client).await;
+        let _ = to_client.shutdown().await;
+    };
+    tokio::select! {
+        () = input => {}
+        () = output => {}
+    }
+}
+
+async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    use tokio::io::AsyncReadExt;
+    let mut buffer = vec![0u8; BUFFER];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        to.write_all(&buffer[..count]).await?;
+        // Each piece goes out at once: somebody may be typing.
+        to.flush().await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    #[tokio::test]
+    async fn output_flows_on_after_the_clients_end_of_input() {
+        let (client, here) = tokio::io::duplex(64);
+        let (container, there) = tokio::io::duplex(64);
+        let pumping = tokio::spawn(pump(here, there));
+        let (mut from_daemon, mut to_daemon) = tokio::io::split(client);
+        to_daemon.write_all(b"in").await.unwrap();
+        to_daemon.shutdown().await.unwrap();
+        let (mut stdin, mut stdout) = tokio::io::split(container);
+        let mut got = String::new();
+        stdin.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "in");
+        stdout.write_all(b"late output").await.unwrap();
+        stdout.shutdown().await.unwrap();
+        let mut got = String::new();
+        from_daemon.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "late output");
+        pumping.await.unwrap();
+    }
+
+    #[test]
+    fn a_frame_has_its_stream_and_length() {
+        assert_eq!(&frame(2, b"abc")[..], b"\x02\0\0\0\0\0\0\x03abc");
+    }
+}
