@@ -31,7 +31,10 @@ pub(crate) fn router() -> Router<Arc<Engine>> {
         .route("/session", post(session))
         .route("/grpc", post(session))
         .route("/containers/{name}/checkpoints", any(checkpoints))
-        .route("/containers/{name}/checkpoints/{checkpoint}", any(checkpoints))
+        .route(
+            "/containers/{name}/checkpoints/{checkpoint}",
+            any(checkpoints),
+        )
 }
 
 async fn swarm() -> Answer {
@@ -39,7 +42,10 @@ async fn swarm() -> Answer {
 }
 
 async fn plugins() -> Answer {
-    Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, "Docker plugins are not supported by Berth"))
+    Err(ApiError::new(
+        StatusCode::NOT_IMPLEMENTED,
+        "Docker plugins are not supported by Berth",
+    ))
 }
 
 async fn plugin(Path(rest): Path<String>) -> Answer {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::alphabet::URL_SAFE;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ApiError;
@@ -63,7 +63,12 @@ impl RegistryAuth {
             &base64::alphabet::STANDARD,
             GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
         );
-        let Ok(bytes) = standard.decode(&self.auth).or_else(|_| BASE64.decode(&self.auth)) else { return };
+        let Ok(bytes) = standard
+            .decode(&self.auth)
+            .or_else(|_| BASE64.decode(&self.auth))
+        else {
+            return;
+        };
         if let Some((user, password)) = String::from_utf8_lossy(&bytes).split_once(':') {
             self.username = user.to_owned();
             self.password = password.trim_end_matches('\0').to_owned();
@@ -101,7 +106,9 @@ fn decode<T: for<'a> Deserialize<'a>>(text: &str, header: &str) -> Result<T, Api
             c => c,
         })
         .collect();
-    let bytes = BASE64.decode(text).map_err(|error| wrong(error.to_string()))?;
+    let bytes = BASE64
+        .decode(text)
+        .map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&bytes).map_err(|error| wrong(error.to_string()))
 }
 
@@ -132,7 +139,10 @@ mod tests {
             base64::engine::general_purpose::STANDARD.encode(json),
         ] {
             let auth = RegistryAuth::from_header(Some(&text)).unwrap();
-            assert_eq!((auth.username.as_str(), auth.password.as_str()), ("u", "p?>~"));
+            assert_eq!(
+                (auth.username.as_str(), auth.password.as_str()),
+                ("u", "p?>~")
+            );
         }
         assert!(RegistryAuth::from_header(None).unwrap().is_anonymous());
         assert!(RegistryAuth::from_header(Some("{}")).is_err());
@@ -140,9 +150,15 @@ mod tests {
 
     #[test]
     fn a_folded_pair_is_unfolded_and_never_printed() {
-        let mut auth = RegistryAuth { auth: "dTpzZWNyZXQ=".into(), ..Default::default() };
+        let mut auth = RegistryAuth {
+            auth: "dTpzZWNyZXQ=".into(),
+            ..Default::default()
+        };
         auth.unfold();
-        assert_eq!((auth.username.as_str(), auth.password.as_str()), ("u", "secret"));
+        assert_eq!(
+            (auth.username.as_str(), auth.password.as_str()),
+            ("u", "secret")
+        );
         assert!(!format!("{auth:?}").contains("secret"));
     }
 

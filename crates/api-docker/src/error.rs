@@ -21,7 +21,11 @@ pub struct ApiError {
 impl ApiError {
     /// Any status with any text.
     pub fn new(status: StatusCode, message: impl Into<String>) -> ApiError {
-        ApiError { status, message: message.into(), fix: None }
+        ApiError {
+            status,
+            message: message.into(),
+            fix: None,
+        }
     }
 
     /// 400.

@@ -53,14 +53,21 @@ where
     C: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let wants = request.headers().contains_key(header::UPGRADE);
-    if !wants || request.extensions().get::<hyper::upgrade::OnUpgrade>().is_none() {
+    if !wants
+        || request
+            .extensions()
+            .get::<hyper::upgrade::OnUpgrade>()
+            .is_none()
+    {
         return plain(request, kind, container);
     }
     let upgrade = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrade.await {
             Ok(client) => pump(TokioIo::new(client), container).await,
-            Err(error) => tracing::debug!(%error, "the client left before its connection was taken over"),
+            Err(error) => {
+                tracing::debug!(%error, "the client left before its connection was taken over")
+            }
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
@@ -68,7 +75,9 @@ where
     headers.insert(header::CONTENT_TYPE, kind);
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("tcp"));
-    response.extensions_mut().insert(ReasonPhrase::from_static(b"UPGRADED"));
+    response
+        .extensions_mut()
+        .insert(ReasonPhrase::from_static(b"UPGRADED"));
     response
 }
 
@@ -77,7 +86,12 @@ where
     C: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (output, mut input) = tokio::io::split(container);
-    let mut body = StreamReader::new(request.into_body().into_data_stream().map_err(io::Error::other));
+    let mut body = StreamReader::new(
+        request
+            .into_body()
+            .into_data_stream()
+            .map_err(io::Error::other),
+    );
     tokio::spawn(async move {
         if tokio::io::copy(&mut body, &mut input).await.is_ok() {
             let _ = input.shutdown().await;
@@ -113,7 +127,10 @@ where
     }
 }
 
-async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+async fn copy(
+    from: &mut (impl AsyncRead + Unpin),
+    to: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
     use tokio::io::AsyncReadExt;
     let mut buffer = vec![0u8; BUFFER];
     loop {

@@ -54,19 +54,27 @@ pub(crate) fn credentials(headers: &HeaderMap) -> Result<Credentials, ApiError> 
 
 /// A body as a reader.
 pub(crate) fn reader(body: Body) -> engine::image::ArchiveReader {
-    Box::pin(StreamReader::new(body.into_data_stream().map_err(io::Error::other)))
+    Box::pin(StreamReader::new(
+        body.into_data_stream().map_err(io::Error::other),
+    ))
 }
 
 /// `"linux/arm64/v8"`, or JSON as newer clients send it; empty is this host's.
 pub(crate) fn platform(params: &Params) -> Result<String, ApiError> {
-    let Some(text) = params.get("platform") else { return Ok(String::new()) };
+    let Some(text) = params.get("platform") else {
+        return Ok(String::new());
+    };
     if !text.starts_with('{') {
         return Ok(text.to_owned());
     }
     let fields: BTreeMap<String, Value> = params.json("platform")?.unwrap_or_default();
     let field = |name: &str| fields.get(name).and_then(Value::as_str).unwrap_or_default();
     let all = [field("os"), field("architecture"), field("variant")];
-    Ok(all.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/"))
+    Ok(all
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join("/"))
 }
 
 async fn list(
@@ -78,7 +86,9 @@ async fn list(
     if let Some(name) = params.get("filter") {
         filters.add("reference", name);
     }
-    let images = engine.list_images(params.flag("all"), filters, params.flag("shared-size")).await?;
+    let images = engine
+        .list_images(params.flag("all"), filters, params.flag("shared-size"))
+        .await?;
     let mut rows = serde_json::to_value(images).map_err(internal)?;
     if version < ApiVersion::minor(44) {
         for row in rows.as_array_mut().into_iter().flatten() {
@@ -109,7 +119,9 @@ async fn create(
         };
         let credentials = credentials(&headers)?;
         return progress::respond(move |lines, cancel| async move {
-            engine.pull_image(&name, &platform, credentials, Arc::new(lines), cancel).await?;
+            engine
+                .pull_image(&name, &platform, credentials, Arc::new(lines), cancel)
+                .await?;
             Ok(())
         })
         .await;
@@ -122,19 +134,32 @@ async fn create(
                 "importing from a URL is not supported: fetch it, and import it from standard input (docker import -)",
             ));
         }
-        None => return Err(ApiError::bad_request("one of the parameters fromImage and fromSrc is needed")),
+        None => {
+            return Err(ApiError::bad_request(
+                "one of the parameters fromImage and fromSrc is needed",
+            ));
+        }
     }
     let options = ImportOptions {
         repository: params.text("repo"),
         tag: params.text("tag"),
         message: params.text("message"),
         platform,
-        changes: params.all("changes").into_iter().filter(|change| !change.is_empty()).collect(),
+        changes: params
+            .all("changes")
+            .into_iter()
+            .filter(|change| !change.is_empty())
+            .collect(),
     };
     let archive = reader(body);
     progress::respond(move |lines, cancel| async move {
-        let id = engine.import_image(archive, options, Arc::new(lines.clone()), cancel).await?;
-        lines.send(&progress::Line { status: Some(id), ..Default::default() });
+        let id = engine
+            .import_image(archive, options, Arc::new(lines.clone()), cancel)
+            .await?;
+        lines.send(&progress::Line {
+            status: Some(id),
+            ..Default::default()
+        });
         Ok(())
     })
     .await
@@ -161,11 +186,18 @@ async fn load(State(engine): State<Arc<Engine>>, params: Params, body: Body) -> 
 }
 
 async fn save(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
-    let names: Vec<String> = params.all("names").into_iter().filter(|name| !name.is_empty()).collect();
+    let names: Vec<String> = params
+        .all("names")
+        .into_iter()
+        .filter(|name| !name.is_empty())
+        .collect();
     if names.is_empty() {
         return Err(ApiError::bad_request("parameter names is missing"));
     }
-    Ok(streamed("application/x-tar", engine.save_images(names).await?))
+    Ok(streamed(
+        "application/x-tar",
+        engine.save_images(names).await?,
+    ))
 }
 
 async fn prune(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
@@ -188,28 +220,37 @@ async fn one(
     request: Request,
 ) -> Answer {
     if request.method() == Method::DELETE {
-        let deleted = engine.remove_image(&rest, params.flag("force"), !params.flag("noprune")).await?;
+        let deleted = engine
+            .remove_image(&rest, params.flag("force"), !params.flag("noprune"))
+            .await?;
         return Ok(Json(deleted).into_response());
     }
-    let Some((name, verb)) = rest.rsplit_once('/') else { return Err(crate::no_such_page()) };
+    let Some((name, verb)) = rest.rsplit_once('/') else {
+        return Err(crate::no_such_page());
+    };
     match (request.method(), verb) {
         (&Method::GET, "json") => {
             let image = engine.inspect_image(name).await?;
             Ok(Json(inspect_as_of(&image, version)?).into_response())
         }
         (&Method::GET, "history") => Ok(Json(engine.image_history(name).await?).into_response()),
-        (&Method::GET, "get") => {
-            Ok(streamed("application/x-tar", engine.save_images(vec![name.to_owned()]).await?))
-        }
+        (&Method::GET, "get") => Ok(streamed(
+            "application/x-tar",
+            engine.save_images(vec![name.to_owned()]).await?,
+        )),
         (&Method::POST, "tag") => {
-            engine.tag_image(name, &params.text("repo"), &params.text("tag")).await?;
+            engine
+                .tag_image(name, &params.text("repo"), &params.text("tag"))
+                .await?;
             Ok(StatusCode::CREATED.into_response())
         }
         (&Method::POST, "push") => {
             let credentials = credentials(request.headers())?;
             let (name, tag) = (name.to_owned(), params.text("tag"));
             progress::respond(move |lines, cancel| async move {
-                engine.push_image(&name, &tag, credentials, Arc::new(lines), cancel).await?;
+                engine
+                    .push_image(&name, &tag, credentials, Arc::new(lines), cancel)
+                    .await?;
                 Ok(())
             })
             .await
@@ -236,7 +277,9 @@ async fn distribution(
     Path(rest): Path<String>,
     headers: HeaderMap,
 ) -> Answer<Response> {
-    let Some(name) = rest.strip_suffix("/json") else { return Err(crate::no_such_page()) };
+    let Some(name) = rest.strip_suffix("/json") else {
+        return Err(crate::no_such_page());
+    };
     let found = engine.distribution(name, credentials(&headers)?).await?;
     Ok(Json(found).into_response())
 }

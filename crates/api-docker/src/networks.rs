@@ -35,7 +35,11 @@ async fn list(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
     Ok(Json(networks).into_response())
 }
 
-async fn inspect(State(engine): State<Arc<Engine>>, Path(id): Path<String>, params: Params) -> Answer {
+async fn inspect(
+    State(engine): State<Arc<Engine>>,
+    Path(id): Path<String>,
+    params: Params,
+) -> Answer {
     if params.get("scope").is_some_and(|scope| scope != "local") {
         return Err(ApiError::not_found(format!("network {id} not found")));
     }
@@ -43,7 +47,9 @@ async fn inspect(State(engine): State<Arc<Engine>>, Path(id): Path<String>, para
 }
 
 async fn create(State(engine): State<Arc<Engine>>, body: JsonBody<NetworkCreate>) -> Answer {
-    let created = engine.create_network(body.required("the body is missing")?).await?;
+    let created = engine
+        .create_network(body.required("the body is missing")?)
+        .await?;
     Ok((StatusCode::CREATED, Json(created)).into_response())
 }
 
@@ -62,7 +68,13 @@ async fn connect(
     body: JsonBody<Connect>,
 ) -> Answer {
     let body = body.0.unwrap_or_default();
-    engine.connect_network(&id, &body.container, body.endpoint_config.unwrap_or_default()).await?;
+    engine
+        .connect_network(
+            &id,
+            &body.container,
+            body.endpoint_config.unwrap_or_default(),
+        )
+        .await?;
     Ok(StatusCode::OK.into_response())
 }
 
@@ -72,7 +84,9 @@ async fn disconnect(
     body: JsonBody<Connect>,
 ) -> Answer {
     let body = body.0.unwrap_or_default();
-    engine.disconnect_network(&id, &body.container, body.force).await?;
+    engine
+        .disconnect_network(&id, &body.container, body.force)
+        .await?;
     Ok(StatusCode::OK.into_response())
 }
 

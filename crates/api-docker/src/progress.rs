@@ -5,9 +5,9 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
@@ -78,21 +78,33 @@ impl Lines {
 
     /// A piece of a builder's output.
     pub fn stream(&self, text: impl Into<String>) {
-        self.send(&Line { stream: Some(text.into()), ..Line::default() });
+        self.send(&Line {
+            stream: Some(text.into()),
+            ..Line::default()
+        });
     }
 
     /// A result for programs.
     pub fn aux(&self, value: serde_json::Value) {
-        self.send(&Line { aux: Some(value), ..Line::default() });
+        self.send(&Line {
+            aux: Some(value),
+            ..Line::default()
+        });
     }
 
     fn is_due(&self, event: &Event) -> bool {
-        let mut last = self.inner.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut last = self
+            .inner
+            .last
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let now = Instant::now();
         let finished = event.current.is_some() && event.current == event.total;
         match last.get(&event.id) {
             Some((status, when)) if *status == event.status && !finished => {
-                if now.duration_since(*when) < PACE || self.inner.waiting.load(Ordering::Relaxed) > BACKLOG {
+                if now.duration_since(*when) < PACE
+                    || self.inner.waiting.load(Ordering::Relaxed) > BACKLOG
+                {
                     return false;
                 }
             }
@@ -112,7 +124,10 @@ impl Progress for Lines {
         let about = !event.id.is_empty();
         self.send(&Line {
             status: Some(event.status),
-            detail: about.then_some(Detail { current: event.current, total: event.total }),
+            detail: about.then_some(Detail {
+                current: event.current,
+                total: event.total,
+            }),
             progress: bar,
             id: about.then_some(event.id),
             ..Line::default()
@@ -129,7 +144,13 @@ fn bar(current: u64, total: Option<u64>) -> String {
     let filled = (current as u128 * 50 / total as u128) as usize;
     let head = if filled < 50 { ">" } else { "" };
     let space = 50 - filled - head.len();
-    format!("[{}{head}{}] {:>8}/{}", "=".repeat(filled), " ".repeat(space), size(current), size(total))
+    format!(
+        "[{}{head}{}] {:>8}/{}",
+        "=".repeat(filled),
+        " ".repeat(space),
+        size(current),
+        size(total)
+    )
 }
 
 /// Cancels when the response body is dropped before its end.
@@ -152,8 +173,14 @@ where
 {
     let (sender, mut receiver) = unbounded_channel();
     let waiting = Arc::new(AtomicUsize::new(0));
-    let inner = Inner { sender, waiting: waiting.clone(), last: Mutex::default() };
-    let lines = Lines { inner: Arc::new(inner) };
+    let inner = Inner {
+        sender,
+        waiting: waiting.clone(),
+        last: Mutex::default(),
+    };
+    let lines = Lines {
+        inner: Arc::new(inner),
+    };
     let cancel = Cancel::default();
     let guard = Guard(cancel.clone());
     let mut task = tokio::spawn(operation(lines, cancel));
@@ -203,7 +230,10 @@ fn drain(receiver: &mut UnboundedReceiver<Bytes>) -> Vec<u8> {
 fn outcome(ended: Result<Result<(), ApiError>, tokio::task::JoinError>) -> Result<(), ApiError> {
     ended.unwrap_or_else(|error| {
         tracing::error!(%error, "an operation ended by a defect");
-        Err(ApiError::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, "the operation ended by a defect of the daemon; its log has more"))
+        Err(ApiError::new(
+            axum::http::StatusCode::INTERNAL_SERVER_ERROR,
+            "the operation ended by a defect of the daemon; its log has more",
+        ))
     })
 }
 
@@ -228,7 +258,9 @@ mod tests {
     use super::*;
 
     async fn text(answer: Answer) -> String {
-        let bytes = axum::body::to_bytes(answer.unwrap().into_body(), 1 << 20).await.unwrap();
+        let bytes = axum::body::to_bytes(answer.unwrap().into_body(), 1 << 20)
+            .await
+            .unwrap();
         String::from_utf8(bytes.to_vec()).unwrap()
     }
 
@@ -243,7 +275,10 @@ mod tests {
         });
         let late = text(late.await).await;
         assert!(late.starts_with("{\"status\":\"begun\"}\r\n"), "{late}");
-        assert!(late.ends_with("{\"errorDetail\":{\"message\":\"gone\"},\"error\":\"gone\"}\r\n"), "{late}");
+        assert!(
+            late.ends_with("{\"errorDetail\":{\"message\":\"gone\"},\"error\":\"gone\"}\r\n"),
+            "{late}"
+        );
     }
 
     #[tokio::test]
@@ -272,6 +307,9 @@ mod tests {
             Ok(())
         });
         drop(answer.await);
-        tokio::time::timeout(Duration::from_secs(10), was).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(10), was)
+            .await
+            .unwrap()
+            .unwrap();
     }
 }

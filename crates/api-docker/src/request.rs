@@ -19,7 +19,11 @@ pub struct Params(Vec<(String, String)>);
 impl Params {
     /// The first value of `name`; `None` where absent or empty.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str()).filter(|v| !v.is_empty())
+        self.0
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
+            .filter(|v| !v.is_empty())
     }
 
     /// The first value of `name`, or the empty text.
@@ -29,7 +33,11 @@ impl Params {
 
     /// All values of `name`.
     pub fn all(&self, name: &str) -> Vec<String> {
-        self.0.iter().filter(|(key, _)| key == name).map(|(_, value)| value.clone()).collect()
+        self.0
+            .iter()
+            .filter(|(key, _)| key == name)
+            .map(|(_, value)| value.clone())
+            .collect()
     }
 
     /// Whether `name` is true: present, and none of `0`, `no`, `false`, `none`.
@@ -39,7 +47,10 @@ impl Params {
 
     /// [`Params::flag`] with what an absent one means.
     pub fn flag_or(&self, name: &str, absent: bool) -> bool {
-        match self.get(name).map(|value| value.trim().to_ascii_lowercase()) {
+        match self
+            .get(name)
+            .map(|value| value.trim().to_ascii_lowercase())
+        {
             None => absent,
             Some(value) => !matches!(value.as_str(), "" | "0" | "no" | "false" | "none"),
         }
@@ -50,10 +61,14 @@ impl Params {
     /// # Errors
     /// 400 for anything else.
     pub fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, ApiError> {
-        let Some(text) = self.get(name) else { return Ok(None) };
-        text.parse()
-            .map(Some)
-            .map_err(|_| ApiError::bad_request(format!("invalid value {text:?} of parameter {name}: a number is wanted")))
+        let Some(text) = self.get(name) else {
+            return Ok(None);
+        };
+        text.parse().map(Some).map_err(|_| {
+            ApiError::bad_request(format!(
+                "invalid value {text:?} of parameter {name}: a number is wanted"
+            ))
+        })
     }
 
     /// A point in time; `0` and an empty text are none.
@@ -63,9 +78,9 @@ impl Params {
     pub fn moment(&self, name: &str) -> Result<Option<jiff::Timestamp>, ApiError> {
         match self.get(name) {
             None | Some("0") => Ok(None),
-            Some(text) => base::time::parse_moment(text)
-                .map(Some)
-                .map_err(|error| ApiError::bad_request(format!("invalid value for {name:?}: {error}"))),
+            Some(text) => base::time::parse_moment(text).map(Some).map_err(|error| {
+                ApiError::bad_request(format!("invalid value for {name:?}: {error}"))
+            }),
         }
     }
 
@@ -82,9 +97,12 @@ impl Params {
     /// # Errors
     /// 400 where it is malformed.
     pub fn json<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, ApiError> {
-        let Some(text) = self.get(name) else { return Ok(None) };
-        serde_json::from_str(text)
-            .map_err(|error| ApiError::bad_request(format!("invalid JSON in parameter {name}: {error}")))
+        let Some(text) = self.get(name) else {
+            return Ok(None);
+        };
+        serde_json::from_str(text).map_err(|error| {
+            ApiError::bad_request(format!("invalid JSON in parameter {name}: {error}"))
+        })
     }
 }
 
@@ -145,14 +163,22 @@ pub async fn read_limited(body: Body, limit: usize) -> Result<Bytes, ApiError> {
 ///
 /// # Errors
 /// 400 with what is wrong.
-pub fn parse_json<T: DeserializeOwned>(headers: &HeaderMap, bytes: &[u8]) -> Result<Option<T>, ApiError> {
+pub fn parse_json<T: DeserializeOwned>(
+    headers: &HeaderMap,
+    bytes: &[u8],
+) -> Result<Option<T>, ApiError> {
     if bytes.is_empty() {
         return Ok(None);
     }
-    let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let kind = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let essence = kind.split(';').next().unwrap_or_default().trim();
     if essence.is_empty() {
-        return Err(ApiError::bad_request("malformed Content-Type header (): mime: no media type"));
+        return Err(ApiError::bad_request(
+            "malformed Content-Type header (): mime: no media type",
+        ));
     }
     if !essence.eq_ignore_ascii_case("application/json") {
         return Err(ApiError::bad_request(format!(
@@ -161,14 +187,21 @@ pub fn parse_json<T: DeserializeOwned>(headers: &HeaderMap, bytes: &[u8]) -> Res
     }
     let mut values = serde_json::Deserializer::from_slice(bytes).into_iter::<Option<T>>();
     let value = match values.next() {
-        None => return Err(ApiError::bad_request("invalid JSON: got EOF while reading request body")),
+        None => {
+            return Err(ApiError::bad_request(
+                "invalid JSON: got EOF while reading request body",
+            ));
+        }
         Some(Err(error)) if error.is_eof() => {
             return Err(ApiError::bad_request("invalid JSON: unexpected EOF"));
         }
         Some(Err(error)) => return Err(ApiError::bad_request(format!("invalid JSON: {error}"))),
         Some(Ok(value)) => value,
     };
-    if bytes[values.byte_offset()..].iter().any(|b| !b.is_ascii_whitespace()) {
+    if bytes[values.byte_offset()..]
+        .iter()
+        .any(|b| !b.is_ascii_whitespace())
+    {
         return Err(ApiError::bad_request("unexpected content after JSON"));
     }
     Ok(value)
@@ -182,7 +215,10 @@ pub fn header_text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 /// Fuzz entry: any body of a container's creation is read or refused.
 pub fn fuzz_json_body(data: &[u8]) {
     let mut headers = HeaderMap::new();
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static("application/json"),
+    );
     if let Ok(Some(value)) = parse_json::<serde_json::Value>(&headers, data) {
         let _ = crate::containers::CreateBody::try_from(value);
     }
@@ -204,18 +240,37 @@ mod tests {
     fn bodies_are_refused_in_dockerds_words() {
         let message = |result: Result<_, ApiError>| result.unwrap_err().message;
         assert_eq!(json("text/plain", "").unwrap(), None);
-        assert!(message(json("text/plain", "{}")).starts_with("unsupported Content-Type header (text/plain)"));
+        assert!(
+            message(json("text/plain", "{}"))
+                .starts_with("unsupported Content-Type header (text/plain)")
+        );
         assert!(message(json("application/json", "{")).starts_with("invalid JSON: "));
-        assert_eq!(message(json("application/json", " ")), "invalid JSON: got EOF while reading request body");
-        assert_eq!(message(json("application/json", "{} {}")), "unexpected content after JSON");
-        assert!(json("application/json; charset=utf-8", "{}\n").unwrap().is_some());
+        assert_eq!(
+            message(json("application/json", " ")),
+            "invalid JSON: got EOF while reading request body"
+        );
+        assert_eq!(
+            message(json("application/json", "{} {}")),
+            "unexpected content after JSON"
+        );
+        assert!(
+            json("application/json; charset=utf-8", "{}\n")
+                .unwrap()
+                .is_some()
+        );
         assert!(message(json("", "{}")).starts_with("malformed Content-Type"));
     }
 
     #[test]
     fn truth_is_what_go_clients_call_it() {
-        let params = Params(vec![("a".into(), "1".into()), ("b".into(), "False".into()), ("c".into(), "".into())]);
-        assert!(params.flag("a") && !params.flag("b") && !params.flag("c") && params.flag_or("d", true));
+        let params = Params(vec![
+            ("a".into(), "1".into()),
+            ("b".into(), "False".into()),
+            ("c".into(), "".into()),
+        ]);
+        assert!(
+            params.flag("a") && !params.flag("b") && !params.flag("c") && params.flag_or("d", true)
+        );
     }
 
     proptest! {

@@ -34,7 +34,12 @@ pub async fn serve(
     let stop = shutdown.child_token();
     let mut acceptors = tokio::task::JoinSet::new();
     for listener in listeners {
-        acceptors.spawn(accept(listener, router.clone(), stop.clone(), connections.clone()));
+        acceptors.spawn(accept(
+            listener,
+            router.clone(),
+            stop.clone(),
+            connections.clone(),
+        ));
     }
     let mut outcome = Ok(());
     while let Some(ended) = acceptors.join_next().await {
@@ -77,8 +82,10 @@ async fn accept(
 fn passing(error: &io::Error) -> bool {
     use io::ErrorKind as E;
     // EMFILE, ENFILE, ENOBUFS and ENOMEM have no stable kinds of their own.
-    matches!(error.kind(), E::ConnectionAborted | E::ConnectionReset | E::Interrupted | E::OutOfMemory)
-        || matches!(error.raw_os_error(), Some(23 | 24 | 105))
+    matches!(
+        error.kind(),
+        E::ConnectionAborted | E::ConnectionReset | E::Interrupted | E::OutOfMemory
+    ) || matches!(error.raw_os_error(), Some(23 | 24 | 105))
 }
 
 async fn connection(stream: UnixStream, router: Router, stop: CancellationToken) {

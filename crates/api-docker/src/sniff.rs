@@ -43,7 +43,11 @@ enum Input {
     /// Bytes already read, to be given to hyper; then all the rest.
     Replay(BytesMut),
     /// A hijack: `now` belongs to the request, what follows to the stream, after the answer.
-    Hijack { now: BytesMut, body_left: usize, after: BytesMut },
+    Hijack {
+        now: BytesMut,
+        body_left: usize,
+        after: BytesMut,
+    },
     Pass,
 }
 
@@ -51,7 +55,10 @@ enum Input {
 enum Output {
     Pass,
     /// The head of the answer to a hijack; `legacy` wants its 101 turned into a 200.
-    Head { seen: BytesMut, legacy: bool },
+    Head {
+        seen: BytesMut,
+        legacy: bool,
+    },
     /// A head that was looked at, on its way out.
     Drain(BytesMut),
 }
@@ -64,7 +71,11 @@ pub enum Head {
     /// Any request but a hijack.
     Ordinary,
     /// Attach or exec start; its head is `length` bytes long, its body `body`.
-    Hijack { length: usize, body: usize, upgrade: bool },
+    Hijack {
+        length: usize,
+        body: usize,
+        upgrade: bool,
+    },
 }
 
 /// Reads the head of a request (RFC 9112) just far enough to know a hijack.
@@ -75,9 +86,15 @@ pub fn read_head(bytes: &[u8]) -> Head {
         return Head::Ordinary;
     }
     let Some(end) = bytes.windows(4).position(|w| w == b"\r\n\r\n") else {
-        return if bytes.len() > LONGEST_HEAD { Head::Ordinary } else { Head::Incomplete };
+        return if bytes.len() > LONGEST_HEAD {
+            Head::Ordinary
+        } else {
+            Head::Incomplete
+        };
     };
-    let Ok(text) = std::str::from_utf8(&bytes[..end]) else { return Head::Ordinary };
+    let Ok(text) = std::str::from_utf8(&bytes[..end]) else {
+        return Head::Ordinary;
+    };
     let mut lines = text.split("\r\n");
     let mut request = lines.next().unwrap_or_default().split(' ');
     let path = request.nth(1).unwrap_or_default();
@@ -87,7 +104,9 @@ pub fn read_head(bytes: &[u8]) -> Head {
     }
     let (mut body, mut upgrade) = (0, false);
     for line in lines {
-        let Some((name, value)) = line.split_once(':') else { return Head::Ordinary };
+        let Some((name, value)) = line.split_once(':') else {
+            return Head::Ordinary;
+        };
         match name.to_ascii_lowercase().as_str() {
             "content-length" => match value.trim().parse::<usize>() {
                 Ok(length) if length <= 1 << 20 => body = length,
@@ -99,22 +118,37 @@ pub fn read_head(bytes: &[u8]) -> Head {
             _ => {}
         }
     }
-    Head::Hijack { length: end + 4, body, upgrade }
+    Head::Hijack {
+        length: end + 4,
+        body,
+        upgrade,
+    }
 }
 
 fn is_hijack(path: &str) -> bool {
     let mut parts = path.trim_start_matches('/').split('/').peekable();
-    if parts.peek().is_some_and(|p| p.starts_with('v') && p[1..].starts_with(|c: char| c.is_ascii_digit())) {
+    if parts
+        .peek()
+        .is_some_and(|p| p.starts_with('v') && p[1..].starts_with(|c: char| c.is_ascii_digit()))
+    {
         parts.next();
     }
     let parts: Vec<&str> = parts.collect();
-    matches!(parts[..], ["containers", _, "attach"] | ["exec", _, "start"])
+    matches!(
+        parts[..],
+        ["containers", _, "attach"] | ["exec", _, "start"]
+    )
 }
 
 impl<S> Sniffed<S> {
     /// Wraps a fresh connection.
     pub fn new(socket: S) -> Sniffed<S> {
-        Sniffed { socket, input: Input::Head(BytesMut::new()), output: Output::Pass, reader: None }
+        Sniffed {
+            socket,
+            input: Input::Head(BytesMut::new()),
+            output: Output::Pass,
+            reader: None,
+        }
     }
 
     fn head_done(&mut self, mut seen: BytesMut, at_end: bool) -> bool {
@@ -124,7 +158,11 @@ impl<S> Sniffed<S> {
                 return false;
             }
             Head::Incomplete | Head::Ordinary => self.input = Input::Replay(seen),
-            Head::Hijack { length, body, upgrade } => {
+            Head::Hijack {
+                length,
+                body,
+                upgrade,
+            } => {
                 let mut rest = seen.split_off(length);
                 let mut now = seen;
                 if !upgrade {
@@ -133,8 +171,15 @@ impl<S> Sniffed<S> {
                 }
                 let inside = rest.len().min(body);
                 now.extend_from_slice(&rest.split_to(inside));
-                self.input = Input::Hijack { now, body_left: body - inside, after: rest };
-                self.output = Output::Head { seen: BytesMut::new(), legacy: !upgrade };
+                self.input = Input::Hijack {
+                    now,
+                    body_left: body - inside,
+                    after: rest,
+                };
+                self.output = Output::Head {
+                    seen: BytesMut::new(),
+                    legacy: !upgrade,
+                };
             }
         }
         true
@@ -174,7 +219,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sniffed<S> {
                     seen.extend_from_slice(fresh.filled());
                     this.head_done(seen, at_end);
                 }
-                Input::Hijack { now, body_left, after } => {
+                Input::Hijack {
+                    now,
+                    body_left,
+                    after,
+                } => {
                     if !now.is_empty() {
                         give(now, buffer);
                         return Poll::Ready(Ok(()));
@@ -206,7 +255,11 @@ fn without_upgrade(head: &[u8]) -> BytesMut {
     let text = String::from_utf8_lossy(head);
     let mut out = BytesMut::from(&b"HTTP/1.1 200 OK\r\n"[..]);
     for line in text.split("\r\n").skip(1).filter(|line| !line.is_empty()) {
-        let name = line.split(':').next().unwrap_or_default().to_ascii_lowercase();
+        let name = line
+            .split(':')
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase();
         if name != "connection" && name != "upgrade" {
             out.put_slice(line.as_bytes());
             out.put_slice(b"\r\n");
@@ -233,13 +286,20 @@ impl<S: AsyncWrite + Unpin> Sniffed<S> {
     }
 
     fn look_at(&mut self, bytes: &[u8]) {
-        let Output::Head { seen, legacy } = &mut self.output else { return };
+        let Output::Head { seen, legacy } = &mut self.output else {
+            return;
+        };
         seen.extend_from_slice(bytes);
-        let Some(end) = seen.windows(4).position(|w| w == b"\r\n\r\n") else { return };
+        let Some(end) = seen.windows(4).position(|w| w == b"\r\n\r\n") else {
+            return;
+        };
         let mut seen = std::mem::take(seen);
         let rest = seen.split_off(end + 4);
-        let mut out =
-            if *legacy && seen.starts_with(b"HTTP/1.1 101") { without_upgrade(&seen) } else { seen };
+        let mut out = if *legacy && seen.starts_with(b"HTTP/1.1 101") {
+            without_upgrade(&seen)
+        } else {
+            seen
+        };
         out.unsplit(rest);
         self.output = Output::Drain(out);
         if let Some(waker) = self.reader.take() {
@@ -272,7 +332,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Sniffed<S> {
         if matches!(this.output, Output::Pass) {
             return Pin::new(&mut this.socket).poll_write_vectored(cx, parts);
         }
-        let first = parts.iter().find(|part| !part.is_empty()).map_or(&[][..], |part| &part[..]);
+        let first = parts
+            .iter()
+            .find(|part| !part.is_empty())
+            .map_or(&[][..], |part| &part[..]);
         Pin::new(this).poll_write(cx, first)
     }
 
@@ -313,11 +376,31 @@ mod tests {
     #[test]
     fn only_attach_and_exec_start_are_hijacks() {
         let attach = b"POST /v1.41/containers/a/attach?stream=1 HTTP/1.1\r\nHost: x\r\n\r\n";
-        assert_eq!(read_head(attach), Head::Hijack { length: attach.len(), body: 0, upgrade: false });
+        assert_eq!(
+            read_head(attach),
+            Head::Hijack {
+                length: attach.len(),
+                body: 0,
+                upgrade: false
+            }
+        );
         let exec = b"POST /exec/a/start HTTP/1.1\r\nUpgrade: tcp\r\nContent-Length: 2\r\n\r\n{}";
-        assert_eq!(read_head(exec), Head::Hijack { length: exec.len() - 2, body: 2, upgrade: true });
-        assert_eq!(read_head(b"GET /exec/a/start HTTP/1.1\r\n\r\n"), Head::Ordinary);
-        assert_eq!(read_head(b"POST /containers/a/start HTTP/1.1\r\n\r\n"), Head::Ordinary);
+        assert_eq!(
+            read_head(exec),
+            Head::Hijack {
+                length: exec.len() - 2,
+                body: 2,
+                upgrade: true
+            }
+        );
+        assert_eq!(
+            read_head(b"GET /exec/a/start HTTP/1.1\r\n\r\n"),
+            Head::Ordinary
+        );
+        assert_eq!(
+            read_head(b"POST /containers/a/start HTTP/1.1\r\n\r\n"),
+            Head::Ordinary
+        );
         assert_eq!(read_head(b"PO"), Head::Incomplete);
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::Json;
 use axum::Router;
 use axum::body::Bytes;
@@ -9,7 +10,6 @@ use axum::extract::State;
 use axum::http::{HeaderName, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use axum::Extension;
 use engine::Engine;
 use engine::system::UsageKind;
 use futures_util::StreamExt;
@@ -67,10 +67,17 @@ async fn disk_usage(
     params: Params,
 ) -> Answer {
     let kinds = params.all("type");
-    let kinds = kinds.iter().map(|kind| kind.parse::<UsageKind>()).collect::<Result<Vec<_>, _>>()?;
+    let kinds = kinds
+        .iter()
+        .map(|kind| kind.parse::<UsageKind>())
+        .collect::<Result<Vec<_>, _>>()?;
     let usage = engine.disk_usage(&kinds).await?;
-    let mut value = serde_json::to_value(usage)
-        .map_err(|error| ApiError::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let mut value = serde_json::to_value(usage).map_err(|error| {
+        ApiError::new(
+            axum::http::StatusCode::INTERNAL_SERVER_ERROR,
+            error.to_string(),
+        )
+    })?;
     if version < ApiVersion::minor(42) {
         value["BuilderSize"] = 0.into();
     }
@@ -82,5 +89,8 @@ async fn auth(State(engine): State<Arc<Engine>>, body: JsonBody<RegistryAuth>) -
     auth.unfold();
     let server = auth.serveraddress.clone();
     let token = engine.authenticate(&server, auth.into()).await?;
-    Ok(Json(serde_json::json!({ "Status": "Login Succeeded", "IdentityToken": token })).into_response())
+    Ok(
+        Json(serde_json::json!({ "Status": "Login Succeeded", "IdentityToken": token }))
+            .into_response(),
+    )
 }

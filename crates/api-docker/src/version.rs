@@ -14,9 +14,15 @@ use tower::Service;
 use crate::error::ApiError;
 
 /// The version of the Docker Engine API that is spoken unless the path names another.
-pub const CURRENT: ApiVersion = ApiVersion { major: 1, minor: 50 };
+pub const CURRENT: ApiVersion = ApiVersion {
+    major: 1,
+    minor: 50,
+};
 /// The oldest version a path may name.
-pub const OLDEST: ApiVersion = ApiVersion { major: 1, minor: 24 };
+pub const OLDEST: ApiVersion = ApiVersion {
+    major: 1,
+    minor: 24,
+};
 
 /// The API version of a request, found among its extensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,7 +53,10 @@ pub fn split(path: &str) -> Option<(ApiVersion, &str)> {
         return None;
     }
     let number = |text: &str| text.parse::<u16>().unwrap_or(u16::MAX);
-    let version = ApiVersion { major: number(major), minor: number(minor) };
+    let version = ApiVersion {
+        major: number(major),
+        minor: number(minor),
+    };
     Some((version, &path[path.len() - rest.len() - 1..]))
 }
 
@@ -87,7 +96,10 @@ impl Service<Request<Body>> for Versioned {
                 ("api-version", text(CURRENT.to_string())),
                 ("docker-experimental", text("false".into())),
                 ("ostype", text("linux".into())),
-                ("server", text(format!("Berth/{} (linux)", env!("CARGO_PKG_VERSION")))),
+                (
+                    "server",
+                    text(format!("Berth/{} (linux)", env!("CARGO_PKG_VERSION"))),
+                ),
             ] {
                 if let Some(value) = value {
                     headers.insert(name, value);
@@ -99,7 +111,9 @@ impl Service<Request<Body>> for Versioned {
 }
 
 fn take_version(request: &mut Request<Body>) -> Result<ApiVersion, ApiError> {
-    let Some((version, rest)) = split(request.uri().path()) else { return Ok(CURRENT) };
+    let Some((version, rest)) = split(request.uri().path()) else {
+        return Ok(CURRENT);
+    };
     if version < OLDEST {
         return Err(ApiError::bad_request(format!(
             "client version {version} is too old. Minimum supported API version is {OLDEST}, please upgrade your client to a newer version"
@@ -115,8 +129,10 @@ fn take_version(request: &mut Request<Body>) -> Result<ApiVersion, ApiError> {
         None => rest.to_owned(),
     };
     let mut parts = request.uri().clone().into_parts();
-    parts.path_and_query =
-        Some(rest.parse().map_err(|error| ApiError::bad_request(format!("malformed path: {error}")))?);
+    parts.path_and_query = Some(
+        rest.parse()
+            .map_err(|error| ApiError::bad_request(format!("malformed path: {error}")))?,
+    );
     *request.uri_mut() = Uri::from_parts(parts)
         .map_err(|error| ApiError::bad_request(format!("malformed path: {error}")))?;
     Ok(version)
@@ -130,7 +146,10 @@ mod tests {
     #[test]
     fn a_version_is_split_off_and_nothing_else_is() {
         assert_eq!(split("/v1.41/info"), Some((ApiVersion::minor(41), "/info")));
-        assert_eq!(split("/v1.41/volumes/a/b"), Some((ApiVersion::minor(41), "/volumes/a/b")));
+        assert_eq!(
+            split("/v1.41/volumes/a/b"),
+            Some((ApiVersion::minor(41), "/volumes/a/b"))
+        );
         assert_eq!(split("/volumes/a"), None);
         assert_eq!(split("/version"), None);
         assert_eq!(split("/v1.x/info"), None);

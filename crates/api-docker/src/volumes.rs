@@ -39,10 +39,17 @@ async fn inspect(State(engine): State<Arc<Engine>>, Path(name): Path<String>) ->
 /// Only cluster volumes can be updated, and there is no cluster.
 async fn update(State(engine): State<Arc<Engine>>, Path(name): Path<String>) -> Answer {
     engine.volumes().get(&name)?;
-    Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, crate::absent::NO_SWARM))
+    Err(ApiError::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        crate::absent::NO_SWARM,
+    ))
 }
 
-async fn remove(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
+async fn remove(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
     engine.remove_volume(&name, params.flag("force")).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }

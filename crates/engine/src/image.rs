@@ -124,7 +124,9 @@ pub struct ImportOptions {
 }
 
 fn absent<T>() -> Result<T> {
-    Err(Error::Unsupported("the image store is not in this build".into()))
+    Err(Error::Unsupported(
+        "the image store is not in this build".into(),
+    ))
 }
 
 impl Engine {
@@ -162,7 +164,12 @@ impl Engine {
     }
 
     /// Gives it another name.
-    pub async fn tag_image(self: &Arc<Self>, name: &str, repository: &str, tag: &str) -> Result<()> {
+    pub async fn tag_image(
+        self: &Arc<Self>,
+        name: &str,
+        repository: &str,
+        tag: &str,
+    ) -> Result<()> {
         let _ = (name, repository, tag);
         absent()
     }
@@ -250,7 +257,11 @@ impl Engine {
     }
 
     /// Tries credentials at a registry; answers the token to keep in place of the password, or the empty text.
-    pub async fn authenticate(self: &Arc<Self>, server: &str, credentials: Credentials) -> Result<String> {
+    pub async fn authenticate(
+        self: &Arc<Self>,
+        server: &str,
+        credentials: Credentials,
+    ) -> Result<String> {
         let _ = (server, credentials);
         absent()
     }

@@ -137,13 +137,21 @@ impl Engine {
     }
 
     /// Tells the listeners what became of a network.
-    pub(crate) fn network_event(&self, action: &str, id: &str, name: &str, kind: &str, container: Option<&str>) {
-        let mut attributes =
-            BTreeMap::from([("name".to_owned(), name.to_owned()), ("type".to_owned(), kind.to_owned())]);
+    pub(crate) fn network_event(
+        &self,
+        action: &str,
+        id: &str,
+        name: &str,
+        kind: &str,
+        container: Option<&str>,
+    ) {
+        let mut attributes = BTreeMap::from([
+            ("name".to_owned(), name.to_owned()),
+            ("type".to_owned(), kind.to_owned()),
+        ]);
         if let Some(container) = container {
             attributes.insert("container".into(), container.into());
         }
         self.events().publish("network", action, id, attributes);
     }
 }
-

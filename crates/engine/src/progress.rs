@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-
 /// One line of progress.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Event {
@@ -20,16 +19,28 @@ pub struct Event {
 impl Event {
     /// A sentence about the whole.
     pub fn message(status: impl Into<String>) -> Event {
-        Event { status: status.into(), ..Event::default() }
+        Event {
+            status: status.into(),
+            ..Event::default()
+        }
     }
 
     /// A word about one part.
     pub fn about(id: impl Into<String>, status: impl Into<String>) -> Event {
-        Event { id: id.into(), status: status.into(), ..Event::default() }
+        Event {
+            id: id.into(),
+            status: status.into(),
+            ..Event::default()
+        }
     }
 
     /// A count about one part.
-    pub fn counted(id: impl Into<String>, status: impl Into<String>, current: u64, total: u64) -> Event {
+    pub fn counted(
+        id: impl Into<String>,
+        status: impl Into<String>,
+        current: u64,
+        total: u64,
+    ) -> Event {
         Event {
             id: id.into(),
             status: status.into(),

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use crate::Engine;
 use crate::container::{ContainerSummary, ListOptions};
 use crate::error::{Error, Result};
 use crate::filters::Filters;
 use crate::image::ImageSummary;
 use crate::volume::{Volume, blocking};
 use crate::wire::wire;
-use crate::Engine;
 
 /// The newest version of the Docker Engine API that is spoken.
 pub const API_VERSION: &str = "1.50";
@@ -155,7 +155,10 @@ impl Engine {
     /// Which daemon this is and what it speaks.
     pub fn version(&self) -> Version {
         let version = env!("CARGO_PKG_VERSION");
-        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        let kernel = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
         let details = BTreeMap::from([
             ("ApiVersion".to_owned(), API_VERSION.to_owned()),
             ("MinAPIVersion".to_owned(), MIN_API_VERSION.to_owned()),
@@ -165,7 +168,9 @@ impl Engine {
             ("Experimental".to_owned(), "false".to_owned()),
         ]);
         Version {
-            platform: VersionPlatform { name: "Berth".into() },
+            platform: VersionPlatform {
+                name: "Berth".into(),
+            },
             components: vec![VersionComponent {
                 // The name that clients look for.
                 name: "Engine".into(),
@@ -187,9 +192,17 @@ impl Engine {
     /// # Errors
     /// Where containers or images cannot be listed.
     pub async fn info(self: &Arc<Self>) -> Result<Info> {
-        let containers = self.list(ListOptions { all: true, ..ListOptions::default() }).await?;
+        let containers = self
+            .list(ListOptions {
+                all: true,
+                ..ListOptions::default()
+            })
+            .await?;
         let count = |states: &[&str]| {
-            containers.iter().filter(|c| states.contains(&c.state.as_str())).count() as u64
+            containers
+                .iter()
+                .filter(|c| states.contains(&c.state.as_str()))
+                .count() as u64
         };
         let running = count(&["running", "restarting"]);
         let paused = count(&["paused"]);
@@ -232,7 +245,10 @@ impl Engine {
             images,
             driver: "overlay2".into(),
             driver_status: vec![
-                ["Backing Filesystem".into(), file_system_of(&self.config().paths.state)],
+                [
+                    "Backing Filesystem".into(),
+                    file_system_of(&self.config().paths.state),
+                ],
                 ["Supports d_type".into(), "true".into()],
                 ["Native Overlay Diff".into(), "true".into()],
             ],
@@ -253,13 +269,17 @@ impl Engine {
             n_fd: fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64),
             oom_kill_disable: cgroup.version == 1 && cgroup.memory,
             // dockerd counts goroutines; the nearest thing here are threads.
-            n_goroutines: fs::read_dir("/proc/self/task").map_or(0, |entries| entries.count() as u64),
+            n_goroutines: fs::read_dir("/proc/self/task")
+                .map_or(0, |entries| entries.count() as u64),
             system_time: base::time::now_rfc3339(),
             logging_driver: self.config().log.kind.clone(),
             cgroup_driver: "cgroupfs".into(),
             cgroup_version: cgroup.version.to_string(),
             kernel_version: text(uname.release()),
-            operating_system: os.get("PRETTY_NAME").cloned().unwrap_or_else(|| "Linux".into()),
+            operating_system: os
+                .get("PRETTY_NAME")
+                .cloned()
+                .unwrap_or_else(|| "Linux".into()),
             os_version: os.get("VERSION_ID").cloned().unwrap_or_default(),
             os_type: "linux".into(),
             architecture: text(uname.machine()),
@@ -308,8 +328,14 @@ impl Engine {
         }
         let random = base::Id::random();
         let hex = random.as_str();
-        let id =
-            format!("{}-{}-4{}-a{}-{}", &hex[..8], &hex[8..12], &hex[13..16], &hex[17..20], &hex[20..32]);
+        let id = format!(
+            "{}-{}-4{}-a{}-{}",
+            &hex[..8],
+            &hex[8..12],
+            &hex[13..16],
+            &hex[17..20],
+            &hex[20..32]
+        );
         base::file::write_atomic(&path, id.as_bytes(), base::file::Durability::Host)
             .map_err(Error::io(format!("writing {}", path.display())))?;
         Ok(id)
@@ -323,7 +349,11 @@ impl Engine {
         let wanted = |kind| kinds.is_empty() || kinds.contains(&kind);
         let mut usage = DiskUsage::default();
         if wanted(UsageKind::Containers) {
-            let options = ListOptions { all: true, size: true, ..ListOptions::default() };
+            let options = ListOptions {
+                all: true,
+                size: true,
+                ..ListOptions::default()
+            };
             usage.containers = Some(self.list(options).await?);
         }
         if wanted(UsageKind::Images) {
@@ -332,7 +362,8 @@ impl Engine {
         }
         if wanted(UsageKind::Volumes) {
             let volumes = self.volumes().clone();
-            usage.volumes = Some(blocking(move || volumes.list_with_usage(&Filters::default())).await?);
+            usage.volumes =
+                Some(blocking(move || volumes.list_with_usage(&Filters::default())).await?);
         }
         if wanted(UsageKind::BuildCache) {
             usage.build_cache = Some(Vec::new());

@@ -565,7 +565,12 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
-        .unwrap_or_else(|error| Err(Error::Io { what: "a worker".into(), source: io::Error::other(error) }))
+        .unwrap_or_else(|error| {
+            Err(Error::Io {
+                what: "a worker".into(),
+                source: io::Error::other(error),
+            })
+        })
 }
 
 /// dockerd stamps volumes to the second.

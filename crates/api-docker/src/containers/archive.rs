@@ -21,28 +21,46 @@ use crate::request::Params;
 
 pub(super) fn router() -> Router<Arc<Engine>> {
     Router::new()
-        .route("/containers/{name}/archive", get(read).head(stat).put(write))
+        .route(
+            "/containers/{name}/archive",
+            get(read).head(stat).put(write),
+        )
         .route("/containers/{name}/export", get(export))
 }
 
 fn path(params: &Params) -> Result<&str, ApiError> {
-    params.get("path").ok_or_else(|| ApiError::bad_request("bad parameter: path cannot be empty"))
+    params
+        .get("path")
+        .ok_or_else(|| ApiError::bad_request("bad parameter: path cannot be empty"))
 }
 
 fn with_stat(stat: &PathStat, mut response: Response) -> Answer {
     let value = HeaderValue::try_from(encode_json(stat)).map_err(|error| {
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the path's status is no header: {error}"))
+        ApiError::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("the path's status is no header: {error}"),
+        )
     })?;
-    response.headers_mut().insert("x-docker-container-path-stat", value);
+    response
+        .headers_mut()
+        .insert("x-docker-container-path-stat", value);
     Ok(response)
 }
 
-async fn stat(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
+async fn stat(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
     let stat = engine.archive_stat(&name, path(&params)?).await?;
     with_stat(&stat, StatusCode::OK.into_response())
 }
 
-async fn read(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
+async fn read(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
     let (stat, archive) = engine.archive_get(&name, path(&params)?).await?;
     with_stat(&stat, streamed("application/x-tar", archive))
 }
@@ -58,10 +76,15 @@ async fn write(
         copy_uid_gid: params.flag("copyUIDGID"),
     };
     let archive = StreamReader::new(body.into_data_stream().map_err(io::Error::other));
-    engine.archive_put(&name, path(&params)?, options, Box::pin(archive)).await?;
+    engine
+        .archive_put(&name, path(&params)?, options, Box::pin(archive))
+        .await?;
     Ok(StatusCode::OK.into_response())
 }
 
 async fn export(State(engine): State<Arc<Engine>>, Path(name): Path<String>) -> Answer {
-    Ok(streamed("application/octet-stream", engine.export(&name).await?))
+    Ok(streamed(
+        "application/octet-stream",
+        engine.export(&name).await?,
+    ))
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::Json;
 use axum::Router;
 use axum::body::Body;
@@ -9,7 +10,6 @@ use axum::extract::{Path, State};
 use axum::http::{Request, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use axum::Extension;
 use base::{Classified, Kind};
 use engine::Engine;
 use engine::exec::{ExecConfig, ExecStart};
@@ -64,7 +64,11 @@ async fn start(
         // As dockerd: what could not be run says so on the stream, and the exit code (126, 127) is the exec's.
         Err(error) => {
             let text = format!("{error}\r\n");
-            let said = if terminal { text.into_bytes().into() } else { hijack::frame(1, text.as_bytes()) };
+            let said = if terminal {
+                text.into_bytes().into()
+            } else {
+                hijack::frame(1, text.as_bytes())
+            };
             let (here, there) = tokio::io::duplex(said.len().max(64));
             tokio::spawn(async move {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -75,12 +79,20 @@ async fn start(
                 let mut rest = [0u8; 4096];
                 while matches!(input.read(&mut rest).await, Ok(count) if count > 0) {}
             });
-            Ok(hijack::join(request, hijack::media_type(terminal, version), there))
+            Ok(hijack::join(
+                request,
+                hijack::media_type(terminal, version),
+                there,
+            ))
         }
     }
 }
 
-async fn resize(State(engine): State<Arc<Engine>>, Path(id): Path<String>, params: Params) -> Answer {
+async fn resize(
+    State(engine): State<Arc<Engine>>,
+    Path(id): Path<String>,
+    params: Params,
+) -> Answer {
     let (rows, columns) = super::size(&params)?;
     engine.exec_resize(&id, rows, columns).await?;
     Ok(StatusCode::OK.into_response())

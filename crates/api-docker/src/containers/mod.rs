@@ -15,8 +15,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use engine::Engine;
 use engine::container::{
-    CommitOptions, ContainerConfig, HostConfig, ListOptions, NetworkingConfig, RemoveOptions, UpdateConfig,
-    WaitCondition,
+    CommitOptions, ContainerConfig, HostConfig, ListOptions, NetworkingConfig, RemoveOptions,
+    UpdateConfig, WaitCondition,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -61,7 +61,9 @@ impl TryFrom<Value> for CreateBody {
     type Error = ApiError;
     fn try_from(value: Value) -> Result<CreateBody, ApiError> {
         let Value::Object(mut fields) = value else {
-            return Err(ApiError::bad_request("invalid JSON: the body must be an object"));
+            return Err(ApiError::bad_request(
+                "invalid JSON: the body must be an object",
+            ));
         };
         let host = fields.remove("HostConfig").unwrap_or_default();
         let networking = fields.remove("NetworkingConfig").unwrap_or_default();
@@ -82,7 +84,9 @@ fn read<T: Default + for<'a> Deserialize<'a>>(value: Value, what: &str) -> Resul
 }
 
 async fn list(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
-    let limit = params.number::<i64>("limit")?.and_then(|limit| usize::try_from(limit).ok());
+    let limit = params
+        .number::<i64>("limit")?
+        .and_then(|limit| usize::try_from(limit).ok());
     let options = ListOptions {
         all: params.flag("all"),
         limit: limit.filter(|limit| *limit > 0),
@@ -99,8 +103,9 @@ async fn create(
 ) -> Answer {
     let body = body.required("config cannot be empty in order to create a container")?;
     let body = CreateBody::try_from(body)?;
-    let created =
-        engine.create_container(params.get("name"), body.config, body.host, body.networking).await?;
+    let created = engine
+        .create_container(params.get("name"), body.config, body.host, body.networking)
+        .await?;
     Ok((StatusCode::CREATED, Json(created)).into_response())
 }
 
@@ -112,7 +117,11 @@ async fn inspect(
     Ok(Json(engine.inspect(&name, params.flag("size")).await?).into_response())
 }
 
-async fn top(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
+async fn top(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
     let arguments = params.get("ps_args").unwrap_or("-ef");
     Ok(Json(engine.top(&name, arguments).await?).into_response())
 }
@@ -128,7 +137,9 @@ async fn start(
     body: Bytes,
 ) -> Answer {
     // Some clients send `{}` or `null` with a length; a HostConfig at start was removed with API 1.24.
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    let length = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if body.len() > 7 || length.is_some_and(|length| length > 7) {
         return Err(ApiError::bad_request(
             "starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24",
@@ -138,8 +149,14 @@ async fn start(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn stop(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
-    engine.stop(&name, params.number("t")?, params.get("signal")).await?;
+async fn stop(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
+    engine
+        .stop(&name, params.number("t")?, params.get("signal"))
+        .await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
@@ -148,12 +165,20 @@ async fn restart(
     Path(name): Path<String>,
     params: Params,
 ) -> Answer {
-    engine.restart(&name, params.number("t")?, params.get("signal")).await?;
+    engine
+        .restart(&name, params.number("t")?, params.get("signal"))
+        .await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-async fn kill(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
-    engine.kill(&name, params.get("signal").unwrap_or("KILL")).await?;
+async fn kill(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
+    engine
+        .kill(&name, params.get("signal").unwrap_or("KILL"))
+        .await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
@@ -168,13 +193,19 @@ async fn unpause(State(engine): State<Arc<Engine>>, Path(name): Path<String>) ->
 }
 
 /// The headers go out as soon as the wait is registered: `docker run` starts the container only after them.
-async fn wait(State(engine): State<Arc<Engine>>, Path(name): Path<String>, params: Params) -> Answer {
+async fn wait(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+) -> Answer {
     let condition = match params.get("condition") {
         None | Some("not-running") => WaitCondition::NotRunning,
         Some("next-exit") => WaitCondition::NextExit,
         Some("removed") => WaitCondition::Removed,
         Some(other) => {
-            return Err(ApiError::bad_request(format!("invalid condition: {other:?}")));
+            return Err(ApiError::bad_request(format!(
+                "invalid condition: {other:?}"
+            )));
         }
     };
     let wait = engine.wait(&name, condition).await?;
@@ -183,7 +214,11 @@ async fn wait(State(engine): State<Arc<Engine>>, Path(name): Path<String>, param
         line.push(b'\n');
         Ok::<_, std::io::Error>(Bytes::from(line))
     });
-    Ok(([(header::CONTENT_TYPE, "application/json")], Body::from_stream(body)).into_response())
+    Ok((
+        [(header::CONTENT_TYPE, "application/json")],
+        Body::from_stream(body),
+    )
+        .into_response())
 }
 
 async fn rename(
@@ -219,7 +254,9 @@ async fn resize(
 /// `h` and `w` of a terminal.
 fn size(params: &Params) -> Result<(u16, u16), ApiError> {
     let side = |name: &str| {
-        params.number::<u16>(name)?.ok_or_else(|| ApiError::bad_request(format!("parameter {name} is missing")))
+        params
+            .number::<u16>(name)?
+            .ok_or_else(|| ApiError::bad_request(format!("parameter {name} is missing")))
     };
     Ok((side("h")?, side("w")?))
 }
@@ -247,17 +284,24 @@ async fn commit(
     params: Params,
     body: JsonBody<ContainerConfig>,
 ) -> Answer {
-    let container =
-        params.get("container").ok_or_else(|| ApiError::bad_request("parameter container is missing"))?;
+    let container = params
+        .get("container")
+        .ok_or_else(|| ApiError::bad_request("parameter container is missing"))?;
     let options = CommitOptions {
         repository: params.text("repo"),
         tag: params.text("tag"),
         comment: params.text("comment"),
         author: params.text("author"),
         pause: params.flag_or("pause", true),
-        changes: params.all("changes").into_iter().filter(|change| !change.is_empty()).collect(),
+        changes: params
+            .all("changes")
+            .into_iter()
+            .filter(|change| !change.is_empty())
+            .collect(),
         // The CLI sends `null`, docker-py `{}` or null: an empty configuration replaces nothing.
-        config: body.0.filter(|config| *config != ContainerConfig::default()),
+        config: body
+            .0
+            .filter(|config| *config != ContainerConfig::default()),
     };
     let id = engine.commit(container, options).await?;
     Ok((StatusCode::CREATED, Json(serde_json::json!({ "Id": id }))).into_response())
@@ -291,6 +335,11 @@ mod tests {
         assert_eq!(null, CreateBody::default());
         assert!(CreateBody::try_from(serde_json::json!([])).is_err());
         let wrong = CreateBody::try_from(serde_json::json!({"HostConfig": {"Memory": "much"}}));
-        assert!(wrong.unwrap_err().message.starts_with("invalid JSON: HostConfig: "));
+        assert!(
+            wrong
+                .unwrap_err()
+                .message
+                .starts_with("invalid JSON: HostConfig: ")
+        );
     }
 }

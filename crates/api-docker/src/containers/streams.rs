@@ -68,15 +68,23 @@ async fn logs(
         timestamps: params.flag("timestamps"),
         follow: params.flag("follow"),
         // `all`, a negative number and nonsense mean all, as to dockerd.
-        tail: params.get("tail").and_then(|tail| tail.parse::<usize>().ok()),
+        tail: params
+            .get("tail")
+            .and_then(|tail| tail.parse::<usize>().ok()),
         details: params.flag("details"),
     };
     if !options.stdout && !options.stderr {
-        return Err(ApiError::bad_request("Bad parameters: you must choose at least one stream"));
+        return Err(ApiError::bad_request(
+            "Bad parameters: you must choose at least one stream",
+        ));
     }
     let log = engine.logs(&name, options).await?;
     let kind = hijack::media_type(log.tty, version);
-    Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(log.stream)).into_response())
+    Ok((
+        [(header::CONTENT_TYPE, kind)],
+        Body::from_stream(log.stream),
+    )
+        .into_response())
 }
 
 async fn stats(
@@ -87,7 +95,9 @@ async fn stats(
     let stream = params.flag_or("stream", true);
     let one_shot = params.flag("one-shot");
     if stream && one_shot {
-        return Err(ApiError::bad_request("cannot have stream=true and one-shot=true"));
+        return Err(ApiError::bad_request(
+            "cannot have stream=true and one-shot=true",
+        ));
     }
     let mut samples = engine.stats(&name, stream, one_shot).await?;
     // What fails at once is an ordinary error.
@@ -95,11 +105,13 @@ async fn stats(
         Some(Err(error)) => return Err(error.into()),
         first => first,
     };
-    let lines = futures_util::stream::iter(first).chain(samples).map(|sample| {
-        let sample = sample.map_err(std::io::Error::other)?;
-        let mut line = serde_json::to_vec(&sample).map_err(std::io::Error::other)?;
-        line.push(b'\n');
-        Ok(Bytes::from(line))
-    });
+    let lines = futures_util::stream::iter(first)
+        .chain(samples)
+        .map(|sample| {
+            let sample = sample.map_err(std::io::Error::other)?;
+            let mut line = serde_json::to_vec(&sample).map_err(std::io::Error::other)?;
+            line.push(b'\n');
+            Ok(Bytes::from(line))
+        });
     Ok(streamed("application/json", lines))
 }

@@ -43,7 +43,10 @@ pub fn stop_shared() {
 
 impl Daemon {
     pub fn start() -> Daemon {
-        let home = tempfile::Builder::new().prefix("berth-e2e-").tempdir().unwrap();
+        let home = tempfile::Builder::new()
+            .prefix("berth-e2e-")
+            .tempdir()
+            .unwrap();
         let mut config = EngineConfig::new(Paths::beneath(&home.path().join("state")));
         let me = std::env::current_exe().unwrap();
         config.keeper_command = vec![me, "keeper".into()];
@@ -62,12 +65,22 @@ impl Daemon {
                 let listener = tokio::net::UnixListener::bind(&path).unwrap();
                 let router = api_docker::router(engine.clone());
                 sender.send(engine).unwrap();
-                api_docker::serve(vec![listener], router, token).await.unwrap();
+                api_docker::serve(vec![listener], router, token)
+                    .await
+                    .unwrap();
             });
             runtime.shutdown_timeout(Duration::from_secs(2));
         });
-        let engine = receiver.recv_timeout(Duration::from_secs(30)).expect("the daemon starts");
-        Daemon { engine, home, socket, stop, thread: Mutex::new(Some(thread)) }
+        let engine = receiver
+            .recv_timeout(Duration::from_secs(30))
+            .expect("the daemon starts");
+        Daemon {
+            engine,
+            home,
+            socket,
+            stop,
+            thread: Mutex::new(Some(thread)),
+        }
     }
 
     fn end(&self) {
@@ -119,7 +132,9 @@ impl Daemon {
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+        String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_owned()
     }
 
     /// Runs docker, wants failure, answers its error.
@@ -127,14 +142,19 @@ impl Daemon {
     pub fn docker_fails(&self, args: &[&str]) -> String {
         let output = self.try_docker(args);
         assert!(!output.status.success(), "docker {args:?} succeeded");
-        String::from_utf8_lossy(&output.stderr).trim_end().to_owned()
+        String::from_utf8_lossy(&output.stderr)
+            .trim_end()
+            .to_owned()
     }
 
     /// Runs docker with bytes as its input.
     #[track_caller]
     pub fn docker_with(&self, args: &[&str], input: &[u8]) -> Output {
         let mut command = self.command(args);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_vec();
@@ -149,7 +169,9 @@ impl Daemon {
     /// One bare HTTP request on a connection of its own; the head and the body of the answer, raw.
     pub fn http(&self, request: &str) -> (String, String) {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
         // A daemon that refuses a long body closes before it has all of it.
         let _ = stream.write_all(request.as_bytes());
         let mut all = Vec::new();
@@ -163,7 +185,9 @@ impl Daemon {
 
     /// `GET path`, with the connection closed after it.
     pub fn get(&self, path: &str) -> (String, String) {
-        self.http(&format!("GET {path} HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"))
+        self.http(&format!(
+            "GET {path} HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"
+        ))
     }
 
     /// `POST path` with a JSON body.
@@ -183,7 +207,10 @@ impl Drop for Daemon {
 
 /// Whether docker's command line is there; says so where not.
 pub fn has_docker(test: &str) -> bool {
-    let there = Command::new("docker").arg("--version").output().is_ok_and(|o| o.status.success());
+    let there = Command::new("docker")
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success());
     if !there {
         eprintln!("SKIPPED: {test}: the docker command line is not installed");
     }
@@ -200,16 +227,34 @@ pub fn has_busybox(test: &str) -> Option<Arc<Daemon>> {
         return None;
     }
     let Some(archive) = busybox_archive() else {
-        eprintln!("SKIPPED: {test}: there is no static /bin/busybox (apt-get install busybox-static)");
+        eprintln!(
+            "SKIPPED: {test}: there is no static /bin/busybox (apt-get install busybox-static)"
+        );
         return None;
     };
     let daemon = shared();
     static IMPORT: Mutex<bool> = Mutex::new(false);
-    let mut done = IMPORT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut done = IMPORT
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
     if !*done {
-        let imported =
-            daemon.docker_with(&["import", "-c", "CMD [\"sh\"]", "-c", "ENV PATH=/bin", "-", "busybox:latest"], &archive);
-        assert!(imported.status.success(), "import: {}", String::from_utf8_lossy(&imported.stderr));
+        let imported = daemon.docker_with(
+            &[
+                "import",
+                "-c",
+                "CMD [\"sh\"]",
+                "-c",
+                "ENV PATH=/bin",
+                "-",
+                "busybox:latest",
+            ],
+            &archive,
+        );
+        assert!(
+            imported.status.success(),
+            "import: {}",
+            String::from_utf8_lossy(&imported.stderr)
+        );
         *done = true;
     }
     drop(done);
@@ -224,7 +269,9 @@ pub fn is_root() -> bool {
 pub fn busybox_archive() -> Option<Vec<u8>> {
     let program = std::fs::read("/bin/busybox").ok()?;
     // A program with an interpreter (PT_INTERP) needs libraries, which the image would lack.
-    if program.windows(9).any(|w| w == b"/ld-linux") || program.windows(12).any(|w| w == b"/lib64/ld-li") {
+    if program.windows(9).any(|w| w == b"/ld-linux")
+        || program.windows(12).any(|w| w == b"/lib64/ld-li")
+    {
         return None;
     }
     let mut archive = tar::Builder::new(Vec::new());
@@ -242,15 +289,24 @@ pub fn busybox_archive() -> Option<Vec<u8>> {
         archive.append_data(&mut header, path, content).ok()
     };
     file("bin/busybox", 0o755, &program)?;
-    file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")?;
+    file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n",
+    )?;
     file("etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")?;
     let applets = Command::new("/bin/busybox").arg("--list").output().ok()?;
-    for applet in String::from_utf8_lossy(&applets.stdout).lines().filter(|name| *name != "busybox") {
+    for applet in String::from_utf8_lossy(&applets.stdout)
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
         header.set_mode(0o777);
         header.set_size(0);
-        archive.append_link(&mut header, format!("bin/{applet}"), "busybox").ok()?;
+        archive
+            .append_link(&mut header, format!("bin/{applet}"), "busybox")
+            .ok()?;
     }
     archive.into_inner().ok()
 }

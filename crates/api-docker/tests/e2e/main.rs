@@ -51,7 +51,9 @@ fn main() -> ExitCode {
         .into_iter()
         .flatten()
         .copied()
-        .filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str())))
+        .filter(|(name, _)| {
+            wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()))
+        })
         .collect();
     println!("running {} tests", chosen.len());
     let queue = Mutex::new(chosen.into_iter());
@@ -61,7 +63,9 @@ fn main() -> ExitCode {
         for _ in 0..2 {
             scope.spawn(|| {
                 loop {
-                    let Some((name, test)) = queue.lock().unwrap().next() else { return };
+                    let Some((name, test)) = queue.lock().unwrap().next() else {
+                        return;
+                    };
                     let begun = Instant::now();
                     let ended = panic::catch_unwind(AssertUnwindSafe(test));
                     let seconds = begun.elapsed().as_secs_f32();

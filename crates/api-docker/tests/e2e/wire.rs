@@ -15,8 +15,9 @@ crate::tests! {
 fn a_ping_says_what_clients_negotiate_with() {
     let daemon = shared();
     for method in ["GET", "HEAD"] {
-        let (head, body) =
-            daemon.http(&format!("{method} /_ping HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"));
+        let (head, body) = daemon.http(&format!(
+            "{method} /_ping HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"
+        ));
         assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
         let lower = head.to_ascii_lowercase();
         for header in [
@@ -37,20 +38,36 @@ fn versions_outside_of_the_range_are_refused_in_dockerds_words() {
     let daemon = shared();
     let (head, body) = daemon.get("/v1.23/_ping");
     assert!(head.starts_with("HTTP/1.1 400"), "{head}");
-    assert!(body.contains("client version 1.23 is too old. Minimum supported API version is 1.24"), "{body}");
+    assert!(
+        body.contains("client version 1.23 is too old. Minimum supported API version is 1.24"),
+        "{body}"
+    );
     let (_, body) = daemon.get("/v1.51/version");
-    assert!(body.contains("client version 1.51 is too new. Maximum supported API version is 1.50"), "{body}");
+    assert!(
+        body.contains("client version 1.51 is too new. Maximum supported API version is 1.50"),
+        "{body}"
+    );
     for version in ["/v1.24", "/v1.41", "/v1.50", ""] {
         let (head, body) = daemon.get(&format!("{version}/version"));
         assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-        assert!(body.contains("\"ApiVersion\":\"1.50\",\"MinAPIVersion\":\"1.24\""), "{body}");
+        assert!(
+            body.contains("\"ApiVersion\":\"1.50\",\"MinAPIVersion\":\"1.24\""),
+            "{body}"
+        );
     }
 }
 
 fn unknown_pages_and_methods_are_not_found() {
     let daemon = shared();
-    for request in ["GET /nothing", "DELETE /info", "GET /v1.41/containers/a/b/c", "POST /images/a/b"] {
-        let (head, body) = daemon.http(&format!("{request} HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"));
+    for request in [
+        "GET /nothing",
+        "DELETE /info",
+        "GET /v1.41/containers/a/b/c",
+        "POST /images/a/b",
+    ] {
+        let (head, body) = daemon.http(&format!(
+            "{request} HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"
+        ));
         assert!(head.starts_with("HTTP/1.1 404"), "{request}: {head}");
         assert_eq!(body.trim(), "{\"message\":\"page not found\"}", "{request}");
     }
@@ -59,16 +76,25 @@ fn unknown_pages_and_methods_are_not_found() {
 fn malformed_bodies_are_refused_clearly() {
     let daemon = shared();
     let (head, body) = daemon.post("/v1.41/containers/create", "{\"Image\": ");
-    assert!(head.starts_with("HTTP/1.1 400") && body.contains("invalid JSON"), "{head} {body}");
+    assert!(
+        head.starts_with("HTTP/1.1 400") && body.contains("invalid JSON"),
+        "{head} {body}"
+    );
     let (head, body) = daemon.post("/v1.41/containers/create", "");
     assert!(head.starts_with("HTTP/1.1 400"), "{head}");
-    assert!(body.contains("config cannot be empty in order to create a container"), "{body}");
+    assert!(
+        body.contains("config cannot be empty in order to create a container"),
+        "{body}"
+    );
     let (_, body) = daemon.post("/containers/create", "{\"HostConfig\":{\"Memory\":\"x\"}}");
     assert!(body.contains("invalid JSON: HostConfig"), "{body}");
     let (_, body) = daemon.http(
         "POST /volumes/create HTTP/1.1\r\nHost: d\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
     );
-    assert!(body.contains("unsupported Content-Type header (text/plain): must be 'application/json'"), "{body}");
+    assert!(
+        body.contains("unsupported Content-Type header (text/plain): must be 'application/json'"),
+        "{body}"
+    );
     let (head, _) = daemon.get("/volumes?filters=%7B");
     assert!(head.starts_with("HTTP/1.1 400"), "{head}");
     let (head, _) = daemon.get("/volumes?filters=%7B%22color%22%3A%5B%22red%22%5D%7D");
@@ -80,7 +106,14 @@ fn malformed_bodies_are_refused_clearly() {
 
 fn swarm_calls_say_that_there_is_no_swarm() {
     let daemon = shared();
-    for path in ["/swarm", "/nodes", "/services", "/v1.41/tasks", "/secrets", "/configs/x"] {
+    for path in [
+        "/swarm",
+        "/nodes",
+        "/services",
+        "/v1.41/tasks",
+        "/secrets",
+        "/configs/x",
+    ] {
         let (head, body) = daemon.get(path);
         assert!(head.starts_with("HTTP/1.1 503"), "{head}");
         assert!(body.contains("This node is not a swarm manager."), "{body}");
@@ -101,9 +134,15 @@ fn the_builders_session_is_refused_clearly() {
 
 fn events_begin_at_once_and_end_at_until() {
     let daemon = shared();
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
     daemon.post("/volumes/create", "{\"Name\":\"events-volume\"}");
     let (head, body) = daemon.get(&format!("/events?since={now}&until={}", now + 1));
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-    assert!(body.contains("\"Type\":\"volume\",\"Action\":\"create\""), "{body}");
+    assert!(
+        body.contains("\"Type\":\"volume\",\"Action\":\"create\""),
+        "{body}"
+    );
 }
