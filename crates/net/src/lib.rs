@@ -1,1 +1,30 @@
+//! The network room: networks and their addresses, the network namespaces of containers, published ports, names.
 //!
+//! [`Manager`] is the way in. Its calls block for a few milliseconds and may be made from any thread. What the kernel
+//! holds (bridges, veths, rules) is derived from two things only: the network records on disk, and the endpoints the
+//! caller says are alive ([`Manager::restore`]). Everything else that carries this daemon's tag is swept.
+
+mod address;
+mod directory;
+mod endpoint;
+mod error;
+mod firewall;
+mod ipam;
+mod manager;
+mod namespace;
+mod netlink;
+mod network;
+mod proxy;
+mod services;
+mod sysctl;
+
+pub use address::{InvalidAddress, Mac, Subnet};
+pub use endpoint::{Endpoint, EndpointSpec, PortMap, Protocol, PublishedPort};
+pub use error::{Error, Result};
+pub use ipam::{SubnetPool, default_pools};
+pub use manager::{Manager, NetConfig};
+pub use namespace::Sandbox;
+pub use network::{
+    Driver, Ipam, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
+    OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,
+};

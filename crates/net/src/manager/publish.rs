@@ -1,0 +1,281 @@
+//! Published ports: reserved by a socket of our own, forwarded by the firewall, and by a proxy where it cannot.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+
+use base::Id;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
+
+use super::{Manager, lock};
+use crate::endpoint::{Endpoint, PortMap, Protocol, PublishedPort};
+use crate::error::{Context, Error, Result};
+use crate::firewall::Forward;
+use crate::network::OPTION_HOST_BINDING;
+
+/// A port of the host that is ours while this lives.
+pub(super) struct Reservation {
+    _socket: Option<OwnedFd>,
+    _proxy: Option<crate::proxy::Proxy>,
+}
+
+impl Manager {
+    /// Publishes ports of an endpoint's container on the host, all or none. A wish without an address takes the same
+    /// port in both families.
+    ///
+    /// # Errors
+    /// Ports in use (named), addresses that are not the host's, exhausted ranges; what nft refuses.
+    pub fn publish(&self, endpoint: &Endpoint, wishes: &[PortMap]) -> Result<Vec<PublishedPort>> {
+        if wishes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let network = self.inspect(endpoint.network.as_str())?;
+        if endpoint.v4.is_none() && endpoint.v6.is_none() {
+            return Err(Error::WrongDriver {
+                network: network.name,
+                why: "its containers have no address of their own to forward ports to".into(),
+            });
+        }
+        if network.internal {
+            return Err(Error::WrongDriver {
+                network: network.name,
+                why: "it is internal: nothing from outside reaches it".into(),
+            });
+        }
+        let default = match network.options.get(OPTION_HOST_BINDING) {
+            Some(text) => Some(text.parse().map_err(|_| {
+                Error::invalid(format!("{OPTION_HOST_BINDING}={text:?} is not an address"))
+            })?),
+            None => self.config.publish_on,
+        };
+        let mut made: Vec<(PublishedPort, Reservation)> = Vec::new();
+        for wish in wishes {
+            let taken = self.reserve_port(endpoint, wish, default, &made)?;
+            made.extend(taken);
+        }
+        let ports: Vec<_> = made.iter().map(|(port, _)| *port).collect();
+        self.hold(endpoint, made)?;
+        Ok(ports)
+    }
+
+    /// Directs reserved ports to the endpoint.
+    fn hold(&self, endpoint: &Endpoint, made: Vec<(PublishedPort, Reservation)>) -> Result<()> {
+        let ports: Vec<_> = made.iter().map(|(port, _)| *port).collect();
+        let forwards: Vec<_> = ports.iter().filter_map(|port| forward_of(endpoint, port)).collect();
+        self.firewall.add_forwards(&forwards)?;
+        let mut state = lock(&self.state);
+        let Some(held) = state.endpoints.get_mut(&endpoint.id) else {
+            drop(state);
+            self.withdraw(&forwards);
+            return Err(Error::NotConnected {
+                container: endpoint.container.clone(),
+                network: endpoint.network_name.clone(),
+            });
+        };
+        held.endpoint.ports.extend(&ports);
+        held.forwards.extend(forwards);
+        held.reservations.extend(made.into_iter().map(|(_, reservation)| reservation));
+        Ok(())
+    }
+
+    /// Takes rules away; where nft finds them gone, the table is put back as it shall be.
+    pub(super) fn withdraw(&self, forwards: &[Forward]) {
+        if self.firewall.remove_forwards(forwards).is_ok() {
+            return;
+        }
+        let mut setup = lock(&self.setup);
+        if setup.table
+            && let Err(error) = self.install_table(&mut setup)
+        {
+            tracing::error!(%error, "the rules of published ports could not be removed");
+        }
+    }
+
+    fn reserve_port(
+        &self,
+        endpoint: &Endpoint,
+        wish: &PortMap,
+        default: Option<IpAddr>,
+        made: &[(PublishedPort, Reservation)],
+    ) -> Result<Vec<(PublishedPort, Reservation)>> {
+        if wish.container_port == 0 {
+            return Err(Error::invalid("port 0 cannot be published"));
+        }
+        let asked = wish.host_ip.or(default);
+        let addresses: &[IpAddr] = match &asked {
+            Some(address) => std::slice::from_ref(address),
+            None => &[IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+        };
+        let (first, last) = wish.host_ports.unwrap_or((0, 0));
+        if first > last {
+            return Err(Error::invalid(format!("port range {first}-{last} ends before it begins")));
+        }
+        // A random port is chosen by the kernel and may be taken in the other family: some tries.
+        let tries: Vec<u16> = if first == 0 { vec![0; 32] } else { (first..=last).collect() };
+        let mut failure = None;
+        'port: for port in tries {
+            let mut taken: Vec<(PublishedPort, Reservation)> = Vec::new();
+            let mut port = port;
+            for address in addresses {
+                match self.reserve_one(endpoint, wish, *address, port, made) {
+                    Ok((published, reservation)) => {
+                        port = published.host_port;
+                        taken.push((published, reservation));
+                    }
+                    // A host without IPv6 publishes in IPv4 only.
+                    Err(Error::NotOurAddress { .. }) if asked.is_none() && address.is_ipv6() => {}
+                    Err(error @ Error::PortInUse { .. }) => {
+                        failure = Some(error);
+                        continue 'port;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            return Ok(taken);
+        }
+        match failure {
+            Some(error) if first == last && first != 0 => Err(error),
+            _ => Err(Error::RangeExhausted { first, last, protocol: wish.protocol.name() }),
+        }
+    }
+
+    fn reserve_one(
+        &self,
+        endpoint: &Endpoint,
+        wish: &PortMap,
+        address: IpAddr,
+        port: u16,
+        made: &[(PublishedPort, Reservation)],
+    ) -> Result<(PublishedPort, Reservation)> {
+        let same = |p: &PublishedPort| {
+            p.protocol == wish.protocol
+                && p.host_port == port
+                && p.host_ip.is_ipv4() == address.is_ipv4()
+                && (p.host_ip == address || p.host_ip.is_unspecified() || address.is_unspecified())
+        };
+        let in_use = |by: String| Error::PortInUse { address, port, protocol: wish.protocol.name(), by };
+        if made.iter().any(|(p, _)| same(p)) {
+            return Err(in_use(" by the same container".into()));
+        }
+        let holder = {
+            let state = lock(&self.state);
+            let all = state.endpoints.values().map(|h| &h.endpoint);
+            all.filter(|e| e.ports.iter().any(same))
+                .map(|e| e.names.first().unwrap_or(&e.container).clone())
+                .next()
+        };
+        if let Some(holder) = holder {
+            return Err(in_use(format!(" by container {holder}")));
+        }
+        let socket = match listen(address, port, wish.protocol) {
+            Ok(socket) => Some(socket),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EADDRINUSE) => return Err(in_use(String::new())),
+                Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => return Err(Error::NotOurAddress { address }),
+                // A kernel without SCTP sockets may still forward SCTP.
+                Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) if wish.protocol == Protocol::Sctp && port != 0 => None,
+                _ => return Err(error).context(|| format!("reserving {address}:{port}/{}", wish.protocol.name())),
+            },
+        };
+        let port = match &socket {
+            Some(socket) => bound_port(socket)?,
+            None => port,
+        };
+        let published = PublishedPort {
+            host_ip: address,
+            host_port: port,
+            container_port: wish.container_port,
+            protocol: wish.protocol,
+        };
+        Ok((published, self.watch(endpoint, &published, socket)))
+    }
+
+    /// The reservation with its proxy: in TCP for whatever the rules do not catch (::1, the other family, a table
+    /// flushed by someone), in UDP for IPv6 only.
+    fn watch(&self, endpoint: &Endpoint, port: &PublishedPort, socket: Option<OwnedFd>) -> Reservation {
+        let same_family = match port.host_ip {
+            IpAddr::V4(_) => endpoint.ipv4().map(IpAddr::V4).or(endpoint.ipv6().map(IpAddr::V6)),
+            IpAddr::V6(_) => endpoint.ipv6().map(IpAddr::V6).or(endpoint.ipv4().map(IpAddr::V4)),
+        };
+        let target = same_family.map(|ip| SocketAddr::new(ip, port.container_port));
+        let wanted = port.protocol == Protocol::Tcp
+            || (port.protocol == Protocol::Udp && port.host_ip.is_ipv6());
+        match (socket, target) {
+            (Some(socket), Some(target)) if wanted => {
+                match self.services.proxy(socket, port.protocol, target) {
+                    Ok(proxy) => Reservation { _socket: None, _proxy: Some(proxy) },
+                    Err(error) => {
+                        tracing::warn!(%error, port = port.host_port, "no proxy for a published port");
+                        Reservation { _socket: None, _proxy: None }
+                    }
+                }
+            }
+            (socket, _) => Reservation { _socket: socket, _proxy: None },
+        }
+    }
+
+    /// Takes the published ports of an endpoint back, and leaves it connected.
+    pub fn unpublish(&self, endpoint: &Id) {
+        let forwards = match lock(&self.state).endpoints.get_mut(endpoint) {
+            Some(held) => std::mem::take(&mut held.forwards),
+            None => return,
+        };
+        self.withdraw(&forwards);
+        if let Some(held) = lock(&self.state).endpoints.get_mut(endpoint) {
+            held.endpoint.ports.clear();
+            held.reservations.clear();
+        }
+    }
+
+    /// Reserves again what a container that outlived a daemon has published. A port lost meanwhile is only warned of:
+    /// the rules go before whoever took it.
+    pub(super) fn reserve_again(&self, endpoint: &Endpoint) -> (Vec<Forward>, Vec<Reservation>) {
+        let forwards = endpoint.ports.iter().filter_map(|port| forward_of(endpoint, port)).collect();
+        let reservations = endpoint.ports.iter().map(|port| {
+            let socket = listen(port.host_ip, port.host_port, port.protocol)
+                .inspect_err(|error| tracing::warn!(%error, port = port.host_port, "a published port is held by another program"))
+                .ok();
+            self.watch(endpoint, port, socket)
+        });
+        (forwards, reservations.collect())
+    }
+}
+
+fn forward_of(endpoint: &Endpoint, port: &PublishedPort) -> Option<Forward> {
+    let to = match port.host_ip {
+        IpAddr::V4(_) => IpAddr::V4(endpoint.ipv4()?),
+        // No packet can be routed from ::1; the proxy serves it.
+        IpAddr::V6(ip) if ip.is_loopback() => return None,
+        IpAddr::V6(_) => IpAddr::V6(endpoint.ipv6()?),
+    };
+    Some(Forward { port: *port, to })
+}
+
+/// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.
+fn listen(address: IpAddr, port: u16, protocol: Protocol) -> std::io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let (kind, number) = match protocol {
+        Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
+        Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
+        Protocol::Sctp => (SocketType::STREAM, ipproto::SCTP),
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, kind, flags, Some(number))?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    if protocol != Protocol::Udp {
+        // Connections of the former holder that linger do not keep the port.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &SocketAddr::new(address, port))?;
+    if protocol != Protocol::Udp {
+        rustix::net::listen(&socket, 1024)?;
+    }
+    Ok(socket)
+}
+
+fn bound_port(socket: &OwnedFd) -> Result<u16> {
+    let address = rustix::net::getsockname(socket).context(|| "asking for the port".into())?;
+    let address = SocketAddr::try_from(address).context(|| "asking for the port".into())?;
+    Ok(address.port())
+}

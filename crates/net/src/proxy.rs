@@ -1,0 +1,116 @@
+//! A small proxy for published ports, for what packet rewriting cannot serve: connections to `::1`, IPv6 to a
+//! container with IPv4 only, and a table that someone flushed.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::endpoint::Protocol;
+
+/// Connections at once per port; more wait in the kernel's queue.
+const MOST: usize = 1024;
+/// A UDP sender that is silent for so long is forgotten.
+const UDP_SILENCE: Duration = Duration::from_secs(90);
+
+/// Serves until dropped; connections already made go on.
+pub(crate) struct Proxy(JoinHandle<()>);
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Serves the bound (TCP: listening), non-blocking `socket` by connections to `target`.
+pub(crate) fn start(runtime: &Handle, socket: OwnedFd, protocol: Protocol, target: SocketAddr) -> io::Result<Proxy> {
+    let _entered = runtime.enter();
+    Ok(Proxy(match protocol {
+        Protocol::Udp => {
+            let socket = UdpSocket::from_std(socket.into())?;
+            runtime.spawn(udp(socket, target))
+        }
+        _ => {
+            let listener = TcpListener::from_std(socket.into())?;
+            runtime.spawn(tcp(listener, target))
+        }
+    }))
+}
+
+async fn tcp(listener: TcpListener, target: SocketAddr) {
+    let room = Arc::new(Semaphore::new(MOST));
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((mut outside, _)) => {
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    let inside = timeout(Duration::from_secs(10), TcpStream::connect(target)).await;
+                    if let Ok(Ok(mut inside)) = inside {
+                        let _ = outside.set_nodelay(true);
+                        let _ = inside.set_nodelay(true);
+                        let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+                    }
+                });
+            }
+            // Out of descriptors, or the peer left: not a reason to end.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn udp(socket: UdpSocket, target: SocketAddr) {
+    let socket = Arc::new(socket);
+    let (gone, mut ended) = mpsc::unbounded_channel::<SocketAddr>();
+    let mut senders: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+    let mut buffer = vec![0; 65536];
+    loop {
+        tokio::select! {
+            Some(sender) = ended.recv() => { senders.remove(&sender); }
+            received = socket.recv_from(&mut buffer) => {
+                let Ok((length, sender)) = received else { continue };
+                if !senders.contains_key(&sender) {
+                    if senders.len() >= MOST {
+                        continue;
+                    }
+                    let Ok(inside) = connect_udp(target).await else { continue };
+                    let inside = Arc::new(inside);
+                    tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&inside), sender, gone.clone()));
+                    senders.insert(sender, inside);
+                }
+                if let Some(inside) = senders.get(&sender) {
+                    let _ = inside.try_send(&buffer[..length]);
+                }
+            }
+        }
+    }
+}
+
+async fn connect_udp(target: SocketAddr) -> io::Result<UdpSocket> {
+    let any: IpAddr =
+        if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(target).await?;
+    Ok(socket)
+}
+
+async fn answers(
+    outside: Arc<UdpSocket>,
+    inside: Arc<UdpSocket>,
+    sender: SocketAddr,
+    gone: mpsc::UnboundedSender<SocketAddr>,
+) {
+    let mut buffer = vec![0; 65536];
+    while let Ok(Ok(length)) = timeout(UDP_SILENCE, inside.recv(&mut buffer)).await {
+        let _ = outside.send_to(&buffer[..length], sender).await;
+    }
+    let _ = gone.send(sender);
+}
