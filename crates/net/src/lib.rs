@@ -28,3 +28,6 @@ pub use network::{
     Driver, Ipam, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
     OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,
 };
+
+#[cfg(test)]
+mod tests;

@@ -228,8 +228,7 @@ impl Manager {
             let bridges: Vec<_> = state
                 .networks
                 .values_mut()
-                .filter(|net| net.bridge.take().is_some() && net.record.owns_bridge)
-                .map(|net| net.record.bridge.clone())
+                .filter_map(|net| net.bridge.take().and(net.record.owns_bridge.then(|| net.record.bridge.clone())))
                 .collect();
             (bridges, ends)
         };
