@@ -24,7 +24,10 @@ pub struct InvalidAddress {
 
 impl InvalidAddress {
     fn new(text: &str, wanted: &'static str) -> InvalidAddress {
-        InvalidAddress { text: text.chars().take(80).collect(), wanted }
+        InvalidAddress {
+            text: text.chars().take(80).collect(),
+            wanted,
+        }
     }
 }
 
@@ -51,7 +54,10 @@ impl Subnet {
 
     /// The same subnet with its host bits cleared.
     pub fn network(self) -> Subnet {
-        Subnet { address: address_of(self.first_number(), self.is_v4()), prefix: self.prefix }
+        Subnet {
+            address: address_of(self.first_number(), self.is_v4()),
+            prefix: self.prefix,
+        }
     }
 
     /// The first address as a number.
@@ -90,13 +96,21 @@ impl Subnet {
 
     /// The dotted mask of an IPv4 subnet.
     pub fn mask_v4(self) -> Ipv4Addr {
-        let bits = if self.prefix == 0 { 0 } else { u32::MAX << (32 - u32::from(self.prefix).min(32)) };
+        let bits = if self.prefix == 0 {
+            0
+        } else {
+            u32::MAX << (32 - u32::from(self.prefix).min(32))
+        };
         Ipv4Addr::from(bits)
     }
 
     fn host_mask(self) -> u128 {
         let host = u32::from(width(self.address) - self.prefix);
-        if host == 128 { u128::MAX } else { (1u128 << host) - 1 }
+        if host == 128 {
+            u128::MAX
+        } else {
+            (1u128 << host) - 1
+        }
     }
 }
 
@@ -114,7 +128,11 @@ pub(crate) fn number_of(address: IpAddr) -> u128 {
 
 /// The reverse of [`number_of`].
 pub(crate) fn address_of(number: u128, v4: bool) -> IpAddr {
-    if v4 { IpAddr::V4(Ipv4Addr::from(number as u32)) } else { IpAddr::V6(Ipv6Addr::from(number)) }
+    if v4 {
+        IpAddr::V4(Ipv4Addr::from(number as u32))
+    } else {
+        IpAddr::V6(Ipv6Addr::from(number))
+    }
 }
 
 impl fmt::Display for Subnet {
@@ -133,9 +151,9 @@ impl FromStr for Subnet {
     type Err = InvalidAddress;
     fn from_str(text: &str) -> Result<Subnet, InvalidAddress> {
         let wanted = "an address with a prefix length, such as 10.20.0.0/16 or fd00:1::/64";
-        let parsed = text.split_once('/').and_then(|(address, prefix)| {
-            Subnet::new(address.parse().ok()?, prefix.parse().ok()?)
-        });
+        let parsed = text
+            .split_once('/')
+            .and_then(|(address, prefix)| Subnet::new(address.parse().ok()?, prefix.parse().ok()?));
         parsed.ok_or_else(|| InvalidAddress::new(text, wanted))
     }
 }
@@ -206,7 +224,11 @@ impl FromStr for Mac {
             }
             *byte = u8::from_str_radix(part, 16).map_err(|_| invalid())?;
         }
-        if parts.next().is_some() { Err(invalid()) } else { Ok(Mac(bytes)) }
+        if parts.next().is_some() {
+            Err(invalid())
+        } else {
+            Ok(Mac(bytes))
+        }
     }
 }
 

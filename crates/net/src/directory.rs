@@ -29,8 +29,11 @@ struct Entry {
 
 impl Directory {
     pub(crate) fn add(&mut self, endpoint: &Endpoint) {
-        let addresses: Vec<IpAddr> =
-            [endpoint.v4, endpoint.v6].into_iter().flatten().map(|s| s.address()).collect();
+        let addresses: Vec<IpAddr> = [endpoint.v4, endpoint.v6]
+            .into_iter()
+            .flatten()
+            .map(|s| s.address())
+            .collect();
         if addresses.is_empty() {
             return;
         }
@@ -38,7 +41,12 @@ impl Directory {
         let network = endpoint.network_name.to_ascii_lowercase();
         let short: String = endpoint.container.chars().take(12).collect();
         let mut names: Vec<String> = Vec::new();
-        for name in endpoint.names.iter().chain(&endpoint.aliases).chain([&short, &endpoint.container]) {
+        for name in endpoint
+            .names
+            .iter()
+            .chain(&endpoint.aliases)
+            .chain([&short, &endpoint.container])
+        {
             let name = name.trim_end_matches('.').to_ascii_lowercase();
             if name.is_empty() {
                 continue;
@@ -52,13 +60,22 @@ impl Directory {
         }
         for name in &names {
             let key = (endpoint.network.clone(), name.clone());
-            self.by_name.entry(key).or_default().push(endpoint.id.clone());
+            self.by_name
+                .entry(key)
+                .or_default()
+                .push(endpoint.id.clone());
         }
         for address in &addresses {
             self.by_address.insert(*address, endpoint.id.clone());
         }
-        self.by_container.entry(endpoint.container.clone()).or_default().push(endpoint.id.clone());
-        let first = endpoint.names.first().map_or(short.as_str(), String::as_str);
+        self.by_container
+            .entry(endpoint.container.clone())
+            .or_default()
+            .push(endpoint.id.clone());
+        let first = endpoint
+            .names
+            .first()
+            .map_or(short.as_str(), String::as_str);
         let entry = Entry {
             network: endpoint.network.clone(),
             container: endpoint.container.clone(),
@@ -71,7 +88,9 @@ impl Directory {
     }
 
     pub(crate) fn remove(&mut self, id: &Id) {
-        let Some(entry) = self.entries.remove(id) else { return };
+        let Some(entry) = self.entries.remove(id) else {
+            return;
+        };
         for name in entry.names {
             let key = (entry.network.clone(), name);
             if let Some(ids) = self.by_name.get_mut(&key) {
@@ -96,9 +115,14 @@ impl Directory {
 
     /// The endpoints of the container that has `asker`.
     fn places(&self, asker: IpAddr) -> impl Iterator<Item = &Entry> {
-        let own = self.by_address.get(&asker).and_then(|id| self.entries.get(id));
+        let own = self
+            .by_address
+            .get(&asker)
+            .and_then(|id| self.entries.get(id));
         let ids = own.and_then(|entry| self.by_container.get(&entry.container));
-        ids.into_iter().flatten().filter_map(|id| self.entries.get(id))
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| self.entries.get(id))
     }
 
     /// The addresses of `name` (lower case, no final dot) as `asker` may know them; `None` where no such name is known
@@ -107,7 +131,11 @@ impl Directory {
         let mut found: Option<Vec<IpAddr>> = None;
         for place in self.places(asker) {
             let ids = self.by_name.get(&(place.network.clone(), name.to_owned()));
-            for entry in ids.into_iter().flatten().filter_map(|id| self.entries.get(id)) {
+            for entry in ids
+                .into_iter()
+                .flatten()
+                .filter_map(|id| self.entries.get(id))
+            {
                 found.get_or_insert_default().extend(&entry.addresses);
             }
         }
@@ -117,7 +145,9 @@ impl Directory {
     /// The name of `address`, if `asker` shares a network with its holder.
     pub(crate) fn name_of(&self, asker: IpAddr, address: IpAddr) -> Option<&str> {
         let entry = self.entries.get(self.by_address.get(&address)?)?;
-        self.places(asker).any(|place| place.network == entry.network).then_some(entry.primary.as_str())
+        self.places(asker)
+            .any(|place| place.network == entry.network)
+            .then_some(entry.primary.as_str())
     }
 
     /// Whether `asker` may have names of the outside: it is known and not on internal networks only.

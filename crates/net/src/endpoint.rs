@@ -104,7 +104,9 @@ impl Protocol {
             "" | "tcp" => Ok(Protocol::Tcp),
             "udp" => Ok(Protocol::Udp),
             "sctp" => Ok(Protocol::Sctp),
-            _ => Err(Error::invalid(format!("unknown protocol {name:?}: tcp, udp and sctp are known"))),
+            _ => Err(Error::invalid(format!(
+                "unknown protocol {name:?}: tcp, udp and sctp are known"
+            ))),
         }
     }
 }

@@ -38,11 +38,20 @@ pub enum Error {
     #[error("container {container} is not connected to network {network}")]
     NotConnected { container: String, network: String },
     #[error("port {address}:{port}/{protocol} is already in use{by}")]
-    PortInUse { address: IpAddr, port: u16, protocol: &'static str, by: String },
+    PortInUse {
+        address: IpAddr,
+        port: u16,
+        protocol: &'static str,
+        by: String,
+    },
     #[error("cannot publish on {address}: it is not an address of this host")]
     NotOurAddress { address: IpAddr },
     #[error("no port of the range {first}-{last}/{protocol} is free")]
-    RangeExhausted { first: u16, last: u16, protocol: &'static str },
+    RangeExhausted {
+        first: u16,
+        last: u16,
+        protocol: &'static str,
+    },
     #[error("the nft program is missing")]
     NoNft,
     #[error("nft refused the rules: {0}")]
@@ -69,13 +78,19 @@ pub(crate) trait Context<T> {
 
 impl<T> Context<T> for io::Result<T> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| Error::Os { what: what(), source })
+        self.map_err(|source| Error::Os {
+            what: what(),
+            source,
+        })
     }
 }
 
 impl<T> Context<T> for std::result::Result<T, rustix::io::Errno> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| Error::Os { what: what(), source: source.into() })
+        self.map_err(|source| Error::Os {
+            what: what(),
+            source: source.into(),
+        })
     }
 }
 
@@ -94,7 +109,9 @@ impl Classified for Error {
             | Error::Address(_)
             | Error::Overlap { .. }
             | Error::NotOurAddress { .. } => Kind::Invalid,
-            Error::PoolsExhausted | Error::SubnetFull(_) | Error::RangeExhausted { .. } => Kind::Capacity,
+            Error::PoolsExhausted | Error::SubnetFull(_) | Error::RangeExhausted { .. } => {
+                Kind::Capacity
+            }
             Error::NoNft => Kind::Unsupported,
             Error::Nft(_) => Kind::Internal,
             Error::Namespace(source) | Error::Os { source, .. } => base::error::kind_of_io(source),

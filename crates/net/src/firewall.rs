@@ -47,7 +47,10 @@ pub(crate) struct Forward {
 
 impl Firewall {
     pub(crate) fn new(tag: &str) -> Firewall {
-        Firewall { table: format!("inet berth-{tag}"), turn: Mutex::new(()) }
+        Firewall {
+            table: format!("inet berth-{tag}"),
+            turn: Mutex::new(()),
+        }
     }
 
     fn run(&self, script: &str) -> Result<()> {
@@ -136,7 +139,11 @@ impl Firewall {
             } else {
                 (format!("pub{family}a"), format!("{} . {key}", port.host_ip))
             };
-            let _ = writeln!(script, "{verb} element {} {map} {{ {key} : {value} }}", self.table);
+            let _ = writeln!(
+                script,
+                "{verb} element {} {map} {{ {key} : {value} }}",
+                self.table
+            );
         }
     }
 }
@@ -144,7 +151,12 @@ impl Firewall {
 /// The name service of a bridge on another port, where the host has a server on port 53 of every address.
 pub(crate) fn dns_forwards(gateway: IpAddr, port: u16) -> [Forward; 2] {
     [Protocol::Udp, Protocol::Tcp].map(|protocol| Forward {
-        port: PublishedPort { host_ip: gateway, host_port: 53, container_port: port, protocol },
+        port: PublishedPort {
+            host_ip: gateway,
+            host_port: 53,
+            container_port: port,
+            protocol,
+        },
         to: gateway,
     })
 }
@@ -228,11 +240,17 @@ pub(crate) fn run_nft(arguments: &[&str], script: &str) -> Result<String> {
         // A broken pipe is explained by what nft says.
         let _ = input.write_all(script.as_bytes());
     }
-    let output = child.wait_with_output().context(|| "waiting for nft".into())?;
+    let output = child
+        .wait_with_output()
+        .context(|| "waiting for nft".into())?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let text = String::from_utf8_lossy(&output.stderr);
-    let first: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).take(3).collect();
+    let first: Vec<_> = text
+        .lines()
+        .filter(|l| !l.trim().is_empty())
+        .take(3)
+        .collect();
     Err(Error::Nft(first.join("; ").chars().take(600).collect()))
 }

@@ -30,7 +30,10 @@ pub fn default_pools() -> Vec<SubnetPool> {
 
 /// The first subnet of the pools that none of `taken` overlaps.
 pub(crate) fn choose(pools: &[SubnetPool], v4: bool, taken: &[Subnet]) -> Result<Subnet> {
-    for pool in pools.iter().filter(|p| p.base.is_v4() == v4 && p.size >= p.base.prefix()) {
+    for pool in pools
+        .iter()
+        .filter(|p| p.base.is_v4() == v4 && p.size >= p.base.prefix())
+    {
         let width: u32 = if v4 { 32 } else { 128 };
         if u32::from(pool.size) > width {
             continue;
@@ -39,12 +42,20 @@ pub(crate) fn choose(pools: &[SubnetPool], v4: bool, taken: &[Subnet]) -> Result
         let mut at = pool.base.first_number();
         while step != 0 && at <= pool.base.last_number() {
             let candidate = Subnet::new(address_of(at, v4), pool.size).expect("checked above");
-            match taken.iter().filter(|t| t.overlaps(candidate)).map(|t| t.last_number()).max() {
+            match taken
+                .iter()
+                .filter(|t| t.overlaps(candidate))
+                .map(|t| t.last_number())
+                .max()
+            {
                 None => return Ok(candidate),
                 // Past what is in the way, so that a large pool is not walked one by one.
                 Some(last) => {
                     let past = last.max(candidate.last_number());
-                    match past.checked_add(1).and_then(|n| n.checked_next_multiple_of(step)) {
+                    match past
+                        .checked_add(1)
+                        .and_then(|n| n.checked_next_multiple_of(step))
+                    {
                         Some(next) => at = next,
                         None => break,
                     }
@@ -81,7 +92,13 @@ impl Addresses {
             Some(range) => (range.first_number().max(low), range.last_number().min(high)),
             None => (low, high),
         };
-        Addresses { subnet, first, last, cursor: first, used: HashSet::new() }
+        Addresses {
+            subnet,
+            first,
+            last,
+            cursor: first,
+            used: HashSet::new(),
+        }
     }
 
     pub(crate) fn subnet(&self) -> Subnet {
@@ -92,13 +109,22 @@ impl Addresses {
     pub(crate) fn claim(&mut self, address: IpAddr) -> Result<()> {
         let (low, high) = (self.subnet.first_number(), self.subnet.last_number());
         if !self.subnet.contains(address) {
-            return Err(Error::invalid(format!("address {address} is not in subnet {}", self.subnet)));
+            return Err(Error::invalid(format!(
+                "address {address} is not in subnet {}",
+                self.subnet
+            )));
         }
         let number = number_of(address);
         if high - low > 1 && (number == low || (self.subnet.is_v4() && number == high)) {
-            return Err(Error::invalid(format!("address {address} is the network's own or its broadcast address")));
+            return Err(Error::invalid(format!(
+                "address {address} is the network's own or its broadcast address"
+            )));
         }
-        if self.used.insert(number) { Ok(()) } else { Err(Error::AddressInUse(address)) }
+        if self.used.insert(number) {
+            Ok(())
+        } else {
+            Err(Error::AddressInUse(address))
+        }
     }
 
     /// The next free address.
@@ -129,7 +155,11 @@ impl Addresses {
     pub(crate) fn advance_past(&mut self, address: IpAddr) {
         let number = number_of(address);
         if number >= self.cursor && number <= self.last {
-            self.cursor = if number == self.last { self.first } else { number + 1 };
+            self.cursor = if number == self.last {
+                self.first
+            } else {
+                number + 1
+            };
         }
     }
 }
@@ -146,14 +176,23 @@ mod tests {
     #[test]
     fn a_chosen_subnet_avoids_what_is_taken() {
         let taken = [subnet("172.16.0.0/14"), subnet("10.0.0.0/8")];
-        assert_eq!(choose(&default_pools(), true, &taken).unwrap(), subnet("172.20.0.0/16"));
+        assert_eq!(
+            choose(&default_pools(), true, &taken).unwrap(),
+            subnet("172.20.0.0/16")
+        );
         let all = [subnet("172.16.0.0/12"), subnet("192.168.0.0/16")];
-        assert!(matches!(choose(&default_pools(), true, &all), Err(Error::PoolsExhausted)));
+        assert!(matches!(
+            choose(&default_pools(), true, &all),
+            Err(Error::PoolsExhausted)
+        ));
     }
 
     #[test]
     fn a_large_pool_of_ipv6_is_not_walked_one_by_one() {
-        let pool = [SubnetPool { base: subnet("fd00::/8"), size: 64 }];
+        let pool = [SubnetPool {
+            base: subnet("fd00::/8"),
+            size: 64,
+        }];
         let chosen = choose(&pool, false, &[subnet("fd00::/9")]).unwrap();
         assert_eq!(chosen, subnet("fd80::/64"));
     }

@@ -146,12 +146,19 @@ impl Manager {
         crate::network::check_interface_name(&config.bridge)?;
         let directory = config.state_dir.join("networks");
         fs::create_dir_all(&directory).context(|| format!("making {}", directory.display()))?;
-        base::file::sweep_temporaries(&directory).context(|| "sweeping half-written records".into())?;
+        base::file::sweep_temporaries(&directory)
+            .context(|| "sweeping half-written records".into())?;
         let mut netlink = Netlink::open().context(|| "opening rtnetlink".into())?;
         let links = netlink.links().context(|| "listing interfaces".into())?;
-        let ours = [format!("bv{}", config.tag), format!("bt{}", config.tag), format!("br-{}", config.tag)];
+        let ours = [
+            format!("bv{}", config.tag),
+            format!("bt{}", config.tag),
+            format!("br-{}", config.tag),
+        ];
         let leftovers = links.into_iter().map(|link| link.name);
-        let leftovers = leftovers.filter(|name| ours.iter().any(|p| name.starts_with(p.as_str()))).collect();
+        let leftovers = leftovers
+            .filter(|name| ours.iter().any(|p| name.starts_with(p.as_str())))
+            .collect();
         let settings = Settings::open(&config.state_dir)?;
         let (reaper, work) = mpsc::channel();
         let own = Netlink::open().context(|| "opening rtnetlink".into())?;
@@ -165,7 +172,10 @@ impl Manager {
             firewall: Firewall::new(&config.tag),
             directory,
             pool,
-            setup: Mutex::new(Setup { settings, table: false }),
+            setup: Mutex::new(Setup {
+                settings,
+                table: false,
+            }),
             state: Mutex::default(),
             netlink: Mutex::new(netlink),
             services: Services::start()?,
@@ -224,18 +234,30 @@ impl Manager {
         };
         let (bridges, ends) = {
             let mut state = lock(&self.state);
-            let ends: Vec<_> = state.endpoints.drain().map(|(_, held)| held.endpoint.host_interface).collect();
+            let ends: Vec<_> = state
+                .endpoints
+                .drain()
+                .map(|(_, held)| held.endpoint.host_interface)
+                .collect();
             let bridges: Vec<_> = state
                 .networks
                 .values_mut()
-                .filter_map(|net| net.bridge.take().and(net.record.owns_bridge.then(|| net.record.bridge.clone())))
+                .filter_map(|net| {
+                    net.bridge
+                        .take()
+                        .and(net.record.owns_bridge.then(|| net.record.bridge.clone()))
+                })
                 .collect();
             (bridges, ends)
         };
         {
             let mut netlink = lock(&self.netlink);
             for name in ends.iter().chain(&bridges).filter(|name| !name.is_empty()) {
-                keep(netlink.remove_link(name).context(|| format!("removing {name}")));
+                keep(
+                    netlink
+                        .remove_link(name)
+                        .context(|| format!("removing {name}")),
+                );
             }
         }
         if setup.table || self.table_marker().exists() {
@@ -257,7 +279,11 @@ impl Manager {
             let state = lock(&self.state);
             let up = state.networks.values().filter(|net| net.bridge.is_some());
             let networks: Vec<_> = up.map(|net| rules_of(&net.record)).collect();
-            let forwards: Vec<_> = state.endpoints.values().flat_map(|h| h.forwards.iter().copied()).collect();
+            let forwards: Vec<_> = state
+                .endpoints
+                .values()
+                .flat_map(|h| h.forwards.iter().copied())
+                .collect();
             (networks, forwards)
         };
         // Before the table, so that a crash in between is remembered.
@@ -280,7 +306,12 @@ impl Drop for Manager {
 fn rules_of(network: &Network) -> NetworkRules {
     NetworkRules {
         bridge: network.bridge.clone(),
-        subnets: network.ipam.config.iter().filter_map(|c| c.subnet).collect(),
+        subnets: network
+            .ipam
+            .config
+            .iter()
+            .filter_map(|c| c.subnet)
+            .collect(),
         internal: network.internal,
         masquerade: network.flag(OPTION_MASQUERADE, true),
     }
@@ -290,7 +321,9 @@ impl Net {
     fn new(record: Network) -> Net {
         let mut pools = Vec::new();
         for config in &record.ipam.config {
-            let Some(subnet) = config.subnet else { continue };
+            let Some(subnet) = config.subnet else {
+                continue;
+            };
             let mut addresses = Addresses::new(subnet.network(), config.ip_range);
             for taken in config.gateway.iter().chain(config.auxiliary.values()) {
                 if let Err(error) = addresses.claim(*taken) {
@@ -299,7 +332,11 @@ impl Net {
             }
             pools.push(addresses);
         }
-        Net { record, pools, bridge: None }
+        Net {
+            record,
+            pools,
+            bridge: None,
+        }
     }
 
     fn is_bridge(&self) -> bool {

@@ -39,12 +39,18 @@ impl Sandbox {
     /// Where there is no such process (any more).
     pub fn of_process(pid: i32) -> Result<Sandbox> {
         let file = File::open(format!("/proc/{pid}/ns/net")).map_err(Error::Namespace)?;
-        Ok(Sandbox { netns: file.into(), veth: Mutex::new(None) })
+        Ok(Sandbox {
+            netns: file.into(),
+            veth: Mutex::new(None),
+        })
     }
 
     /// A namespace by descriptor.
     pub fn of_fd(netns: OwnedFd) -> Sandbox {
-        Sandbox { netns, veth: Mutex::new(None) }
+        Sandbox {
+            netns,
+            veth: Mutex::new(None),
+        }
     }
 }
 
@@ -68,7 +74,9 @@ pub(crate) fn within<T: Send>(
             .name("berth-netns".into())
             .stack_size(128 * 1024)
             .spawn_scoped(scope, move || enter(netns).and_then(|()| work()))?;
-        inside.join().unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
+        inside
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
     })
 }
 
@@ -79,7 +87,13 @@ fn make(home: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
     let made = (|| {
         let netns = current()?;
-        Netlink::open()?.set_link(1, &LinkChange { up: Some(true), ..LinkChange::default() })?;
+        Netlink::open()?.set_link(
+            1,
+            &LinkChange {
+                up: Some(true),
+                ..LinkChange::default()
+            },
+        )?;
         // Interfaces made from now on announce their address, and have IPv6 only where their network has it.
         for (key, value) in [
             ("ipv4/conf/default/arp_notify", "1"),
@@ -126,9 +140,17 @@ impl Pool {
     /// Keeps `size` ready. `prefix` begins the names of the host's veth ends.
     pub(crate) fn open(prefix: String, size: usize) -> Result<Pool> {
         let home = current().map_err(Error::Namespace)?;
-        let shared =
-            Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), home, prefix });
-        let mut pool = Pool { shared, size, filler: None };
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            home,
+            prefix,
+        });
+        let mut pool = Pool {
+            shared,
+            size,
+            filler: None,
+        };
         if size > 0 {
             let shared = Arc::clone(&pool.shared);
             let filler = thread::Builder::new()
@@ -144,7 +166,11 @@ impl Pool {
     /// One from the pool, or a fresh one where it is empty.
     pub(crate) fn take(&self) -> Result<Sandbox> {
         let taken = {
-            let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self
+                .shared
+                .state
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             state.failed = false;
             state.ready.pop_front()
         };
@@ -153,11 +179,15 @@ impl Pool {
             Some(sandbox) => Ok(sandbox),
             // A thread of its own: the caller's must not be seen in another namespace even for a moment.
             None => thread::scope(|scope| {
-                let maker = thread::Builder::new().name("berth-netns".into()).spawn_scoped(scope, || {
-                    enter(self.shared.home.as_fd())?;
-                    prepare(&self.shared)
-                })?;
-                maker.join().unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
+                let maker = thread::Builder::new()
+                    .name("berth-netns".into())
+                    .spawn_scoped(scope, || {
+                        enter(self.shared.home.as_fd())?;
+                        prepare(&self.shared)
+                    })?;
+                maker
+                    .join()
+                    .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
             })
             .map_err(Error::Namespace),
         }
@@ -165,27 +195,48 @@ impl Pool {
 
     /// Waits until the pool is full (tests and benchmarks).
     pub(crate) fn wait_full(&self) {
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self
+            .shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         while state.ready.len() < self.size && !state.failed && !state.closing {
-            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Ends the filler and all that are ready.
     pub(crate) fn close(&mut self) {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).closing = true;
+        self.shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .closing = true;
         self.shared.changed.notify_all();
         if let Some(filler) = self.filler.take() {
             let _ = filler.join();
         }
         let ready: Vec<_> = {
-            let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self
+                .shared
+                .state
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             state.ready.drain(..).collect()
         };
         let _ = within(self.shared.home.as_fd(), || {
             let mut netlink = Netlink::open()?;
             for sandbox in ready {
-                if let Some(veth) = sandbox.veth.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                if let Some(veth) = sandbox
+                    .veth
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take()
+                {
                     let _ = netlink.remove_link(&veth.host_name);
                 }
             }
@@ -210,8 +261,17 @@ fn prepare(shared: &Shared) -> io::Result<Sandbox> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the new veth is gone"))?
         .index;
     // The host's end has no address of its own, not even a link-local one.
-    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{host_name}/disable_ipv6"), "1");
-    Ok(Sandbox { netns, veth: Mutex::new(Some(Prepared { host_name, host_index })) })
+    let _ = fs::write(
+        format!("/proc/sys/net/ipv6/conf/{host_name}/disable_ipv6"),
+        "1",
+    );
+    Ok(Sandbox {
+        netns,
+        veth: Mutex::new(Some(Prepared {
+            host_name,
+            host_index,
+        })),
+    })
 }
 
 fn fill(shared: &Shared, size: usize) {
@@ -219,7 +279,10 @@ fn fill(shared: &Shared, size: usize) {
         {
             let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
             while !state.closing && (state.failed || state.ready.len() >= size) {
-                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = shared
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             if state.closing {
                 return;

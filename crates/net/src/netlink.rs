@@ -8,10 +8,12 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -62,7 +64,10 @@ impl Netlink {
         socket.connect(&SocketAddr::new(0, 0))?;
         // Errors then carry the request's header only, and the kernel says in words what is wrong.
         let _ = socket.set_cap_ack(true);
-        Ok(Netlink { socket, sequence: 0 })
+        Ok(Netlink {
+            socket,
+            sequence: 0,
+        })
     }
 
     fn request(
@@ -86,7 +91,10 @@ impl Netlink {
             while rest.len() >= 16 {
                 let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
                 if length < 16 || length > rest.len() {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "netlink answer cut short"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "netlink answer cut short",
+                    ));
                 }
                 // A message of a kind the decoder does not know must not end a dump.
                 let kind = u16::from_ne_bytes([rest[4], rest[5]]);
@@ -110,7 +118,10 @@ impl Netlink {
                     },
                     Err(_) if kind >= 16 => {}
                     Err(error) => {
-                        return Err(io::Error::new(io::ErrorKind::InvalidData, error.to_string()));
+                        return Err(io::Error::new(
+                            io::ErrorKind::InvalidData,
+                            error.to_string(),
+                        ));
                     }
                 }
             }
@@ -119,14 +130,19 @@ impl Netlink {
 
     /// All interfaces.
     pub(crate) fn links(&mut self) -> io::Result<Vec<Link>> {
-        let answers = self.request(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)?;
+        let answers = self.request(
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+            NLM_F_DUMP,
+        )?;
         Ok(answers.into_iter().filter_map(link_of).collect())
     }
 
     /// The interface by name; `None` where there is none.
     pub(crate) fn link(&mut self, name: &str) -> io::Result<Option<Link>> {
         let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        message
+            .attributes
+            .push(LinkAttribute::IfName(name.to_owned()));
         match self.request(RouteNetlinkMessage::GetLink(message), NLM_F_ACK) {
             Ok(answers) => Ok(answers.into_iter().find_map(link_of)),
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
@@ -138,7 +154,8 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.attributes = attributes;
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        self.request(RouteNetlinkMessage::NewLink(message), flags).map(drop)
+        self.request(RouteNetlinkMessage::NewLink(message), flags)
+            .map(drop)
     }
 
     /// A bridge without spanning tree, down.
@@ -153,10 +170,17 @@ impl Netlink {
     }
 
     /// A veth pair, one end here, the other in the namespace of `peer_ns`.
-    pub(crate) fn add_veth(&mut self, name: &str, peer: &str, peer_ns: BorrowedFd<'_>) -> io::Result<()> {
+    pub(crate) fn add_veth(
+        &mut self,
+        name: &str,
+        peer: &str,
+        peer_ns: BorrowedFd<'_>,
+    ) -> io::Result<()> {
         let mut inside = LinkMessage::default();
-        inside.attributes =
-            vec![LinkAttribute::IfName(peer.to_owned()), LinkAttribute::NetNsFd(peer_ns.as_raw_fd())];
+        inside.attributes = vec![
+            LinkAttribute::IfName(peer.to_owned()),
+            LinkAttribute::NetNsFd(peer_ns.as_raw_fd()),
+        ];
         self.new_link(vec![
             LinkAttribute::IfName(name.to_owned()),
             LinkAttribute::LinkInfo(vec![
@@ -171,14 +195,23 @@ impl Netlink {
         message.header.index = index;
         if let Some(up) = change.up {
             message.header.change_mask = LinkFlags::Up;
-            message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+            message.header.flags = if up {
+                LinkFlags::Up
+            } else {
+                LinkFlags::empty()
+            };
         }
         let a = &mut message.attributes;
         a.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
         a.extend(change.mtu.map(LinkAttribute::Mtu));
-        a.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
+        a.extend(
+            change
+                .name
+                .map(|name| LinkAttribute::IfName(name.to_owned())),
+        );
         a.extend(change.master.map(LinkAttribute::Controller));
-        self.request(RouteNetlinkMessage::SetLink(message), NLM_F_ACK).map(drop)
+        self.request(RouteNetlinkMessage::SetLink(message), NLM_F_ACK)
+            .map(drop)
     }
 
     /// Keeps a bridge port from the other isolated ports of the bridge.
@@ -187,15 +220,20 @@ impl Netlink {
         message.header.index = index;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::PortKind(InfoPortKind::Bridge),
-            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::Isolated(true)])),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::Isolated(
+                true,
+            )])),
         ]));
-        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK).map(drop)
+        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK)
+            .map(drop)
     }
 
     /// Removes an interface; one that is gone already is fine.
     pub(crate) fn remove_link(&mut self, name: &str) -> io::Result<()> {
         let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        message
+            .attributes
+            .push(LinkAttribute::IfName(name.to_owned()));
         match self.request(RouteNetlinkMessage::DelLink(message), NLM_F_ACK) {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
             other => other.map(drop),
@@ -211,26 +249,37 @@ impl Netlink {
         message.header.family = family(address.address());
         match address.address() {
             IpAddr::V4(_) => {
-                message.attributes.push(AddressAttribute::Local(address.address()));
+                message
+                    .attributes
+                    .push(AddressAttribute::Local(address.address()));
                 if address.prefix() < 31
                     && let IpAddr::V4(broadcast) = address.last()
                 {
-                    message.attributes.push(AddressAttribute::Broadcast(broadcast));
+                    message
+                        .attributes
+                        .push(AddressAttribute::Broadcast(broadcast));
                 }
             }
             IpAddr::V6(_) => message.header.flags = AddressHeaderFlags::Nodad,
         }
-        message.attributes.push(AddressAttribute::Address(address.address()));
+        message
+            .attributes
+            .push(AddressAttribute::Address(address.address()));
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-        self.request(RouteNetlinkMessage::NewAddress(message), flags).map(drop)
+        self.request(RouteNetlinkMessage::NewAddress(message), flags)
+            .map(drop)
     }
 
     /// All addresses, with the index of their interface.
     pub(crate) fn addresses(&mut self) -> io::Result<Vec<(u32, Subnet)>> {
-        let answers =
-            self.request(RouteNetlinkMessage::GetAddress(AddressMessage::default()), NLM_F_DUMP)?;
+        let answers = self.request(
+            RouteNetlinkMessage::GetAddress(AddressMessage::default()),
+            NLM_F_DUMP,
+        )?;
         let parsed = answers.into_iter().filter_map(|answer| {
-            let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
+            let RouteNetlinkMessage::NewAddress(message) = answer else {
+                return None;
+            };
             let mut found = None;
             for attribute in &message.attributes {
                 match attribute {
@@ -239,7 +288,10 @@ impl Netlink {
                     _ => {}
                 }
             }
-            Some((message.header.index, Subnet::new(found?, message.header.prefix_len)?))
+            Some((
+                message.header.index,
+                Subnet::new(found?, message.header.prefix_len)?,
+            ))
         });
         Ok(parsed.collect())
     }
@@ -252,18 +304,25 @@ impl Netlink {
         message.header.scope = RouteScope::Universe;
         message.header.kind = RouteType::Unicast;
         message.attributes.push(RouteAttribute::Oif(interface));
-        message.attributes.push(RouteAttribute::Gateway(match gateway {
-            IpAddr::V4(v4) => RouteAddress::Inet(v4),
-            IpAddr::V6(v6) => RouteAddress::Inet6(v6),
-        }));
+        message
+            .attributes
+            .push(RouteAttribute::Gateway(match gateway {
+                IpAddr::V4(v4) => RouteAddress::Inet(v4),
+                IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+            }));
         message
     }
 
     /// The default route of one family, in place of another of the same metric.
-    pub(crate) fn replace_default_route(&mut self, gateway: IpAddr, interface: u32) -> io::Result<()> {
+    pub(crate) fn replace_default_route(
+        &mut self,
+        gateway: IpAddr,
+        interface: u32,
+    ) -> io::Result<()> {
         let message = Self::default_route(gateway, interface);
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-        self.request(RouteNetlinkMessage::NewRoute(message), flags).map(drop)
+        self.request(RouteNetlinkMessage::NewRoute(message), flags)
+            .map(drop)
     }
 
     /// The routes of the main table, default routes included.
@@ -271,26 +330,47 @@ impl Netlink {
         let mut found = Vec::new();
         for v4 in [true, false] {
             let mut ask = RouteMessage::default();
-            ask.header.address_family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+            ask.header.address_family = if v4 {
+                AddressFamily::Inet
+            } else {
+                AddressFamily::Inet6
+            };
             for answer in self.request(RouteNetlinkMessage::GetRoute(ask), NLM_F_DUMP)? {
-                let RouteNetlinkMessage::NewRoute(message) = answer else { continue };
-                if message.header.table != libc::RT_TABLE_MAIN || message.header.kind != RouteType::Unicast {
+                let RouteNetlinkMessage::NewRoute(message) = answer else {
+                    continue;
+                };
+                if message.header.table != libc::RT_TABLE_MAIN
+                    || message.header.kind != RouteType::Unicast
+                {
                     continue;
                 }
-                let mut address =
-                    if v4 { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
+                let mut address = if v4 {
+                    Ipv4Addr::UNSPECIFIED.into()
+                } else {
+                    IpAddr::from(Ipv6Addr::UNSPECIFIED)
+                };
                 let (mut interface, mut has_gateway) = (None, false);
                 for attribute in &message.attributes {
                     match attribute {
-                        RouteAttribute::Destination(RouteAddress::Inet(ip)) => address = (*ip).into(),
-                        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => address = (*ip).into(),
+                        RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
+                            address = (*ip).into()
+                        }
+                        RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
+                            address = (*ip).into()
+                        }
                         RouteAttribute::Oif(index) => interface = Some(*index),
                         RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => has_gateway = true,
                         _ => {}
                     }
                 }
-                if let Some(destination) = Subnet::new(address, message.header.destination_prefix_length) {
-                    found.push(Route { destination, interface, has_gateway });
+                if let Some(destination) =
+                    Subnet::new(address, message.header.destination_prefix_length)
+                {
+                    found.push(Route {
+                        destination,
+                        interface,
+                        has_gateway,
+                    });
                 }
             }
         }
@@ -299,12 +379,23 @@ impl Netlink {
 }
 
 fn family(address: IpAddr) -> AddressFamily {
-    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+    if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    }
 }
 
 fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
-    let RouteNetlinkMessage::NewLink(message) = message else { return None };
-    let mut link = Link { index: message.header.index, name: String::new(), mac: None, master: None };
+    let RouteNetlinkMessage::NewLink(message) = message else {
+        return None;
+    };
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        master: None,
+    };
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,

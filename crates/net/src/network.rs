@@ -61,7 +61,10 @@ pub struct IpamConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gateway: Option<IpAddr>,
     /// Addresses by name that belong to others.
-    #[serde(rename = "AuxiliaryAddresses", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        rename = "AuxiliaryAddresses",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub auxiliary: BTreeMap<String, IpAddr>,
 }
 
@@ -76,7 +79,11 @@ pub struct Ipam {
 
 impl Default for Ipam {
     fn default() -> Ipam {
-        Ipam { driver: "default".into(), options: None, config: Vec::new() }
+        Ipam {
+            driver: "default".into(),
+            options: None,
+            config: Vec::new(),
+        }
     }
 }
 
@@ -161,7 +168,9 @@ impl Network {
     /// The subnets of one family that are complete with a gateway.
     pub fn subnets(&self, v4: bool) -> impl Iterator<Item = (Subnet, Option<IpAddr>)> + '_ {
         let of_family = move |c: &IpamConfig| {
-            c.subnet.filter(|s| s.is_v4() == v4).map(|subnet| (subnet, c.gateway))
+            c.subnet
+                .filter(|s| s.is_v4() == v4)
+                .map(|subnet| (subnet, c.gateway))
         };
         self.ipam.config.iter().filter_map(of_family)
     }
@@ -201,7 +210,8 @@ impl Network {
 pub(crate) fn check_name(name: &str) -> Result<()> {
     let mut bytes = name.bytes();
     let first = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric());
-    if first && name.len() <= 255 && bytes.all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
+    if first && name.len() <= 255 && bytes.all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+    {
         Ok(())
     } else {
         Err(Error::invalid(format!(
@@ -214,7 +224,10 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
 /// The kernel's rule for interface names (15 bytes), without what nft or a shell could misread.
 pub(crate) fn check_interface_name(name: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
-    if (1..=15).contains(&name.len()) && name.bytes().all(good) && !matches!(name, "." | ".." | "all" | "default") {
+    if (1..=15).contains(&name.len())
+        && name.bytes().all(good)
+        && !matches!(name, "." | ".." | "all" | "default")
+    {
         Ok(())
     } else {
         Err(Error::invalid(format!(

@@ -31,7 +31,12 @@ impl Drop for Proxy {
 }
 
 /// Serves the bound (TCP: listening), non-blocking `socket` by connections to `target`.
-pub(crate) fn start(runtime: &Handle, socket: OwnedFd, protocol: Protocol, target: SocketAddr) -> io::Result<Proxy> {
+pub(crate) fn start(
+    runtime: &Handle,
+    socket: OwnedFd,
+    protocol: Protocol,
+    target: SocketAddr,
+) -> io::Result<Proxy> {
     let _entered = runtime.enter();
     Ok(Proxy(match protocol {
         Protocol::Udp => {
@@ -48,7 +53,9 @@ pub(crate) fn start(runtime: &Handle, socket: OwnedFd, protocol: Protocol, targe
 async fn tcp(listener: TcpListener, target: SocketAddr) {
     let room = Arc::new(Semaphore::new(MOST));
     loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((mut outside, _)) => {
                 tokio::spawn(async move {
@@ -95,8 +102,11 @@ async fn udp(socket: UdpSocket, target: SocketAddr) {
 }
 
 async fn connect_udp(target: SocketAddr) -> io::Result<UdpSocket> {
-    let any: IpAddr =
-        if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if target.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect(target).await?;
     Ok(socket)

@@ -40,10 +40,20 @@ impl Services {
                 runtime.shutdown_background();
             })
             .context(|| "starting the name service".into())?;
-        Ok(Services { runtime: handle, stop: Some(stop), thread: Some(thread), directory: Arc::default() })
+        Ok(Services {
+            runtime: handle,
+            stop: Some(stop),
+            thread: Some(thread),
+            directory: Arc::default(),
+        })
     }
 
-    pub(crate) fn proxy(&self, socket: OwnedFd, protocol: Protocol, target: SocketAddr) -> io::Result<Proxy> {
+    pub(crate) fn proxy(
+        &self,
+        socket: OwnedFd,
+        protocol: Protocol,
+        target: SocketAddr,
+    ) -> io::Result<Proxy> {
         proxy::start(&self.runtime, socket, protocol, target)
     }
 
@@ -52,11 +62,17 @@ impl Services {
     pub(crate) fn remove_network(&self, _network: &Id) {}
 
     pub(crate) fn add_endpoint(&self, endpoint: &Endpoint) {
-        self.directory.write().unwrap_or_else(PoisonError::into_inner).add(endpoint);
+        self.directory
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(endpoint);
     }
 
     pub(crate) fn remove_endpoint(&self, endpoint: &Id) {
-        self.directory.write().unwrap_or_else(PoisonError::into_inner).remove(endpoint);
+        self.directory
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(endpoint);
     }
 }
 

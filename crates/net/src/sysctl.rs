@@ -18,7 +18,9 @@ pub(crate) struct Settings {
 impl Settings {
     pub(crate) fn open(directory: &Path) -> Result<Settings> {
         let record = directory.join("sysctl.json");
-        let before = read_json(&record).context(|| "reading the saved settings".into())?.unwrap_or_default();
+        let before = read_json(&record)
+            .context(|| "reading the saved settings".into())?
+            .unwrap_or_default();
         Ok(Settings { record, before })
     }
 
@@ -49,8 +51,15 @@ impl Settings {
             return Ok(());
         }
         // A forwarding host stops listening to router advertisements unless told 2, and would lose its own IPv6.
-        for entry in fs::read_dir("/proc/sys/net/ipv6/conf").into_iter().flatten().flatten() {
-            let key = format!("ipv6/conf/{}/accept_ra", entry.file_name().to_string_lossy());
+        for entry in fs::read_dir("/proc/sys/net/ipv6/conf")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let key = format!(
+                "ipv6/conf/{}/accept_ra",
+                entry.file_name().to_string_lossy()
+            );
             if read(&key).is_ok_and(|now| now == "1") {
                 self.set(&key, "2")?;
             }

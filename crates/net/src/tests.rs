@@ -28,7 +28,10 @@ pub(crate) fn on_a_host_of_its_own(test: impl FnOnce(&std::path::Path) + Send + 
             eprintln!("SKIPPED: no new network namespace: {error}");
             return;
         }
-        let up = LinkChange { up: Some(true), ..LinkChange::default() };
+        let up = LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        };
         Netlink::open().unwrap().set_link(1, &up).unwrap();
         let directory = tempfile::tempdir().unwrap();
         test(directory.path());
@@ -39,7 +42,11 @@ pub(crate) fn on_a_host_of_its_own(test: impl FnOnce(&std::path::Path) + Send + 
 }
 
 fn open(directory: &std::path::Path) -> Manager {
-    Manager::open(NetConfig { sandboxes: 2, ..NetConfig::new(directory) }).unwrap()
+    Manager::open(NetConfig {
+        sandboxes: 2,
+        ..NetConfig::new(directory)
+    })
+    .unwrap()
 }
 
 fn spec(network: &str, container: &str) -> EndpointSpec {
@@ -82,7 +89,13 @@ fn ruleset() -> String {
 }
 
 fn links() -> Vec<String> {
-    let mut names: Vec<_> = Netlink::open().unwrap().links().unwrap().into_iter().map(|l| l.name).collect();
+    let mut names: Vec<_> = Netlink::open()
+        .unwrap()
+        .links()
+        .unwrap()
+        .into_iter()
+        .map(|l| l.name)
+        .collect();
     names.sort();
     names
 }
@@ -96,12 +109,19 @@ fn outside() -> OwnedFd {
     })
     .join()
     .unwrap();
-    let up = LinkChange { up: Some(true), ..LinkChange::default() };
+    let up = LinkChange {
+        up: Some(true),
+        ..LinkChange::default()
+    };
     let mut netlink = Netlink::open().unwrap();
     netlink.add_veth("uplink", "world", world.as_fd()).unwrap();
     let index = netlink.link("uplink").unwrap().unwrap().index;
-    netlink.add_address(index, "192.0.2.1/24".parse().unwrap()).unwrap();
-    netlink.add_address(index, "2001:db8::1/64".parse().unwrap()).unwrap();
+    netlink
+        .add_address(index, "192.0.2.1/24".parse().unwrap())
+        .unwrap();
+    netlink
+        .add_address(index, "2001:db8::1/64".parse().unwrap())
+        .unwrap();
     netlink.set_link(index, &up).unwrap();
     within(world.as_fd(), || {
         let mut netlink = Netlink::open()?;
@@ -135,10 +155,16 @@ fn two_containers_of_a_network_reach_each_other_and_the_outside() {
         let b = manager.connect(&two, spec("bridge", "b")).unwrap();
         assert_ne!(a.v4, b.v4);
         serve(&one.netns, "0.0.0.0:80");
-        assert_eq!(ask(&two.netns, to(&a, 80)).unwrap(), b.ipv4().unwrap().to_string());
+        assert_eq!(
+            ask(&two.netns, to(&a, 80)).unwrap(),
+            b.ipv4().unwrap().to_string()
+        );
         serve(&world, "0.0.0.0:7");
         // Masqueraded: the world sees the host.
-        assert_eq!(ask(&two.netns, "192.0.2.9:7".parse().unwrap()).unwrap(), "192.0.2.1");
+        assert_eq!(
+            ask(&two.netns, "192.0.2.9:7".parse().unwrap()).unwrap(),
+            "192.0.2.1"
+        );
     });
 }
 
@@ -149,8 +175,13 @@ fn networks_are_kept_apart_and_internal_ones_from_the_world() {
         serve(&world, "0.0.0.0:7");
         let manager = open(directory);
         manager.create_network(NetworkSpec::bridge("left")).unwrap();
-        manager.create_network(NetworkSpec::bridge("right")).unwrap();
-        let inner = NetworkSpec { internal: true, ..NetworkSpec::bridge("inner") };
+        manager
+            .create_network(NetworkSpec::bridge("right"))
+            .unwrap();
+        let inner = NetworkSpec {
+            internal: true,
+            ..NetworkSpec::bridge("inner")
+        };
         manager.create_network(inner).unwrap();
         let boxes: Vec<_> = (0..4).map(|_| manager.sandbox().unwrap()).collect();
         let a = manager.connect(&boxes[0], spec("left", "a")).unwrap();
@@ -185,11 +216,17 @@ fn a_published_port_is_reached_from_everywhere_it_should_be() {
         let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
         let a = manager.connect(&one, spec("bridge", "a")).unwrap();
         let b = manager.connect(&two, spec("bridge", "b")).unwrap();
-        manager.create_network(NetworkSpec::bridge("other")).unwrap();
+        manager
+            .create_network(NetworkSpec::bridge("other"))
+            .unwrap();
         let three = manager.sandbox().unwrap();
         manager.connect(&three, spec("other", "c")).unwrap();
         serve(&one.netns, "0.0.0.0:80");
-        let ports = [port(None, 8080, 80), port(Some("127.0.0.1"), 8081, 80), port(None, 0, 80)];
+        let ports = [
+            port(None, 8080, 80),
+            port(Some("127.0.0.1"), 8081, 80),
+            port(None, 0, 80),
+        ];
         let published = manager.publish(&a, &ports).unwrap();
         assert_eq!(published.iter().filter(|p| p.host_port == 8080).count(), 2);
         let at = |text: &str| text.parse().unwrap();
@@ -197,26 +234,57 @@ fn a_published_port_is_reached_from_everywhere_it_should_be() {
         assert_eq!(ask(&world, at("192.0.2.1:8080")).unwrap(), "192.0.2.9");
         assert!(ask(&world, at("[2001:db8::1]:8080")).is_ok());
         // From the host, by all its addresses.
-        for address in ["127.0.0.1:8080", "192.0.2.1:8080", "[::1]:8080", "127.0.0.1:8081"] {
+        for address in [
+            "127.0.0.1:8080",
+            "192.0.2.1:8080",
+            "[::1]:8080",
+            "127.0.0.1:8081",
+        ] {
             assert!(ask(&host, at(address)).is_ok(), "{address}");
         }
         // From a neighbour, from another network, and from itself.
-        for (who, netns) in [("neighbour", &two.netns), ("other network", &three.netns), ("itself", &one.netns)] {
+        for (who, netns) in [
+            ("neighbour", &two.netns),
+            ("other network", &three.netns),
+            ("itself", &one.netns),
+        ] {
             assert!(ask(netns, at("192.0.2.1:8080")).is_ok(), "{who}");
         }
         assert!(ask(&world, at("192.0.2.1:8081")).is_err());
         let random = published.last().unwrap().host_port;
-        assert!(ask(&world, SocketAddr::new("192.0.2.1".parse().unwrap(), random)).is_ok());
+        assert!(
+            ask(
+                &world,
+                SocketAddr::new("192.0.2.1".parse().unwrap(), random)
+            )
+            .is_ok()
+        );
         // Clashes name the port and who has it.
-        let clash = manager.publish(&b, &[port(None, 8080, 81)]).unwrap_err().to_string();
-        assert_eq!(clash, "port 0.0.0.0:8080/tcp is already in use by container a");
+        let clash = manager
+            .publish(&b, &[port(None, 8080, 81)])
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            clash,
+            "port 0.0.0.0:8080/tcp is already in use by container a"
+        );
         let taken = TcpListener::bind("127.0.0.1:9000").unwrap();
-        let clash = manager.publish(&b, &[port(Some("127.0.0.1"), 9000, 81)]).unwrap_err();
-        assert!(matches!(clash, Error::PortInUse { port: 9000, .. }), "{clash}");
+        let clash = manager
+            .publish(&b, &[port(Some("127.0.0.1"), 9000, 81)])
+            .unwrap_err();
+        assert!(
+            matches!(clash, Error::PortInUse { port: 9000, .. }),
+            "{clash}"
+        );
         drop(taken);
-        let foreign = manager.publish(&b, &[port(Some("203.0.113.5"), 9000, 81)]).unwrap_err();
+        let foreign = manager
+            .publish(&b, &[port(Some("203.0.113.5"), 9000, 81)])
+            .unwrap_err();
         assert!(matches!(foreign, Error::NotOurAddress { .. }), "{foreign}");
-        let range = PortMap { host_ports: Some((8080, 8083)), ..port(None, 0, 80) };
+        let range = PortMap {
+            host_ports: Some((8080, 8083)),
+            ..port(None, 0, 80)
+        };
         assert_eq!(manager.publish(&b, &[range]).unwrap()[0].host_port, 8082);
         // A drop in the host's own forward chain holds.
         let script = "table inet mine { chain f { type filter hook forward priority 10; tcp dport 80 drop; }; }";
@@ -234,7 +302,10 @@ fn ipv6_works_inside_outside_and_published() {
     on_a_host_of_its_own(|directory| {
         let world = outside();
         let manager = open(directory);
-        let network = NetworkSpec { ipv6: true, ..NetworkSpec::bridge("six") };
+        let network = NetworkSpec {
+            ipv6: true,
+            ..NetworkSpec::bridge("six")
+        };
         let network = manager.create_network(network).unwrap();
         assert!(network.gateway_v6().is_some());
         let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
@@ -244,9 +315,15 @@ fn ipv6_works_inside_outside_and_published() {
         serve(&world, "[::]:7");
         let at = SocketAddr::new(a.ipv6().unwrap().into(), 80);
         assert_eq!(ask(&two.netns, at).unwrap(), b.ipv6().unwrap().to_string());
-        assert_eq!(ask(&two.netns, "[2001:db8::9]:7".parse().unwrap()).unwrap(), "2001:db8::1");
+        assert_eq!(
+            ask(&two.netns, "[2001:db8::9]:7".parse().unwrap()).unwrap(),
+            "2001:db8::1"
+        );
         manager.publish(&a, &[port(None, 8080, 80)]).unwrap();
-        assert_eq!(ask(&world, "[2001:db8::1]:8080".parse().unwrap()).unwrap(), "2001:db8::9");
+        assert_eq!(
+            ask(&world, "[2001:db8::1]:8080".parse().unwrap()).unwrap(),
+            "2001:db8::9"
+        );
         assert!(ask(&current().unwrap(), "[::1]:8080".parse().unwrap()).is_ok());
     });
 }
@@ -261,11 +338,19 @@ fn the_hosts_rules_and_settings_are_as_before_when_we_are_gone() {
         let sandbox = manager.sandbox().unwrap();
         let a = manager.connect(&sandbox, spec("bridge", "a")).unwrap();
         manager.publish(&a, &[port(None, 8080, 80)]).unwrap();
-        manager.create_network(NetworkSpec { ipv6: true, ..NetworkSpec::bridge("n") }).unwrap();
+        manager
+            .create_network(NetworkSpec {
+                ipv6: true,
+                ..NetworkSpec::bridge("n")
+            })
+            .unwrap();
         assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "1");
         assert!(ruleset().starts_with(&before.0));
         manager.cleanup().unwrap();
-        assert_eq!((ruleset(), links(), sysctl::read("ipv4/ip_forward").unwrap()), before);
+        assert_eq!(
+            (ruleset(), links(), sysctl::read("ipv4/ip_forward").unwrap()),
+            before
+        );
     });
 }
 
@@ -290,7 +375,11 @@ fn a_hundred_at_once_leave_nothing() {
         });
         eprintln!("100 sandboxes at once: {:?}", began.elapsed());
         manager.settle();
-        assert!(manager.endpoints(&manager.inspect("bridge").unwrap().id).is_empty());
+        assert!(
+            manager
+                .endpoints(&manager.inspect("bridge").unwrap().id)
+                .is_empty()
+        );
         let count = |names: &[String]| names.iter().filter(|n| n.starts_with("bv")).count();
         // Only the pool's own remain; the pool may just be refilling.
         manager.wait_ready();
@@ -327,7 +416,10 @@ fn a_new_daemon_takes_over_what_lives_and_sweeps_the_rest() {
         let three = second.sandbox().unwrap();
         let c = second.connect(&three, spec("n", "c")).unwrap();
         assert_ne!(c.v4, a.v4);
-        assert!(matches!(second.remove_network("n"), Err(Error::NetworkInUse { .. })));
+        assert!(matches!(
+            second.remove_network("n"),
+            Err(Error::NetworkInUse { .. })
+        ));
         second.release("a");
         second.release("c");
         second.remove_network("n").unwrap();
@@ -350,16 +442,28 @@ fn the_default_route_follows_the_priority_of_networks() {
                 let default = routes.iter().find(|r| r.destination.prefix() == 0);
                 let index = default.and_then(|r| r.interface);
                 let links = Netlink::open()?.links()?;
-                Ok(links.into_iter().find(|l| Some(l.index) == index).map(|l| l.name))
+                Ok(links
+                    .into_iter()
+                    .find(|l| Some(l.index) == index)
+                    .map(|l| l.name))
             })
             .unwrap()
         };
         manager.connect(&sandbox, spec("y", "a")).unwrap();
         assert_eq!(gateway_index().as_deref(), Some("eth0"));
-        let high = EndpointSpec { gateway_priority: 5, ..spec("x", "a") };
+        let high = EndpointSpec {
+            gateway_priority: 5,
+            ..spec("x", "a")
+        };
         let second = manager.connect(&sandbox, high).unwrap();
-        assert_eq!((second.interface.as_str(), gateway_index().as_deref()), ("eth1", Some("eth1")));
-        assert!(matches!(manager.connect(&sandbox, spec("x", "a")), Err(Error::AlreadyConnected { .. })));
+        assert_eq!(
+            (second.interface.as_str(), gateway_index().as_deref()),
+            ("eth1", Some("eth1"))
+        );
+        assert!(matches!(
+            manager.connect(&sandbox, spec("x", "a")),
+            Err(Error::AlreadyConnected { .. })
+        ));
         manager.disconnect(Some(&sandbox), "a", "x").unwrap();
         assert_eq!(gateway_index().as_deref(), Some("eth0"));
     });
@@ -373,7 +477,10 @@ fn bad_networks_are_refused_with_the_reason() {
         let with = |subnet: &str| {
             let mut spec = NetworkSpec::bridge("n");
             let subnet = Some(subnet.parse().unwrap());
-            spec.ipam.config = vec![IpamConfig { subnet, ..IpamConfig::default() }];
+            spec.ipam.config = vec![IpamConfig {
+                subnet,
+                ..IpamConfig::default()
+            }];
             manager.create_network(spec)
         };
         assert!(matches!(with("192.0.2.0/25"), Err(Error::Overlap { .. })));
@@ -382,13 +489,29 @@ fn bad_networks_are_refused_with_the_reason() {
         let made = with("10.1.2.3/24").unwrap();
         assert_eq!(made.gateway_v4(), Some(Ipv4Addr::new(10, 1, 2, 1)));
         assert!(matches!(with("10.5.0.0/24"), Err(Error::NetworkExists(_))));
-        assert!(manager.create_network(NetworkSpec::bridge("a; drop")).is_err());
-        assert!(matches!(manager.remove_network("bridge"), Err(Error::Predefined(_))));
-        assert!(matches!(manager.inspect("nothing"), Err(Error::NoSuchNetwork(_))));
+        assert!(
+            manager
+                .create_network(NetworkSpec::bridge("a; drop"))
+                .is_err()
+        );
+        assert!(matches!(
+            manager.remove_network("bridge"),
+            Err(Error::Predefined(_))
+        ));
+        assert!(matches!(
+            manager.inspect("nothing"),
+            Err(Error::NoSuchNetwork(_))
+        ));
         let sandbox = manager.sandbox().unwrap();
-        let fixed = |v4: &str| EndpointSpec { v4: Some(v4.parse().unwrap()), ..spec("n", "a") };
+        let fixed = |v4: &str| EndpointSpec {
+            v4: Some(v4.parse().unwrap()),
+            ..spec("n", "a")
+        };
         assert!(manager.connect(&sandbox, fixed("10.9.9.9")).is_err());
-        assert!(matches!(manager.connect(&sandbox, fixed("10.1.2.1")), Err(Error::AddressInUse(_))));
+        assert!(matches!(
+            manager.connect(&sandbox, fixed("10.1.2.1")),
+            Err(Error::AddressInUse(_))
+        ));
         let a = manager.connect(&sandbox, fixed("10.1.2.77")).unwrap();
         assert_eq!(a.ipv4().map(IpAddr::V4), Some("10.1.2.77".parse().unwrap()));
         assert_eq!(manager.prune(|_| false).len(), 0);
@@ -401,13 +524,17 @@ fn bad_networks_are_refused_with_the_reason() {
 fn connecting_from_the_pool_takes_few_milliseconds() {
     on_a_host_of_its_own(|directory| {
         let manager = open(directory);
-        manager.connect(&manager.sandbox().unwrap(), spec("bridge", "warm")).unwrap();
+        manager
+            .connect(&manager.sandbox().unwrap(), spec("bridge", "warm"))
+            .unwrap();
         let mut best = Duration::MAX;
         for n in 0..8 {
             manager.wait_ready();
             let began = Instant::now();
             let sandbox = manager.sandbox().unwrap();
-            manager.connect(&sandbox, spec("bridge", &format!("c{n}"))).unwrap();
+            manager
+                .connect(&sandbox, spec("bridge", &format!("c{n}")))
+                .unwrap();
             best = best.min(began.elapsed());
         }
         eprintln!("sandbox and connect: {best:?}");

@@ -64,16 +64,21 @@ impl Manager {
             check_interface_name(name)?;
         }
         if let Some(mac) = spec.mac.filter(|mac| !mac.is_unicast()) {
-            return Err(Error::invalid(format!("{mac} is not an address an interface can have")));
+            return Err(Error::invalid(format!(
+                "{mac} is not an address an interface can have"
+            )));
         }
         let mut state = lock(&self.state);
         let held = |s: &State| {
-            s.endpoints.values().any(|h| {
-                h.endpoint.container == spec.container && h.endpoint.network == network.id
-            })
+            s.endpoints
+                .values()
+                .any(|h| h.endpoint.container == spec.container && h.endpoint.network == network.id)
         };
         if held(&state) {
-            return Err(Error::AlreadyConnected { container: spec.container, network: network.name });
+            return Err(Error::AlreadyConnected {
+                container: spec.container,
+                network: network.name,
+            });
         }
         let interface = match (&spec.interface, network.driver) {
             (_, Driver::Host | Driver::None) => String::new(),
@@ -103,7 +108,10 @@ impl Manager {
             ports: Vec::new(),
         };
         if net.is_bridge() {
-            let wishes = [(true, spec.v4.map(IpAddr::V4)), (false, spec.v6.map(IpAddr::V6))];
+            let wishes = [
+                (true, spec.v4.map(IpAddr::V4)),
+                (false, spec.v6.map(IpAddr::V6)),
+            ];
             for (v4, wish) in wishes {
                 let claimed = claim(net, v4, wish);
                 match claimed {
@@ -119,8 +127,9 @@ impl Manager {
                 endpoint.gateway_v4 = endpoint.v4.and(network.gateway_v4());
                 endpoint.gateway_v6 = endpoint.v6.and(network.gateway_v6());
             }
-            endpoint.mac =
-                spec.mac.or_else(|| Some(endpoint.ipv4().map_or_else(Mac::random, Mac::of_v4)));
+            endpoint.mac = spec
+                .mac
+                .or_else(|| Some(endpoint.ipv4().map_or_else(Mac::random, Mac::of_v4)));
         } else if spec.v4.is_some() || spec.v6.is_some() {
             return Err(Error::WrongDriver {
                 network: network.name,
@@ -132,8 +141,11 @@ impl Manager {
             mtu: network.mtu(),
             isolated: !network.flag(OPTION_ICC, true),
         };
-        let held =
-            Held { endpoint: endpoint.clone(), forwards: Vec::new(), reservations: Vec::new() };
+        let held = Held {
+            endpoint: endpoint.clone(),
+            forwards: Vec::new(),
+            reservations: Vec::new(),
+        };
         state.endpoints.insert(endpoint.id.clone(), held);
         Ok((endpoint, place))
     }
@@ -161,9 +173,13 @@ impl Manager {
                         .add_veth(&name, &endpoint.interface, sandbox.netns.as_fd())
                         .context(|| format!("making {} in the container", endpoint.interface))?;
                     endpoint.host_interface = name.clone();
-                    netlink.link(&name).context(|| format!("looking for {name}"))?
+                    netlink
+                        .link(&name)
+                        .context(|| format!("looking for {name}"))?
                 };
-                let index = index.ok_or_else(|| Error::invalid("the container ended meanwhile"))?.index;
+                let index = index
+                    .ok_or_else(|| Error::invalid("the container ended meanwhile"))?
+                    .index;
                 let _ = sysctl::write(&format!("ipv6/conf/{name}/disable_ipv6"), "1");
                 self.join_bridge(index, bridge, place)?;
                 endpoint.interface.clone()
@@ -173,13 +189,22 @@ impl Manager {
         let what = || format!("setting up {} in the container", endpoint.interface);
         within(sandbox.netns.as_fd(), || {
             let mut netlink = Netlink::open()?;
-            let missing = || std::io::Error::new(std::io::ErrorKind::NotFound, "the interface is gone");
+            let missing =
+                || std::io::Error::new(std::io::ErrorKind::NotFound, "the interface is gone");
             let index = netlink.link(&inside)?.ok_or_else(missing)?.index;
             let name = (inside != endpoint.interface).then_some(endpoint.interface.as_str());
-            let change = LinkChange { name, mac: endpoint.mac, mtu: place.mtu, ..LinkChange::default() };
+            let change = LinkChange {
+                name,
+                mac: endpoint.mac,
+                mtu: place.mtu,
+                ..LinkChange::default()
+            };
             netlink.set_link(index, &change)?;
             if endpoint.v6.is_some() {
-                sysctl::write(&format!("ipv6/conf/{}/disable_ipv6", endpoint.interface), "0")?;
+                sysctl::write(
+                    &format!("ipv6/conf/{}/disable_ipv6", endpoint.interface),
+                    "0",
+                )?;
             }
             for (key, value) in sysctls {
                 sysctl::write(&key.replace("IFNAME", &endpoint.interface), value)?;
@@ -187,7 +212,13 @@ impl Manager {
             for address in [endpoint.v4, endpoint.v6].into_iter().flatten() {
                 netlink.add_address(index, address)?;
             }
-            netlink.set_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
+            netlink.set_link(
+                index,
+                &LinkChange {
+                    up: Some(true),
+                    ..LinkChange::default()
+                },
+            )?;
             if let (true, Some(gateway)) = (gives_v4, endpoint.gateway_v4) {
                 netlink.replace_default_route(gateway.into(), index)?;
             }
@@ -201,11 +232,19 @@ impl Manager {
 
     pub(super) fn join_bridge(&self, index: u32, bridge: u32, place: &Place) -> Result<()> {
         let mut netlink = lock(&self.netlink);
-        let change =
-            LinkChange { master: Some(bridge), mtu: place.mtu, up: Some(true), ..LinkChange::default() };
-        netlink.set_link(index, &change).context(|| "joining the bridge".into())?;
+        let change = LinkChange {
+            master: Some(bridge),
+            mtu: place.mtu,
+            up: Some(true),
+            ..LinkChange::default()
+        };
+        netlink
+            .set_link(index, &change)
+            .context(|| "joining the bridge".into())?;
         if place.isolated {
-            netlink.isolate_port(index).context(|| "isolating the container on its bridge".into())?;
+            netlink
+                .isolate_port(index)
+                .context(|| "isolating the container on its bridge".into())?;
         }
         Ok(())
     }
@@ -214,32 +253,48 @@ impl Manager {
     fn gives_gateway(&self, endpoint: &Endpoint) -> (bool, bool) {
         let state = lock(&self.state);
         let (v4, v6) = gateways(&state, &endpoint.container);
-        (v4.as_ref() == Some(&endpoint.id), v6.as_ref() == Some(&endpoint.id))
+        (
+            v4.as_ref() == Some(&endpoint.id),
+            v6.as_ref() == Some(&endpoint.id),
+        )
     }
 
     /// Takes a container off one network. Without a sandbox (the container does not run) only our side is done.
     ///
     /// # Errors
     /// Where it is not on this network.
-    pub fn disconnect(&self, sandbox: Option<&Sandbox>, container: &str, network: &str) -> Result<()> {
+    pub fn disconnect(
+        &self,
+        sandbox: Option<&Sandbox>,
+        container: &str,
+        network: &str,
+    ) -> Result<()> {
         let network = self.inspect(network)?;
         let (id, before) = {
             let state = lock(&self.state);
             let mut all = state.endpoints.values().map(|h| &h.endpoint);
             let found = all.find(|e| e.container == container && e.network == network.id);
-            let id = found.map(|e| e.id.clone()).ok_or_else(|| Error::NotConnected {
-                container: container.to_owned(),
-                network: network.name.clone(),
-            })?;
+            let id = found
+                .map(|e| e.id.clone())
+                .ok_or_else(|| Error::NotConnected {
+                    container: container.to_owned(),
+                    network: network.name.clone(),
+                })?;
             (id, gateways(&state, container))
         };
-        let Some(endpoint) = self.forget(&id) else { return Ok(()) };
+        let Some(endpoint) = self.forget(&id) else {
+            return Ok(());
+        };
         // At once, not by the reaper: the container shall not be seen on it any more.
         if !endpoint.host_interface.is_empty() {
             let name = &endpoint.host_interface;
-            lock(&self.netlink).remove_link(name).context(|| format!("removing {name}"))?;
+            lock(&self.netlink)
+                .remove_link(name)
+                .context(|| format!("removing {name}"))?;
         }
-        let Some(sandbox) = sandbox else { return Ok(()) };
+        let Some(sandbox) = sandbox else {
+            return Ok(());
+        };
         let routes: Vec<(String, IpAddr)> = {
             let state = lock(&self.state);
             let (v4, v6) = gateways(&state, container);
@@ -249,7 +304,8 @@ impl Manager {
             let four = four.and_then(|h| Some((h, h.endpoint.gateway_v4?.into())));
             let six = six.and_then(|h| Some((h, h.endpoint.gateway_v6?.into())));
             let each = four.into_iter().chain(six);
-            each.map(|(h, gateway)| (h.endpoint.interface.clone(), gateway)).collect()
+            each.map(|(h, gateway)| (h.endpoint.interface.clone(), gateway))
+                .collect()
         };
         if routes.is_empty() {
             return Ok(());
@@ -271,7 +327,10 @@ impl Manager {
     pub fn release(&self, container: &str) {
         let ids: Vec<Id> = {
             let state = lock(&self.state);
-            let own = state.endpoints.values().filter(|h| h.endpoint.container == container);
+            let own = state
+                .endpoints
+                .values()
+                .filter(|h| h.endpoint.container == container);
             own.map(|h| h.endpoint.id.clone()).collect()
         };
         for id in ids {
@@ -284,7 +343,10 @@ impl Manager {
     /// The endpoints of a container.
     pub fn endpoints_of(&self, container: &str) -> Vec<Endpoint> {
         let state = lock(&self.state);
-        let own = state.endpoints.values().filter(|h| h.endpoint.container == container);
+        let own = state
+            .endpoints
+            .values()
+            .filter(|h| h.endpoint.container == container);
         own.map(|h| h.endpoint.clone()).collect()
     }
 
@@ -293,7 +355,11 @@ impl Manager {
         let mut renamed = Vec::new();
         {
             let mut state = lock(&self.state);
-            for held in state.endpoints.values_mut().filter(|h| h.endpoint.container == container) {
+            for held in state
+                .endpoints
+                .values_mut()
+                .filter(|h| h.endpoint.container == container)
+            {
                 held.endpoint.names = names.to_vec();
                 renamed.push(held.endpoint.clone());
             }
@@ -325,33 +391,64 @@ impl Manager {
 
 /// Which endpoints of a container give its default gateways: the highest priority, then the first name.
 fn gateways(state: &State, container: &str) -> (Option<Id>, Option<Id>) {
-    let own = || state.endpoints.values().map(|h| &h.endpoint).filter(|e| e.container == container);
-    let rank = |e: &&Endpoint| (std::cmp::Reverse(e.gateway_priority), e.network_name.clone());
-    let best = |has: fn(&Endpoint) -> bool| {
-        own().filter(|e| has(e)).min_by_key(rank).map(|e| e.id.clone())
+    let own = || {
+        state
+            .endpoints
+            .values()
+            .map(|h| &h.endpoint)
+            .filter(|e| e.container == container)
     };
-    (best(|e| e.gateway_v4.is_some()), best(|e| e.gateway_v6.is_some()))
+    let rank = |e: &&Endpoint| {
+        (
+            std::cmp::Reverse(e.gateway_priority),
+            e.network_name.clone(),
+        )
+    };
+    let best = |has: fn(&Endpoint) -> bool| {
+        own()
+            .filter(|e| has(e))
+            .min_by_key(rank)
+            .map(|e| e.id.clone())
+    };
+    (
+        best(|e| e.gateway_v4.is_some()),
+        best(|e| e.gateway_v6.is_some()),
+    )
 }
 
 fn next_interface(state: &State, container: &str) -> String {
     let own = state.endpoints.values().map(|h| &h.endpoint);
-    let taken: Vec<_> = own.filter(|e| e.container == container).map(|e| e.interface.as_str()).collect();
-    (0..).map(|n| format!("eth{n}")).find(|name| !taken.contains(&name.as_str())).expect("numbers do not end")
+    let taken: Vec<_> = own
+        .filter(|e| e.container == container)
+        .map(|e| e.interface.as_str())
+        .collect();
+    (0..)
+        .map(|n| format!("eth{n}"))
+        .find(|name| !taken.contains(&name.as_str()))
+        .expect("numbers do not end")
 }
 
 /// Takes the wished or the next address of one family; `None` where the network does not have the family.
 fn claim(net: &mut super::Net, v4: bool, wish: Option<IpAddr>) -> Result<Option<Subnet>> {
     let name = net.record.name.clone();
-    let mut pools: Vec<_> = net.pools.iter_mut().filter(|p| p.subnet().is_v4() == v4).collect();
+    let mut pools: Vec<_> = net
+        .pools
+        .iter_mut()
+        .filter(|p| p.subnet().is_v4() == v4)
+        .collect();
     if pools.is_empty() {
         return match wish {
             None => Ok(None),
-            Some(address) => Err(Error::invalid(format!("network {name} has no subnet for {address}"))),
+            Some(address) => Err(Error::invalid(format!(
+                "network {name} has no subnet for {address}"
+            ))),
         };
     }
     if let Some(address) = wish {
         let Some(pool) = pools.iter_mut().find(|p| p.subnet().contains(address)) else {
-            return Err(Error::invalid(format!("address {address} is in no subnet of network {name}")));
+            return Err(Error::invalid(format!(
+                "address {address} is in no subnet of network {name}"
+            )));
         };
         pool.claim(address)?;
         return Ok(Subnet::new(address, pool.subnet().prefix()));
@@ -368,7 +465,11 @@ fn claim(net: &mut super::Net, v4: bool, wish: Option<IpAddr>) -> Result<Option<
 
 fn free(net: &mut super::Net, endpoint: &Endpoint) {
     for address in [endpoint.v4, endpoint.v6].into_iter().flatten() {
-        if let Some(pool) = net.pools.iter_mut().find(|p| p.subnet().contains(address.address())) {
+        if let Some(pool) = net
+            .pools
+            .iter_mut()
+            .find(|p| p.subnet().contains(address.address()))
+        {
             pool.free(address.address());
         }
     }
@@ -382,9 +483,18 @@ fn interface_settings(spec: &EndpointSpec) -> Result<Vec<(String, String)>> {
                 "invalid interface setting {key:?}: it looks like net.ipv4.conf.IFNAME.NAME"
             ))
         };
-        let path = key.strip_prefix("net.").ok_or_else(invalid)?.replace('.', "/");
-        let plain = Path::new(&path).components().all(|c| matches!(c, Component::Normal(_)));
-        if plain && path.split('/').any(|part| part == "IFNAME") { Ok((path, value.clone())) } else { Err(invalid()) }
+        let path = key
+            .strip_prefix("net.")
+            .ok_or_else(invalid)?
+            .replace('.', "/");
+        let plain = Path::new(&path)
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)));
+        if plain && path.split('/').any(|part| part == "IFNAME") {
+            Ok((path, value.clone()))
+        } else {
+            Err(invalid())
+        }
     });
     each.collect()
 }

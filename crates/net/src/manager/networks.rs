@@ -13,8 +13,8 @@ use crate::error::{Context, Error, Result};
 use crate::ipam::{SubnetPool, choose};
 use crate::netlink::LinkChange;
 use crate::network::{
-    Driver, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT, check_interface_name,
-    check_name,
+    Driver, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
+    check_interface_name, check_name,
 };
 use crate::sysctl;
 
@@ -28,25 +28,40 @@ impl Manager {
             }
             match read_json::<Network>(&path) {
                 Ok(Some(record)) => {
-                    lock(&self.state).networks.insert(record.id.clone(), Net::new(record));
+                    lock(&self.state)
+                        .networks
+                        .insert(record.id.clone(), Net::new(record));
                 }
                 Ok(None) => {}
                 // One bad record must not keep the daemon from all others.
-                Err(error) => tracing::error!(%error, "a network record is unreadable and was left out"),
+                Err(error) => {
+                    tracing::error!(%error, "a network record is unreadable and was left out")
+                }
             }
         }
-        for (name, driver) in
-            [("bridge", Driver::Bridge), ("host", Driver::Host), ("none", Driver::None)]
-        {
-            if lock(&self.state).networks.values().any(|net| net.record.name == name) {
+        for (name, driver) in [
+            ("bridge", Driver::Bridge),
+            ("host", Driver::Host),
+            ("none", Driver::None),
+        ] {
+            if lock(&self.state)
+                .networks
+                .values()
+                .any(|net| net.record.name == name)
+            {
                 continue;
             }
-            let mut spec = NetworkSpec { driver, ..NetworkSpec::bridge(name) };
+            let mut spec = NetworkSpec {
+                driver,
+                ..NetworkSpec::bridge(name)
+            };
             if driver == Driver::Bridge {
-                spec.options.insert(OPTION_BRIDGE_NAME.into(), self.config.bridge.clone());
+                spec.options
+                    .insert(OPTION_BRIDGE_NAME.into(), self.config.bridge.clone());
                 spec.options.insert(OPTION_DEFAULT.into(), "true".into());
                 if let Some(subnet) = self.config.bridge_subnet {
-                    let own = (subnet.address() != subnet.network().address()).then(|| subnet.address());
+                    let own =
+                        (subnet.address() != subnet.network().address()).then(|| subnet.address());
                     spec.ipam.config = vec![IpamConfig {
                         subnet: Some(subnet.network()),
                         gateway: own,
@@ -81,7 +96,10 @@ impl Manager {
 
     fn record_network(&self, spec: NetworkSpec) -> Result<Network> {
         if !matches!(spec.ipam.driver.as_str(), "" | "default") {
-            return Err(Error::invalid(format!("there is no IPAM driver {:?}", spec.ipam.driver)));
+            return Err(Error::invalid(format!(
+                "there is no IPAM driver {:?}",
+                spec.ipam.driver
+            )));
         }
         // The setup lock keeps two calls from choosing the same subnet.
         let _setup = lock(&self.setup);
@@ -103,35 +121,53 @@ impl Manager {
         };
         let others: Vec<(String, Vec<Subnet>)> = {
             let state = lock(&self.state);
-            if state.networks.values().any(|net| net.record.name == record.name) {
+            if state
+                .networks
+                .values()
+                .any(|net| net.record.name == record.name)
+            {
                 return Err(Error::NetworkExists(record.name));
             }
             let subnets = |n: &Network| n.ipam.config.iter().filter_map(|c| c.subnet).collect();
-            state.networks.values().map(|net| (net.record.name.clone(), subnets(&net.record))).collect()
+            state
+                .networks
+                .values()
+                .map(|net| (net.record.name.clone(), subnets(&net.record)))
+                .collect()
         };
         if record.driver == Driver::Bridge {
             self.name_bridge(&mut record)?;
             self.complete_ipam(&mut record, &others)?;
         }
         self.save(&record)?;
-        lock(&self.state).networks.insert(record.id.clone(), Net::new(record.clone()));
+        lock(&self.state)
+            .networks
+            .insert(record.id.clone(), Net::new(record.clone()));
         Ok(record)
     }
 
     fn save(&self, record: &Network) -> Result<()> {
         let path = self.directory.join(format!("{}.json", record.id));
-        write_json(&path, record, Durability::Host).context(|| format!("writing {}", path.display()))
+        write_json(&path, record, Durability::Host)
+            .context(|| format!("writing {}", path.display()))
     }
 
     fn name_bridge(&self, record: &mut Network) -> Result<()> {
         record.bridge = match record.options.get(OPTION_BRIDGE_NAME) {
             Some(name) => {
                 check_interface_name(name)?;
-                let taken = lock(&self.state).networks.values().any(|net| net.record.bridge == *name);
+                let taken = lock(&self.state)
+                    .networks
+                    .values()
+                    .any(|net| net.record.bridge == *name);
                 if taken {
-                    return Err(Error::invalid(format!("another network has the bridge {name}")));
+                    return Err(Error::invalid(format!(
+                        "another network has the bridge {name}"
+                    )));
                 }
-                let there = lock(&self.netlink).link(name).context(|| format!("looking for {name}"))?;
+                let there = lock(&self.netlink)
+                    .link(name)
+                    .context(|| format!("looking for {name}"))?;
                 record.owns_bridge = there.is_none() || *name == self.config.bridge;
                 name.clone()
             }
@@ -144,7 +180,10 @@ impl Manager {
     fn complete_ipam(&self, record: &mut Network, others: &[(String, Vec<Subnet>)]) -> Result<()> {
         let routes = {
             let mut netlink = lock(&self.netlink);
-            let own = netlink.link(&record.bridge).context(|| "listing interfaces".into())?.map(|l| l.index);
+            let own = netlink
+                .link(&record.bridge)
+                .context(|| "listing interfaces".into())?
+                .map(|l| l.index);
             let mut routes = netlink.routes().context(|| "listing routes".into())?;
             routes.retain(|r| r.destination.prefix() > 0 && (own.is_none() || r.interface != own));
             routes
@@ -162,7 +201,9 @@ impl Manager {
             config.subnet = Some(subnet);
             let longest = if subnet.is_v4() { 30 } else { 126 };
             if subnet.prefix() > longest {
-                return Err(Error::invalid(format!("subnet {subnet} has no room for containers")));
+                return Err(Error::invalid(format!(
+                    "subnet {subnet} has no room for containers"
+                )));
             }
             let multicast = subnet.address().is_multicast() || subnet.address().is_loopback();
             if multicast || subnet.prefix() == 0 || subnet.address().is_unspecified() {
@@ -171,16 +212,23 @@ impl Manager {
             if let Some(range) = config.ip_range
                 && !subnet.covers(range)
             {
-                return Err(Error::invalid(format!("IP range {range} is not in subnet {subnet}")));
+                return Err(Error::invalid(format!(
+                    "IP range {range} is not in subnet {subnet}"
+                )));
             }
             for address in config.gateway.iter().chain(config.auxiliary.values()) {
                 if !subnet.contains(*address) {
-                    return Err(Error::invalid(format!("address {address} is not in subnet {subnet}")));
+                    return Err(Error::invalid(format!(
+                        "address {address} is not in subnet {subnet}"
+                    )));
                 }
             }
             for (name, subnets) in others {
                 if subnets.iter().any(|s| s.overlaps(subnet)) {
-                    return Err(Error::Overlap { asked: subnet, other: format!("network {name}") });
+                    return Err(Error::Overlap {
+                        asked: subnet,
+                        other: format!("network {name}"),
+                    });
                 }
             }
             // A wide route to somewhere else may be cut into; what is on the link or inside may not.
@@ -189,23 +237,40 @@ impl Manager {
             });
             if let Some(route) = clash {
                 let other = format!("the host's route to {}", route.destination);
-                return Err(Error::Overlap { asked: subnet, other });
+                return Err(Error::Overlap {
+                    asked: subnet,
+                    other,
+                });
             }
         }
         for index in 1..configs.len() {
             let (before, this) = configs.split_at(index);
             if let Some(subnet) = this[0].subnet
-                && before.iter().filter_map(|c| c.subnet).any(|s| s.overlaps(subnet))
+                && before
+                    .iter()
+                    .filter_map(|c| c.subnet)
+                    .any(|s| s.overlaps(subnet))
             {
-                return Err(Error::Overlap { asked: subnet, other: "another subnet of this network".into() });
+                return Err(Error::Overlap {
+                    asked: subnet,
+                    other: "another subnet of this network".into(),
+                });
             }
         }
         configs.retain(|c| c.subnet.is_some());
         record.ipv6 |= configs.iter().any(|c| c.subnet.is_some_and(|s| !s.is_v4()));
         let mut taken: Vec<Subnet> = routes.iter().map(|r| r.destination).collect();
-        taken.extend(others.iter().flat_map(|(_, subnets)| subnets.iter().copied()));
+        taken.extend(
+            others
+                .iter()
+                .flat_map(|(_, subnets)| subnets.iter().copied()),
+        );
         for (v4, wanted) in [(true, record.ipv4), (false, record.ipv6)] {
-            if wanted && !configs.iter().any(|c| c.subnet.is_some_and(|s| s.is_v4() == v4)) {
+            if wanted
+                && !configs
+                    .iter()
+                    .any(|c| c.subnet.is_some_and(|s| s.is_v4() == v4))
+            {
                 let own;
                 let pools = if v4 || self.config.pools.iter().any(|p| !p.base.is_v4()) {
                     &self.config.pools[..]
@@ -214,14 +279,23 @@ impl Manager {
                     &own[..]
                 };
                 let subnet = Some(choose(pools, v4, &taken)?);
-                configs.push(IpamConfig { subnet, ..IpamConfig::default() });
+                configs.push(IpamConfig {
+                    subnet,
+                    ..IpamConfig::default()
+                });
             }
         }
         for config in configs.iter_mut() {
-            let Some(subnet) = config.subnet else { continue };
+            let Some(subnet) = config.subnet else {
+                continue;
+            };
             if config.gateway.is_none() {
                 let mut first = subnet.first_number() + 1;
-                while config.auxiliary.values().any(|a| *a == address_of(first, subnet.is_v4())) {
+                while config
+                    .auxiliary
+                    .values()
+                    .any(|a| *a == address_of(first, subnet.is_v4()))
+                {
                     first += 1;
                 }
                 config.gateway = Some(address_of(first, subnet.is_v4()));
@@ -239,13 +313,19 @@ impl Manager {
         let h = hash.to_be_bytes();
         let mut octets = [0u8; 16];
         octets[..6].copy_from_slice(&[0xfd, h[0], h[1], h[2], h[3], h[4]]);
-        SubnetPool { base: Subnet::new(IpAddr::from(octets), 48).expect("48 is short"), size: 64 }
+        SubnetPool {
+            base: Subnet::new(IpAddr::from(octets), 48).expect("48 is short"),
+            size: 64,
+        }
     }
 
     /// The networks, by name.
     pub fn list(&self) -> Vec<Network> {
-        let mut all: Vec<_> =
-            lock(&self.state).networks.values().map(|net| net.record.clone()).collect();
+        let mut all: Vec<_> = lock(&self.state)
+            .networks
+            .values()
+            .map(|net| net.record.clone())
+            .collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
     }
@@ -257,8 +337,9 @@ impl Manager {
     pub fn inspect(&self, name: &str) -> Result<Network> {
         let state = lock(&self.state);
         let all = || state.networks.values().map(|net| &net.record);
-        if let Some(found) =
-            all().find(|n| n.name == name).or_else(|| all().find(|n| n.id.as_str() == name))
+        if let Some(found) = all()
+            .find(|n| n.name == name)
+            .or_else(|| all().find(|n| n.id.as_str() == name))
         {
             return Ok(found.clone());
         }
@@ -273,7 +354,10 @@ impl Manager {
     /// Who is on a network.
     pub fn endpoints(&self, network: &Id) -> Vec<Endpoint> {
         let state = lock(&self.state);
-        let on = state.endpoints.values().filter(|h| h.endpoint.network == *network);
+        let on = state
+            .endpoints
+            .values()
+            .filter(|h| h.endpoint.network == *network);
         on.map(|held| held.endpoint.clone()).collect()
     }
 
@@ -293,13 +377,25 @@ impl Manager {
                 .endpoints
                 .values()
                 .filter(|h| h.endpoint.network == record.id)
-                .map(|h| h.endpoint.names.first().unwrap_or(&h.endpoint.container).clone())
+                .map(|h| {
+                    h.endpoint
+                        .names
+                        .first()
+                        .unwrap_or(&h.endpoint.container)
+                        .clone()
+                })
                 .collect();
             if !users.is_empty() {
-                return Err(Error::NetworkInUse { name: record.name, users: users.join(", ") });
+                return Err(Error::NetworkInUse {
+                    name: record.name,
+                    users: users.join(", "),
+                });
             }
             // From here on nobody can connect; the record on disk stays until the kernel's part is gone.
-            state.networks.remove(&record.id).is_some_and(|net| net.bridge.is_some())
+            state
+                .networks
+                .remove(&record.id)
+                .is_some_and(|net| net.bridge.is_some())
         };
         if was_up {
             self.take_down(&mut setup, &record)?;
@@ -325,28 +421,40 @@ impl Manager {
 
     /// Removes the networks nobody is on that `keep` does not name.
     pub fn prune(&self, keep: impl Fn(&Network) -> bool) -> Vec<Network> {
-        let unused = self.list().into_iter().filter(|n| !n.is_predefined() && !keep(n));
-        unused.filter_map(|network| self.remove_network(network.id.as_str()).ok()).collect()
+        let unused = self
+            .list()
+            .into_iter()
+            .filter(|n| !n.is_predefined() && !keep(n));
+        unused
+            .filter_map(|network| self.remove_network(network.id.as_str()).ok())
+            .collect()
     }
 
     /// Makes the bridge and its rules, once; returns the bridge's index.
     pub(super) fn bring_up(&self, id: &Id) -> Result<u32> {
         let find = || {
             let state = lock(&self.state);
-            let net = state.networks.get(id).ok_or_else(|| Error::NoSuchNetwork(id.to_string()))?;
+            let net = state
+                .networks
+                .get(id)
+                .ok_or_else(|| Error::NoSuchNetwork(id.to_string()))?;
             Ok::<_, Error>((net.bridge, net.record.clone()))
         };
         if let (Some(index), _) = find()? {
             return Ok(index);
         }
         let mut setup = lock(&self.setup);
-        let (None, record) = find()? else { return self.bring_up_done(id) };
+        let (None, record) = find()? else {
+            return self.bring_up_done(id);
+        };
         let index = self.make_bridge(&mut setup, &record)?;
         if let Some(net) = lock(&self.state).networks.get_mut(id) {
             net.bridge = Some(index);
         }
         let ruled = if setup.table {
-            self.firewall.add_network(&rules_of(&record)).or_else(|_| self.install_table(&mut setup))
+            self.firewall
+                .add_network(&rules_of(&record))
+                .or_else(|_| self.install_table(&mut setup))
         } else {
             self.install_table(&mut setup)
         };
@@ -373,14 +481,22 @@ impl Manager {
     fn make_bridge(&self, setup: &mut Setup, record: &Network) -> Result<u32> {
         let name = &record.bridge;
         let mut netlink = lock(&self.netlink);
-        if netlink.link(name).context(|| format!("looking for {name}"))?.is_none() {
+        if netlink
+            .link(name)
+            .context(|| format!("looking for {name}"))?
+            .is_none()
+        {
             let mac = record.gateway_v4().map_or_else(Mac::random, Mac::of_v4);
             netlink
                 .add_bridge(name, mac, record.mtu())
                 .context(|| format!("making the bridge {name}"))?;
         }
-        let link = netlink.link(name).context(|| format!("looking for {name}"))?;
-        let index = link.ok_or_else(|| Error::invalid(format!("the bridge {name} is gone")))?.index;
+        let link = netlink
+            .link(name)
+            .context(|| format!("looking for {name}"))?;
+        let index = link
+            .ok_or_else(|| Error::invalid(format!("the bridge {name} is gone")))?
+            .index;
         drop(netlink);
         let six = record.ipv6;
         let settings = [
@@ -394,19 +510,30 @@ impl Manager {
                 continue;
             }
             match sysctl::write(&format!("{family}/conf/{name}/{key}"), value) {
-                Err(error) if family == "ipv6" && !six => tracing::debug!(%error, key, "no IPv6 settings"),
+                Err(error) if family == "ipv6" && !six => {
+                    tracing::debug!(%error, key, "no IPv6 settings")
+                }
                 result => result.context(|| format!("setting {key} of {name}"))?,
             }
         }
         let mut netlink = lock(&self.netlink);
         for config in &record.ipam.config {
             if let (Some(subnet), Some(gateway)) = (config.subnet, config.gateway) {
-                let own = Subnet::new(gateway, subnet.prefix()).expect("the gateway is in the subnet");
-                netlink.add_address(index, own).context(|| format!("giving {own} to {name}"))?;
+                let own =
+                    Subnet::new(gateway, subnet.prefix()).expect("the gateway is in the subnet");
+                netlink
+                    .add_address(index, own)
+                    .context(|| format!("giving {own} to {name}"))?;
             }
         }
         netlink
-            .set_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })
+            .set_link(
+                index,
+                &LinkChange {
+                    up: Some(true),
+                    ..LinkChange::default()
+                },
+            )
             .context(|| format!("bringing up {name}"))?;
         drop(netlink);
         if !record.internal {

@@ -60,7 +60,10 @@ impl Manager {
     /// Directs reserved ports to the endpoint.
     fn hold(&self, endpoint: &Endpoint, made: Vec<(PublishedPort, Reservation)>) -> Result<()> {
         let ports: Vec<_> = made.iter().map(|(port, _)| *port).collect();
-        let forwards: Vec<_> = ports.iter().filter_map(|port| forward_of(endpoint, port)).collect();
+        let forwards: Vec<_> = ports
+            .iter()
+            .filter_map(|port| forward_of(endpoint, port))
+            .collect();
         self.firewall.add_forwards(&forwards)?;
         let mut state = lock(&self.state);
         let Some(held) = state.endpoints.get_mut(&endpoint.id) else {
@@ -73,7 +76,8 @@ impl Manager {
         };
         held.endpoint.ports.extend(&ports);
         held.forwards.extend(forwards);
-        held.reservations.extend(made.into_iter().map(|(_, reservation)| reservation));
+        held.reservations
+            .extend(made.into_iter().map(|(_, reservation)| reservation));
         Ok(())
     }
 
@@ -103,14 +107,23 @@ impl Manager {
         let asked = wish.host_ip.or(default);
         let addresses: &[IpAddr] = match &asked {
             Some(address) => std::slice::from_ref(address),
-            None => &[IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+            None => &[
+                IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            ],
         };
         let (first, last) = wish.host_ports.unwrap_or((0, 0));
         if first > last {
-            return Err(Error::invalid(format!("port range {first}-{last} ends before it begins")));
+            return Err(Error::invalid(format!(
+                "port range {first}-{last} ends before it begins"
+            )));
         }
         // A random port is chosen by the kernel and may be taken in the other family: some tries.
-        let tries: Vec<u16> = if first == 0 { vec![0; 32] } else { (first..=last).collect() };
+        let tries: Vec<u16> = if first == 0 {
+            vec![0; 32]
+        } else {
+            (first..=last).collect()
+        };
         let mut failure = None;
         'port: for port in tries {
             let mut taken: Vec<(PublishedPort, Reservation)> = Vec::new();
@@ -134,7 +147,11 @@ impl Manager {
         }
         match failure {
             Some(error) if first == last && first != 0 => Err(error),
-            _ => Err(Error::RangeExhausted { first, last, protocol: wish.protocol.name() }),
+            _ => Err(Error::RangeExhausted {
+                first,
+                last,
+                protocol: wish.protocol.name(),
+            }),
         }
     }
 
@@ -152,7 +169,12 @@ impl Manager {
                 && p.host_ip.is_ipv4() == address.is_ipv4()
                 && (p.host_ip == address || p.host_ip.is_unspecified() || address.is_unspecified())
         };
-        let in_use = |by: String| Error::PortInUse { address, port, protocol: wish.protocol.name(), by };
+        let in_use = |by: String| Error::PortInUse {
+            address,
+            port,
+            protocol: wish.protocol.name(),
+            by,
+        };
         if made.iter().any(|(p, _)| same(p)) {
             return Err(in_use(" by the same container".into()));
         }
@@ -170,10 +192,19 @@ impl Manager {
             Ok(socket) => Some(socket),
             Err(error) => match error.raw_os_error() {
                 Some(libc::EADDRINUSE) => return Err(in_use(String::new())),
-                Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => return Err(Error::NotOurAddress { address }),
+                Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => {
+                    return Err(Error::NotOurAddress { address });
+                }
                 // A kernel without SCTP sockets may still forward SCTP.
-                Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) if wish.protocol == Protocol::Sctp && port != 0 => None,
-                _ => return Err(error).context(|| format!("reserving {address}:{port}/{}", wish.protocol.name())),
+                Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT)
+                    if wish.protocol == Protocol::Sctp && port != 0 =>
+                {
+                    None
+                }
+                _ => {
+                    return Err(error)
+                        .context(|| format!("reserving {address}:{port}/{}", wish.protocol.name()));
+                }
             },
         };
         let port = match &socket {
@@ -191,10 +222,21 @@ impl Manager {
 
     /// The reservation with its proxy: in TCP for whatever the rules do not catch (::1, the other family, a table
     /// flushed by someone), in UDP for IPv6 only.
-    fn watch(&self, endpoint: &Endpoint, port: &PublishedPort, socket: Option<OwnedFd>) -> Reservation {
+    fn watch(
+        &self,
+        endpoint: &Endpoint,
+        port: &PublishedPort,
+        socket: Option<OwnedFd>,
+    ) -> Reservation {
         let same_family = match port.host_ip {
-            IpAddr::V4(_) => endpoint.ipv4().map(IpAddr::V4).or(endpoint.ipv6().map(IpAddr::V6)),
-            IpAddr::V6(_) => endpoint.ipv6().map(IpAddr::V6).or(endpoint.ipv4().map(IpAddr::V4)),
+            IpAddr::V4(_) => endpoint
+                .ipv4()
+                .map(IpAddr::V4)
+                .or(endpoint.ipv6().map(IpAddr::V6)),
+            IpAddr::V6(_) => endpoint
+                .ipv6()
+                .map(IpAddr::V6)
+                .or(endpoint.ipv4().map(IpAddr::V4)),
         };
         let target = same_family.map(|ip| SocketAddr::new(ip, port.container_port));
         let wanted = port.protocol == Protocol::Tcp
@@ -202,14 +244,23 @@ impl Manager {
         match (socket, target) {
             (Some(socket), Some(target)) if wanted => {
                 match self.services.proxy(socket, port.protocol, target) {
-                    Ok(proxy) => Reservation { _socket: None, _proxy: Some(proxy) },
+                    Ok(proxy) => Reservation {
+                        _socket: None,
+                        _proxy: Some(proxy),
+                    },
                     Err(error) => {
                         tracing::warn!(%error, port = port.host_port, "no proxy for a published port");
-                        Reservation { _socket: None, _proxy: None }
+                        Reservation {
+                            _socket: None,
+                            _proxy: None,
+                        }
                     }
                 }
             }
-            (socket, _) => Reservation { _socket: socket, _proxy: None },
+            (socket, _) => Reservation {
+                _socket: socket,
+                _proxy: None,
+            },
         }
     }
 
@@ -229,7 +280,11 @@ impl Manager {
     /// Reserves again what a container that outlived a daemon has published. A port lost meanwhile is only warned of:
     /// the rules go before whoever took it.
     pub(super) fn reserve_again(&self, endpoint: &Endpoint) -> (Vec<Forward>, Vec<Reservation>) {
-        let forwards = endpoint.ports.iter().filter_map(|port| forward_of(endpoint, port)).collect();
+        let forwards = endpoint
+            .ports
+            .iter()
+            .filter_map(|port| forward_of(endpoint, port))
+            .collect();
         let reservations = endpoint.ports.iter().map(|port| {
             let socket = listen(port.host_ip, port.host_port, port.protocol)
                 .inspect_err(|error| tracing::warn!(%error, port = port.host_port, "a published port is held by another program"))
@@ -252,7 +307,11 @@ fn forward_of(endpoint: &Endpoint, port: &PublishedPort) -> Option<Forward> {
 
 /// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.
 fn listen(address: IpAddr, port: u16, protocol: Protocol) -> std::io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let (kind, number) = match protocol {
         Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
         Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),

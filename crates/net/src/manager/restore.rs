@@ -53,7 +53,11 @@ impl Manager {
                     pool.advance_past(address.address());
                 }
             }
-            let held = Held { endpoint: endpoint.clone(), forwards, reservations };
+            let held = Held {
+                endpoint: endpoint.clone(),
+                forwards,
+                reservations,
+            };
             state.endpoints.insert(endpoint.id.clone(), held);
         }
         self.services.add_endpoint(endpoint);
@@ -61,15 +65,29 @@ impl Manager {
             return Ok(());
         }
         let bridge = self.bring_up(&network.id)?;
-        let found = lock(&self.netlink).link(&endpoint.host_interface).ok().flatten();
+        let found = lock(&self.netlink)
+            .link(&endpoint.host_interface)
+            .ok()
+            .flatten();
         match found {
             Some(link) if link.master == Some(bridge) => Ok(()),
             // Someone removed the bridge while no daemon looked.
             Some(link) => {
                 let isolated = !network.flag(OPTION_ICC, true);
-                self.join_bridge(link.index, bridge, &Place { driver: network.driver, mtu: None, isolated })
+                self.join_bridge(
+                    link.index,
+                    bridge,
+                    &Place {
+                        driver: network.driver,
+                        mtu: None,
+                        isolated,
+                    },
+                )
             }
-            None => Err(Error::invalid(format!("its interface {} is gone", endpoint.host_interface))),
+            None => Err(Error::invalid(format!(
+                "its interface {} is gone",
+                endpoint.host_interface
+            ))),
         }
     }
 
