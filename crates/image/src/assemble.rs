@@ -49,10 +49,16 @@ impl Store {
     ) -> Result<ImageId> {
         let config = config.to_bytes();
         let manifest = Manifest::new(Descriptor::of(media::OCI_CONFIG, &config), blobs.clone());
-        let manifest =
-            serde_json::to_vec(&manifest).map_err(|e| Error::malformed("a manifest made here", e))?;
+        let manifest = serde_json::to_vec(&manifest)
+            .map_err(|e| Error::malformed("a manifest made here", e))?;
         self.register(
-            NewImage { config, manifest, manifest_type: media::OCI_MANIFEST.to_owned(), blobs, parent },
+            NewImage {
+                config,
+                manifest,
+                manifest_type: media::OCI_MANIFEST.to_owned(),
+                blobs,
+                parent,
+            },
             references,
         )
     }
@@ -67,7 +73,12 @@ impl Store {
         let (mut config, mut blobs) = match &base {
             Some(image) => (
                 ImageConfig::clone(&image.config),
-                image.record.layers.iter().map(|l| l.blob.clone()).collect::<Vec<_>>(),
+                image
+                    .record
+                    .layers
+                    .iter()
+                    .map(|l| l.blob.clone())
+                    .collect::<Vec<_>>(),
             ),
             None => (ImageConfig::blank(&Platform::host()), Vec::new()),
         };
@@ -87,7 +98,12 @@ impl Store {
             empty_layer: false,
         });
         blobs.push(blob);
-        let references: Vec<Reference> = options.reference.iter().cloned().map(Reference::or_latest).collect();
+        let references: Vec<Reference> = options
+            .reference
+            .iter()
+            .cloned()
+            .map(Reference::or_latest)
+            .collect();
         self.assemble(&config, blobs, base.map(|image| image.id), &references)
     }
 
@@ -97,7 +113,10 @@ impl Store {
             None => Err(Error::NoSuchSnapshot(key.to_owned())),
             Some((_, None)) => Ok(None),
             Some((_, Some(id))) => self.inspect(&id.to_string()).map(Some).map_err(|_| {
-                Error::Conflict(format!("the image {} the container was made of is gone", id.short()))
+                Error::Conflict(format!(
+                    "the image {} the container was made of is gone",
+                    id.short()
+                ))
             }),
         }
     }
@@ -106,17 +125,36 @@ impl Store {
     ///
     /// # Errors
     /// What the unpacker refuses; nothing is left.
-    pub fn import<R: Read + Send>(&self, tar: R, options: &ImportOptions, cancel: &Cancel) -> Result<ImageId> {
-        let mut config = ImageConfig::blank(&options.platform.clone().unwrap_or_else(Platform::host));
+    pub fn import<R: Read + Send>(
+        &self,
+        tar: R,
+        options: &ImportOptions,
+        cancel: &Cancel,
+    ) -> Result<ImageId> {
+        let mut config =
+            ImageConfig::blank(&options.platform.clone().unwrap_or_else(Platform::host));
         let mut run = RunConfig::default();
         crate::build::apply_changes(&mut run, &options.changes)?;
         config.config = Some(run);
         let now = base::time::now_rfc3339();
         config.created = Some(now.clone());
-        let comment =
-            if options.message.is_empty() { "Imported from -".to_owned() } else { options.message.clone() };
-        let history = History { created: Some(now), comment, ..History::default() };
-        self.single_layer(tar, config, history, &options.reference.iter().cloned().collect::<Vec<_>>(), cancel)
+        let comment = if options.message.is_empty() {
+            "Imported from -".to_owned()
+        } else {
+            options.message.clone()
+        };
+        let history = History {
+            created: Some(now),
+            comment,
+            ..History::default()
+        };
+        self.single_layer(
+            tar,
+            config,
+            history,
+            &options.reference.iter().cloned().collect::<Vec<_>>(),
+            cancel,
+        )
     }
 
     /// Makes an image with one layer of a tar.
@@ -133,14 +171,21 @@ impl Store {
         let (layer, blob) = self.layer_from_tar(reader, None, &lease, cancel)?;
         config.rootfs.diff_ids = vec![layer.diff_id];
         config.history = vec![history];
-        let references: Vec<Reference> = references.iter().cloned().map(Reference::or_latest).collect();
+        let references: Vec<Reference> = references
+            .iter()
+            .cloned()
+            .map(Reference::or_latest)
+            .collect();
         self.assemble(&config, vec![blob], None, &references)
     }
 
     /// The chain id on top of an image's layers; none for an image without layers.
     pub fn top_chain(&self, id: &ImageId) -> Result<Option<Digest>> {
         let state = self.state();
-        let stored = state.images.get(id).ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
+        let stored = state
+            .images
+            .get(id)
+            .ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
         Ok(stored.record.layers.last().map(|l| l.chain_id))
     }
 }

@@ -125,7 +125,11 @@ pub struct HashingWriter<W> {
 impl<W: Write> HashingWriter<W> {
     /// Wraps `inner`.
     pub fn new(inner: W) -> HashingWriter<W> {
-        HashingWriter { inner, hasher: Hasher::default(), bytes: 0 }
+        HashingWriter {
+            inner,
+            hasher: Hasher::default(),
+            bytes: 0,
+        }
     }
 
     /// The writer, the digest and the number of bytes.
@@ -154,7 +158,13 @@ mod tests {
     fn a_digest_survives_its_text_form_and_nothing_else_is_one() {
         let digest = Digest::of(b"berth");
         assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
-        for wrong in ["", "sha256:", "sha512:00", "sha256:../../x", &digest.to_string().to_uppercase()] {
+        for wrong in [
+            "",
+            "sha256:",
+            "sha512:00",
+            "sha256:../../x",
+            &digest.to_string().to_uppercase(),
+        ] {
             assert!(wrong.parse::<Digest>().is_err(), "{wrong}");
         }
     }

@@ -38,10 +38,18 @@ pub enum Error {
     SnapshotExists(String),
 
     #[error("{what}: the content is {actual}, but {expected} was promised; it was thrown away")]
-    DigestMismatch { what: String, expected: Digest, actual: Digest },
+    DigestMismatch {
+        what: String,
+        expected: Digest,
+        actual: Digest,
+    },
 
     #[error("{what}: {actual} bytes came, but {expected} were promised; they were thrown away")]
-    SizeMismatch { what: String, expected: u64, actual: u64 },
+    SizeMismatch {
+        what: String,
+        expected: u64,
+        actual: u64,
+    },
 
     #[error("the layer is refused: entry {entry:?}: {why}")]
     HostileEntry { entry: String, why: String },
@@ -71,22 +79,43 @@ pub enum Error {
     NotFound { what: String, why: String },
 
     #[error("no image for platform {wanted} in {reference}: it has {available}")]
-    NoSuchPlatform { reference: String, wanted: String, available: String },
+    NoSuchPlatform {
+        reference: String,
+        wanted: String,
+        available: String,
+    },
 
     #[error("the registry {registry} cannot be reached: {why}")]
     Unreachable { registry: String, why: String },
 
     #[error("the registry {registry} refused access to {what}: {why}")]
-    Denied { registry: String, what: String, why: String },
+    Denied {
+        registry: String,
+        what: String,
+        why: String,
+    },
 
     #[error("the registry {registry} answered {status} to {what}: {why}")]
-    Registry { registry: String, what: String, status: u16, why: String },
+    Registry {
+        registry: String,
+        what: String,
+        status: u16,
+        why: String,
+    },
 
     #[error("{program} is not installed, and it is needed to {purpose}")]
-    MissingProgram { program: &'static str, purpose: &'static str, fix: &'static str },
+    MissingProgram {
+        program: &'static str,
+        purpose: &'static str,
+        fix: &'static str,
+    },
 
     #[error("{program} failed ({status}): {last_words}")]
-    Program { program: String, status: String, last_words: String },
+    Program {
+        program: String,
+        status: String,
+        last_words: String,
+    },
 
     #[error("no Debian archive is configured on this host for suite {suite:?}: {why}")]
     NoArchive { suite: String, why: String },
@@ -103,7 +132,10 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn malformed(what: impl Into<String>, why: impl ToString) -> Error {
-        Error::Malformed { what: what.into(), why: why.to_string() }
+        Error::Malformed {
+            what: what.into(),
+            why: why.to_string(),
+        }
     }
 }
 
@@ -137,7 +169,9 @@ impl Classified for Error {
             Error::Unsupported(_) | Error::MissingProgram { .. } => Kind::Unsupported,
             Error::Denied { .. } => Kind::Permission,
             Error::Registry { status: 404, .. } => Kind::NotFound,
-            Error::Registry { status: 401 | 403, .. } => Kind::Permission,
+            Error::Registry {
+                status: 401 | 403, ..
+            } => Kind::Permission,
             Error::Unreachable { .. }
             | Error::Registry { .. }
             | Error::Program { .. }
@@ -169,9 +203,15 @@ pub(crate) trait At<T> {
 
 impl<T, E: Into<io::Error>> At<T> for std::result::Result<T, E> {
     fn at(self, path: &Path) -> Result<T> {
-        self.map_err(|e| Error::Io { what: path.display().to_string(), source: e.into() })
+        self.map_err(|e| Error::Io {
+            what: path.display().to_string(),
+            source: e.into(),
+        })
     }
     fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|e| Error::Io { what: what(), source: e.into() })
+        self.map_err(|e| Error::Io {
+            what: what(),
+            source: e.into(),
+        })
     }
 }

@@ -18,7 +18,8 @@ pub mod media {
     pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
     pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
     pub const DOCKER_SCHEMA1: &str = "application/vnd.docker.distribution.manifest.v1+json";
-    pub const DOCKER_SCHEMA1_SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
+    pub const DOCKER_SCHEMA1_SIGNED: &str =
+        "application/vnd.docker.distribution.manifest.v1+prettyjws";
 
     /// What a registry is asked for.
     pub const ACCEPTED: [&str; 4] = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
@@ -65,7 +66,11 @@ pub struct Platform {
     pub architecture: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
-    #[serde(rename = "os.version", default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        rename = "os.version",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
     pub os_version: Option<String>,
 }
 
@@ -91,9 +96,15 @@ impl Platform {
     /// [`Error::Invalid`] where it is none.
     pub fn parse(text: &str) -> Result<Platform> {
         let parts: Vec<&str> = text.split('/').collect();
-        let word = |p: &&str| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        let word = |p: &&str| {
+            !p.is_empty()
+                && p.bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
         if !parts.iter().all(word) {
-            return Err(Error::Invalid(format!("{text:?} is not a platform: write linux/amd64 or linux/arm64/v8")));
+            return Err(Error::Invalid(format!(
+                "{text:?} is not a platform: write linux/amd64 or linux/arm64/v8"
+            )));
         }
         let platform = |os: &str, architecture: &str, variant: Option<&str>| Platform {
             os: os.to_ascii_lowercase(),
@@ -106,7 +117,9 @@ impl Platform {
             [architecture] => Ok(platform("linux", architecture, None)),
             [os, architecture] => Ok(platform(os, architecture, None)),
             [os, architecture, variant] => Ok(platform(os, architecture, Some(variant))),
-            _ => Err(Error::Invalid(format!("{text:?} is not a platform: write linux/amd64 or linux/arm64/v8"))),
+            _ => Err(Error::Invalid(format!(
+                "{text:?} is not a platform: write linux/amd64 or linux/arm64/v8"
+            ))),
         }
     }
 
@@ -194,7 +207,8 @@ impl Document {
     /// [`Error::Malformed`], or [`Error::Unsupported`] for Docker's schema 1.
     pub fn parse(bytes: &[u8]) -> Result<Document> {
         let wrong = |why: String| Error::malformed("the manifest", why);
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
+        let value: serde_json::Value =
+            serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
         let has = |key: &str| value.get(key).is_some();
         if value.get("schemaVersion").and_then(|v| v.as_u64()) == Some(1) || has("fsLayers") {
             return Err(Error::Unsupported(
@@ -205,7 +219,8 @@ impl Document {
         let document = match (has("manifests"), has("layers") || has("config")) {
             (true, true) => return Err(wrong("it is a manifest and an index at once".to_owned())),
             (true, false) => {
-                let index: Index = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+                let index: Index =
+                    serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
                 if let Some(kind) = &index.media_type
                     && ![media::OCI_INDEX, media::DOCKER_LIST].contains(&kind.as_str())
                 {
@@ -214,7 +229,8 @@ impl Document {
                 Document::Index(index)
             }
             _ => {
-                let manifest: Manifest = serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
+                let manifest: Manifest =
+                    serde_json::from_value(value).map_err(|e| wrong(e.to_string()))?;
                 if let Some(kind) = &manifest.media_type
                     && ![media::OCI_MANIFEST, media::DOCKER_MANIFEST].contains(&kind.as_str())
                 {
@@ -227,7 +243,9 @@ impl Document {
             Document::Manifest(m) if m.schema_version != 2 => {
                 Err(wrong(format!("schema version {}", m.schema_version)))
             }
-            Document::Index(i) if i.schema_version != 2 => Err(wrong(format!("schema version {}", i.schema_version))),
+            Document::Index(i) if i.schema_version != 2 => {
+                Err(wrong(format!("schema version {}", i.schema_version)))
+            }
             _ => Ok(document),
         }
     }
@@ -257,7 +275,11 @@ impl Index {
             .filter(|p| p.os != "unknown")
             .map(Platform::to_string)
             .collect();
-        if known.is_empty() { "none that it names".to_owned() } else { known.join(", ") }
+        if known.is_empty() {
+            "none that it names".to_owned()
+        } else {
+            known.join(", ")
+        }
     }
 }
 
@@ -288,7 +310,10 @@ pub fn fuzz_manifest(data: &[u8]) {
         }
         Ok(Document::Manifest(manifest)) => {
             let bytes = serde_json::to_vec(&manifest).unwrap_or_default();
-            assert_eq!(Document::parse(&bytes).ok(), Some(Document::Manifest(manifest)));
+            assert_eq!(
+                Document::parse(&bytes).ok(),
+                Some(Document::Manifest(manifest))
+            );
         }
         Err(_) => {}
     }
@@ -307,17 +332,33 @@ mod tests {
                 ..Descriptor::of(media::OCI_MANIFEST, p.as_bytes())
             })
             .collect();
-        Index { schema_version: 2, media_type: None, manifests, annotations: BTreeMap::new() }
+        Index {
+            schema_version: 2,
+            media_type: None,
+            manifests,
+            annotations: BTreeMap::new(),
+        }
     }
 
     fn chosen(index: &Index, wanted: &str) -> Option<String> {
-        index.select(&Platform::parse(wanted).unwrap()).map(|d| d.platform.as_ref().unwrap().to_string())
+        index
+            .select(&Platform::parse(wanted).unwrap())
+            .map(|d| d.platform.as_ref().unwrap().to_string())
     }
 
     #[test]
     fn the_nearest_variant_that_runs_is_chosen() {
-        let list = index(&["linux/arm/v5", "linux/arm/v7", "linux/arm64/v8", "linux/amd64", "windows/amd64"]);
-        assert_eq!(chosen(&list, "linux/arm/v6").as_deref(), Some("linux/arm/v5"));
+        let list = index(&[
+            "linux/arm/v5",
+            "linux/arm/v7",
+            "linux/arm64/v8",
+            "linux/amd64",
+            "windows/amd64",
+        ]);
+        assert_eq!(
+            chosen(&list, "linux/arm/v6").as_deref(),
+            Some("linux/arm/v5")
+        );
         assert_eq!(chosen(&list, "linux/arm").as_deref(), Some("linux/arm/v7"));
         assert_eq!(chosen(&list, "aarch64").as_deref(), Some("linux/arm64/v8"));
         assert_eq!(chosen(&list, "x86_64").as_deref(), Some("linux/amd64"));
@@ -328,7 +369,10 @@ mod tests {
     fn a_document_that_is_two_things_is_refused() {
         let both = br#"{"schemaVersion":2,"manifests":[],"layers":[],"config":{}}"#;
         assert!(Document::parse(both).is_err());
-        assert!(matches!(Document::parse(br#"{"schemaVersion":1,"fsLayers":[]}"#), Err(Error::Unsupported(_))));
+        assert!(matches!(
+            Document::parse(br#"{"schemaVersion":1,"fsLayers":[]}"#),
+            Err(Error::Unsupported(_))
+        ));
         let liar = br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","manifests":[]}"#;
         assert!(Document::parse(liar).is_err());
     }

@@ -21,16 +21,28 @@ pub struct Event {
 impl Event {
     /// A sentence about the whole.
     pub fn message(status: impl Into<String>) -> Event {
-        Event { status: status.into(), ..Event::default() }
+        Event {
+            status: status.into(),
+            ..Event::default()
+        }
     }
 
     /// A word about one part.
     pub fn about(id: impl Into<String>, status: impl Into<String>) -> Event {
-        Event { id: id.into(), status: status.into(), ..Event::default() }
+        Event {
+            id: id.into(),
+            status: status.into(),
+            ..Event::default()
+        }
     }
 
     /// A count about one part.
-    pub fn counted(id: impl Into<String>, status: impl Into<String>, current: u64, total: u64) -> Event {
+    pub fn counted(
+        id: impl Into<String>,
+        status: impl Into<String>,
+        current: u64,
+        total: u64,
+    ) -> Event {
         Event {
             id: id.into(),
             status: status.into(),
@@ -80,6 +92,10 @@ impl Cancel {
     /// # Errors
     /// [`Error::Cancelled`] once asked.
     pub fn check(&self) -> Result<()> {
-        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+        if self.is_cancelled() {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 }

@@ -42,24 +42,36 @@ impl Reference {
             return Err(wrong("it is too long"));
         }
         if text.len() == 64 && Digest::from_hex(text).is_ok() {
-            return Err(wrong("a name cannot be 64 hexadecimal digits, which is an image id"));
+            return Err(wrong(
+                "a name cannot be 64 hexadecimal digits, which is an image id",
+            ));
         }
         let (rest, digest) = match text.split_once('@') {
-            Some((rest, digest)) => {
-                (rest, Some(digest.parse().map_err(|_| wrong("the digest after @ is not sha256 and 64 digits"))?))
-            }
+            Some((rest, digest)) => (
+                rest,
+                Some(
+                    digest
+                        .parse()
+                        .map_err(|_| wrong("the digest after @ is not sha256 and 64 digits"))?,
+                ),
+            ),
             None => (text, None),
         };
         // A colon after the last slash begins the tag; one before it belongs to a port.
         let after_slash = rest.rfind('/').map_or(0, |i| i + 1);
         let (name, tag) = match rest[after_slash..].find(':') {
-            Some(colon) => (&rest[..after_slash + colon], Some(&rest[after_slash + colon + 1..])),
+            Some(colon) => (
+                &rest[..after_slash + colon],
+                Some(&rest[after_slash + colon + 1..]),
+            ),
             None => (rest, None),
         };
         if let Some(tag) = tag
             && !is_tag(tag)
         {
-            return Err(wrong("the tag after : must be 1 to 128 letters, digits, _ . or -"));
+            return Err(wrong(
+                "the tag after : must be 1 to 128 letters, digits, _ . or -",
+            ));
         }
         let (domain, path) = match name.split_once('/') {
             Some((first, remainder))
@@ -71,7 +83,11 @@ impl Reference {
             }
             _ => (DEFAULT_DOMAIN, name.to_owned()),
         };
-        let domain = if domain == "index.docker.io" { DEFAULT_DOMAIN } else { domain };
+        let domain = if domain == "index.docker.io" {
+            DEFAULT_DOMAIN
+        } else {
+            domain
+        };
         if !is_domain(domain) {
             return Err(wrong("the registry's host name is malformed"));
         }
@@ -91,7 +107,12 @@ impl Reference {
                 "each part must be lower-case letters and digits, parted by single . or _ or __ or dashes",
             ));
         }
-        Ok(Reference { domain: domain.to_owned(), path, tag: tag.map(str::to_owned), digest })
+        Ok(Reference {
+            domain: domain.to_owned(),
+            path,
+            tag: tag.map(str::to_owned),
+            digest,
+        })
     }
 
     /// This name, with the tag `latest` where it has neither tag nor digest.
@@ -163,12 +184,20 @@ impl Reference {
         if !is_tag(tag) {
             return Err(Error::Reference(tag.to_owned(), "it is not a tag"));
         }
-        Ok(Reference { tag: Some(tag.to_owned()), digest: None, ..self.clone() })
+        Ok(Reference {
+            tag: Some(tag.to_owned()),
+            digest: None,
+            ..self.clone()
+        })
     }
 
     /// The same repository with this digest alone.
     pub fn with_digest(&self, digest: Digest) -> Reference {
-        Reference { tag: None, digest: Some(digest), ..self.clone() }
+        Reference {
+            tag: None,
+            digest: Some(digest),
+            ..self.clone()
+        }
     }
 }
 
@@ -181,7 +210,9 @@ fn is_tag(tag: &str) -> bool {
 
 fn is_domain(domain: &str) -> bool {
     let (host, port) = if let Some(end) = domain.strip_prefix('[') {
-        let Some((address, rest)) = end.split_once(']') else { return false };
+        let Some((address, rest)) = end.split_once(']') else {
+            return false;
+        };
         if address.is_empty() || !address.bytes().all(|b| b.is_ascii_hexdigit() || b == b':') {
             return false;
         }
@@ -198,7 +229,9 @@ fn is_domain(domain: &str) -> bool {
     };
     let label = |label: &str| {
         !label.is_empty()
-            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-')
             && !label.starts_with('-')
             && !label.ends_with('-')
     };
@@ -262,8 +295,14 @@ pub fn fuzz_reference(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data)
         && let Ok(reference) = Reference::parse(text)
     {
-        assert_eq!(Reference::parse(&reference.to_string()).ok(), Some(reference.clone()));
-        assert_eq!(Reference::parse(&reference.familiar()).ok(), Some(reference));
+        assert_eq!(
+            Reference::parse(&reference.to_string()).ok(),
+            Some(reference.clone())
+        );
+        assert_eq!(
+            Reference::parse(&reference.familiar()).ok(),
+            Some(reference)
+        );
     }
 }
 
@@ -281,19 +320,33 @@ mod tests {
         assert_eq!(canonical("debian"), "docker.io/library/debian:latest");
         assert_eq!(canonical("debian:12"), "docker.io/library/debian:12");
         assert_eq!(canonical("me/app"), "docker.io/me/app:latest");
-        assert_eq!(canonical("index.docker.io/debian"), "docker.io/library/debian:latest");
+        assert_eq!(
+            canonical("index.docker.io/debian"),
+            "docker.io/library/debian:latest"
+        );
         assert_eq!(canonical("localhost/x"), "localhost/x:latest");
         assert_eq!(canonical("localhost:5000/x"), "localhost:5000/x:latest");
         assert_eq!(canonical("127.0.0.1:5000/a/b:t"), "127.0.0.1:5000/a/b:t");
         assert_eq!(canonical("[::1]:5000/a"), "[::1]:5000/a:latest");
         let digest = Digest::of(b"");
-        assert_eq!(canonical(&format!("debian@{digest}")), format!("docker.io/library/debian@{digest}"));
-        assert_eq!(canonical(&format!("debian:12@{digest}")), format!("docker.io/library/debian:12@{digest}"));
+        assert_eq!(
+            canonical(&format!("debian@{digest}")),
+            format!("docker.io/library/debian@{digest}")
+        );
+        assert_eq!(
+            canonical(&format!("debian:12@{digest}")),
+            format!("docker.io/library/debian:12@{digest}")
+        );
     }
 
     #[test]
     fn names_are_shown_short() {
-        for text in ["debian:12", "me/app:latest", "localhost:5000/x:1", "quay.io/a/b:c"] {
+        for text in [
+            "debian:12",
+            "me/app:latest",
+            "localhost:5000/x:1",
+            "quay.io/a/b:c",
+        ] {
             assert_eq!(Reference::parse(text).unwrap().familiar(), text);
         }
     }
@@ -302,12 +355,38 @@ mod tests {
     fn what_docker_refuses_is_refused() {
         let id = "a".repeat(64);
         for text in [
-            "", "Debian", "a//b", "a:", ":a", "a:b:c", "a@", "a@sha256:1", "../x", "a/../b", "/a", "a/",
-            "a__b__", "a..b", "a.-b", "-a", "a:-x", "localhost:port/x", "a b", "a\n", "http://a/b", &id,
+            "",
+            "Debian",
+            "a//b",
+            "a:",
+            ":a",
+            "a:b:c",
+            "a@",
+            "a@sha256:1",
+            "../x",
+            "a/../b",
+            "/a",
+            "a/",
+            "a__b__",
+            "a..b",
+            "a.-b",
+            "-a",
+            "a:-x",
+            "localhost:port/x",
+            "a b",
+            "a\n",
+            "http://a/b",
+            &id,
         ] {
             assert!(Reference::parse(text).is_err(), "{text:?}");
         }
-        for text in ["a__b", "a---b", "a.b", "a_b/c-d", "a-.b".trim_end_matches("-.b")] {
+        for text in [
+            "a__b",
+            "a---b",
+            "a.b",
+            "a_b/c-d",
+            "a-.b".trim_end_matches("-.b"),
+        ] {
             assert!(Reference::parse(text).is_ok(), "{text:?}");
         }
     }

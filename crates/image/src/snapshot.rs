@@ -78,7 +78,9 @@ pub(crate) fn load(inner: &Inner, state: &mut State) -> Result<()> {
             }
             // The record is written last and removed first, so without it there is nothing to keep.
             (_, Ok(None)) => tree::remove_all(&entry.path()).at(&entry.path())?,
-            (_, Err(error)) => tracing::warn!(path = %entry.path().display(), %error, "unreadable snapshot left alone"),
+            (_, Err(error)) => {
+                tracing::warn!(path = %entry.path().display(), %error, "unreadable snapshot left alone")
+            }
             _ => {}
         }
     }
@@ -88,7 +90,9 @@ pub(crate) fn load(inner: &Inner, state: &mut State) -> Result<()> {
 fn check_key(key: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
     if key.is_empty() || key.len() > 128 || key.starts_with('.') || !key.bytes().all(good) {
-        return Err(Error::Invalid(format!("{key:?} is no snapshot key: letters, digits, _ . and - are wanted")));
+        return Err(Error::Invalid(format!(
+            "{key:?} is no snapshot key: letters, digits, _ . and - are wanted"
+        )));
     }
     Ok(())
 }
@@ -101,17 +105,29 @@ impl Store {
     pub fn snapshot(&self, key: &str, image: &ImageId) -> Result<Layers> {
         let chain = {
             let state = self.state();
-            let stored = state.images.get(image).ok_or_else(|| Error::NoSuchImage(image.to_string()))?;
+            let stored = state
+                .images
+                .get(image)
+                .ok_or_else(|| Error::NoSuchImage(image.to_string()))?;
             stored.record.layers.iter().map(|l| l.chain_id).collect()
         };
         self.snapshot_of_chain(key, Some(*image), chain)
     }
 
     /// [`Store::snapshot`] over a chain of layers, lowest first, that need not be an image's.
-    pub(crate) fn snapshot_of_chain(&self, key: &str, image: Option<ImageId>, chain: Vec<Digest>) -> Result<Layers> {
+    pub(crate) fn snapshot_of_chain(
+        &self,
+        key: &str,
+        image: Option<ImageId>,
+        chain: Vec<Digest>,
+    ) -> Result<Layers> {
         check_key(key)?;
         let folder = self.snapshot_folder(key);
-        let record = SnapshotRecord { image, chain, created: base::time::now_rfc3339() };
+        let record = SnapshotRecord {
+            image,
+            chain,
+            created: base::time::now_rfc3339(),
+        };
         let lower = {
             let mut state = self.state();
             if state.snapshots.contains_key(key) {
@@ -123,7 +139,9 @@ impl Store {
                 lower.push(info.folder(&self.0.directory));
             }
             // From here on the collector leaves the layers alone.
-            state.snapshots.insert(key.to_owned(), Arc::new(record.clone()));
+            state
+                .snapshots
+                .insert(key.to_owned(), Arc::new(record.clone()));
             lower
         };
         let made = (|| {
@@ -162,7 +180,11 @@ impl Store {
     }
 
     fn snapshot_record(&self, key: &str) -> Result<Arc<SnapshotRecord>> {
-        self.state().snapshots.get(key).cloned().ok_or_else(|| Error::NoSuchSnapshot(key.to_owned()))
+        self.state()
+            .snapshots
+            .get(key)
+            .cloned()
+            .ok_or_else(|| Error::NoSuchSnapshot(key.to_owned()))
     }
 
     /// The folders of an existing snapshot.
@@ -182,7 +204,11 @@ impl Store {
 
     /// All snapshots' keys with the image each began as.
     pub fn snapshots(&self) -> Vec<(String, Option<ImageId>)> {
-        self.state().snapshots.iter().map(|(key, record)| (key.clone(), record.image)).collect()
+        self.state()
+            .snapshots
+            .iter()
+            .map(|(key, record)| (key.clone(), record.image))
+            .collect()
     }
 
     /// Removes a snapshot; one that is not there is success. Nothing may have it mounted any more.
@@ -246,7 +272,9 @@ impl Store {
             match packing.join() {
                 Ok(Ok(())) => made,
                 // A broken pipe only repeats what the reader reports.
-                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe && made.is_err() => made,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe && made.is_err() => {
+                    made
+                }
                 Ok(Err(error)) => Err(error).at(&upper_path),
                 Err(_) => Err(Error::DamagedLayer("the packing thread failed".to_owned())),
             }
@@ -270,15 +298,23 @@ fn usage(root: &Path) -> io::Result<Usage> {
     let mut pending: Vec<Vec<u8>> = vec![Vec::new()];
     while let Some(path) = pending.pop() {
         // A running container changes it under our eyes.
-        let Ok(directory) = tree::open_in(&root, &path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW) else {
+        let Ok(directory) = tree::open_in(
+            &root,
+            &path,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        ) else {
             continue;
         };
         for name in tree::names(&directory)? {
-            let Some(stat) = tree::stat_at(&directory, name.as_bytes())? else { continue };
+            let Some(stat) = tree::stat_at(&directory, name.as_bytes())? else {
+                continue;
+            };
             usage.inodes += 1;
             match tree::file_type(&stat) {
                 FileType::Directory => pending.push(pack::join(&path, name.as_bytes())),
-                FileType::RegularFile if stat.st_nlink == 1 || seen.insert((stat.st_dev, stat.st_ino)) => {
+                FileType::RegularFile
+                    if stat.st_nlink == 1 || seen.insert((stat.st_dev, stat.st_ino)) =>
+                {
                     usage.bytes += stat.st_size.max(0) as u64;
                 }
                 _ => {}
@@ -297,7 +333,11 @@ fn changes(upper: &Path, lower: &Stack) -> io::Result<Vec<Change>> {
         found.push(Change { path, kind });
     };
     while let Some(path) = pending.pop() {
-        let Ok(directory) = tree::open_in(&root, &path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW) else {
+        let Ok(directory) = tree::open_in(
+            &root,
+            &path,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+        ) else {
             continue;
         };
         let names = tree::names(&directory)?;
@@ -309,7 +349,9 @@ fn changes(upper: &Path, lower: &Stack) -> io::Result<Vec<Change>> {
             }
         }
         for name in names {
-            let Some(stat) = tree::stat_at(&directory, name.as_bytes())? else { continue };
+            let Some(stat) = tree::stat_at(&directory, name.as_bytes())? else {
+                continue;
+            };
             let own = pack::join(&path, name.as_bytes());
             let beneath = lower.find(&own)?;
             if tree::is_whiteout(&stat) {
@@ -318,7 +360,14 @@ fn changes(upper: &Path, lower: &Stack) -> io::Result<Vec<Change>> {
                 }
                 continue;
             }
-            note(&own, if beneath.is_some() { ChangeKind::Modified } else { ChangeKind::Added });
+            note(
+                &own,
+                if beneath.is_some() {
+                    ChangeKind::Modified
+                } else {
+                    ChangeKind::Added
+                },
+            );
             if tree::file_type(&stat) == FileType::Directory {
                 pending.push(own);
             }
@@ -341,18 +390,24 @@ pub fn mount_detached(layers: &Layers, writable: bool) -> Result<OwnedFd> {
     let set = |key: &str, value: &Path| -> Result<()> {
         let value = CString::new(value.as_os_str().as_encoded_bytes())
             .map_err(|_| Error::Invalid("a layer's path holds a NUL byte".to_owned()))?;
-        rustix::mount::fsconfig_set_string(fs.as_fd(), key, &*value).doing(|| format!("overlay option {key}"))
+        rustix::mount::fsconfig_set_string(fs.as_fd(), key, &*value)
+            .doing(|| format!("overlay option {key}"))
     };
     let empty = layers.upper.with_file_name("empty");
     if layers.lower.is_empty() {
         // overlayfs wants something beneath.
         match fs::create_dir(&empty) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).at(&empty),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).at(&empty);
+            }
             _ => {}
         }
     }
-    let lower: Vec<&Path> =
-        if layers.lower.is_empty() { vec![&empty] } else { layers.lower.iter().map(PathBuf::as_path).collect() };
+    let lower: Vec<&Path> = if layers.lower.is_empty() {
+        vec![&empty]
+    } else {
+        layers.lower.iter().map(PathBuf::as_path).collect()
+    };
     // One by one since Linux 6.8; before, all in one string.
     let first = CString::new(lower[0].as_os_str().as_encoded_bytes()).unwrap_or_default();
     if rustix::mount::fsconfig_set_string(fs.as_fd(), "lowerdir+", &*first).is_ok() {
@@ -376,7 +431,11 @@ pub fn mount_detached(layers: &Layers, writable: bool) -> Result<OwnedFd> {
     }
     set("upperdir", &layers.upper)?;
     set("workdir", &layers.work)?;
-    for (key, value) in [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")] {
+    for (key, value) in [
+        ("redirect_dir", "nofollow"),
+        ("metacopy", "off"),
+        ("index", "off"),
+    ] {
         // A kernel without the option has nothing to turn off.
         let _ = rustix::mount::fsconfig_set_string(fs.as_fd(), key, value);
     }
@@ -384,7 +443,11 @@ pub fn mount_detached(layers: &Layers, writable: bool) -> Result<OwnedFd> {
         rustix::mount::fsconfig_set_flag(fs.as_fd(), "userxattr").doing(doing)?;
     }
     rustix::mount::fsconfig_create(fs.as_fd()).doing(doing)?;
-    let attributes = if writable { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_RDONLY };
+    let attributes = if writable {
+        MountAttrFlags::empty()
+    } else {
+        MountAttrFlags::MOUNT_ATTR_RDONLY
+    };
     rustix::mount::fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).doing(doing)
 }
 

@@ -70,7 +70,9 @@ impl BootstrapOptions {
         let word = |text: &str| {
             !text.is_empty()
                 && !text.starts_with('-')
-                && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-._:~=/".contains(&b))
+                && text
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"+-._:~=/".contains(&b))
         };
         let wrong = |what: &str, text: &str| Err(Error::Invalid(format!("{text:?} is not {what}")));
         if !word(&self.suite) {
@@ -87,7 +89,9 @@ impl BootstrapOptions {
             }
         }
         if let Some(mirror) = &self.mirror
-            && (mirror.contains(char::is_whitespace) || mirror.contains(['[', ']', '#']) || !mirror.contains(':'))
+            && (mirror.contains(char::is_whitespace)
+                || mirror.contains(['[', ']', '#'])
+                || !mirror.contains(':'))
         {
             return wrong("an archive's address (http://HOST/debian)", mirror);
         }
@@ -97,7 +101,12 @@ impl BootstrapOptions {
     /// The names the image gets.
     pub fn references(&self) -> Result<Vec<Reference>> {
         if !self.tags.is_empty() {
-            return Ok(self.tags.iter().cloned().map(Reference::or_latest).collect());
+            return Ok(self
+                .tags
+                .iter()
+                .cloned()
+                .map(Reference::or_latest)
+                .collect());
         }
         let suite = sources::suite_of(&self.suite);
         let suffix = if self.with_kernel { "-machine" } else { "" };
@@ -149,7 +158,10 @@ pub fn bootstrap(
     } else {
         go_architecture(&options.arch).to_owned()
     };
-    let keyring = options.keyring.as_ref().map(|k| k.to_string_lossy().into_owned());
+    let keyring = options
+        .keyring
+        .as_ref()
+        .map(|k| k.to_string_lossy().into_owned());
     let lines = sources::for_suite(
         &sources::read(Path::new("/etc/apt")),
         &suite,
@@ -160,7 +172,8 @@ pub fn bootstrap(
     if lines.is_empty() {
         return Err(Error::NoArchive {
             suite,
-            why: "neither /etc/apt/sources.list nor /etc/apt/sources.list.d names a Debian archive".to_owned(),
+            why: "neither /etc/apt/sources.list nor /etc/apt/sources.list.d names a Debian archive"
+                .to_owned(),
         });
     }
     if !is_installed("mmdebstrap") {
@@ -172,18 +185,31 @@ pub fn bootstrap(
     }
     check_emulation(&architecture)?;
     // In the day's first second: the same packages give the same image all day.
-    let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|v| v.parse::<i64>().ok()).unwrap_or_else(|| {
-        let now = jiff::Timestamp::now().as_second();
-        now - now.rem_euclid(86_400)
-    });
+    let epoch = std::env::var("SOURCE_DATE_EPOCH")
+        .ok()
+        .and_then(|v| v.parse::<i64>().ok())
+        .unwrap_or_else(|| {
+            let now = jiff::Timestamp::now().as_second();
+            now - now.rem_euclid(86_400)
+        });
     let path = store.content().scratch_path("bootstrap");
     let scratch = Scratch::create(path.clone()).at(&path)?;
     // apt's own user must be able to walk through.
     rustix::fs::chmod(&path, rustix::fs::Mode::from_raw_mode(0o755)).at(&path)?;
     for line in &lines {
-        progress.report(Event::message(format!("Archive: {} {}", line.uri, line.suite)));
+        progress.report(Event::message(format!(
+            "Archive: {} {}",
+            line.uri, line.suite
+        )));
     }
-    let mut command = command(options, &suite, &architecture, &lines, epoch, scratch.path());
+    let mut command = command(
+        options,
+        &suite,
+        &architecture,
+        &lines,
+        epoch,
+        scratch.path(),
+    );
     tracing::debug!(?command, "bootstrap");
     let mut child = Running::start(&mut command)?;
     let stdout = child.process.stdout.take().ok_or(Error::Cancelled)?;
@@ -196,14 +222,25 @@ pub fn bootstrap(
         scope.spawn(move || listen(BufReader::new(stderr), &words, progress));
         // The untarring thread sits in a read; ending the tool ends that.
         scope.spawn(move || {
-            while waiting.recv_timeout(Duration::from_millis(100)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            while waiting.recv_timeout(Duration::from_millis(100))
+                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
                 if cancel.is_cancelled() {
                     end_group(group);
                     return;
                 }
             }
         });
-        let imported = import(store, options, &suite, &architecture, epoch, &lines, stdout, cancel);
+        let imported = import(
+            store,
+            options,
+            &suite,
+            &architecture,
+            epoch,
+            &lines,
+            stdout,
+            cancel,
+        );
         if imported.is_err() {
             end_group(group);
         }
@@ -217,8 +254,16 @@ pub fn bootstrap(
     if !status.success() {
         let words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
         // Errors first; without any, the end of what it said.
-        let errors: Vec<String> = words.iter().filter(|l| l.starts_with("E:") || l.starts_with("Err:")).cloned().collect();
-        let said = if errors.is_empty() { words.iter().rev().take(5).rev().cloned().collect() } else { errors };
+        let errors: Vec<String> = words
+            .iter()
+            .filter(|l| l.starts_with("E:") || l.starts_with("Err:"))
+            .cloned()
+            .collect();
+        let said = if errors.is_empty() {
+            words.iter().rev().take(5).rev().cloned().collect()
+        } else {
+            errors
+        };
         return Err(Error::Program {
             program: "mmdebstrap".to_owned(),
             status: status.to_string(),
@@ -244,12 +289,20 @@ fn import(
     tar: impl std::io::Read + Send,
     cancel: &Cancel,
 ) -> Result<ImageId> {
-    let created = jiff::Timestamp::from_second(epoch).map(base::time::rfc3339).ok();
+    let created = jiff::Timestamp::from_second(epoch)
+        .map(base::time::rfc3339)
+        .ok();
     let mut config = ImageConfig::blank(&Platform::linux(architecture));
     config.created.clone_from(&created);
     let mut labels = std::collections::BTreeMap::new();
-    labels.insert("org.opencontainers.image.title".to_owned(), "debian".to_owned());
-    labels.insert("org.opencontainers.image.version".to_owned(), suite.to_owned());
+    labels.insert(
+        "org.opencontainers.image.title".to_owned(),
+        "debian".to_owned(),
+    );
+    labels.insert(
+        "org.opencontainers.image.version".to_owned(),
+        suite.to_owned(),
+    );
     labels.insert("berth.bootstrap.suite".to_owned(), suite.to_owned());
     if options.with_kernel {
         labels.insert("berth.bootable".to_owned(), "true".to_owned());
@@ -281,7 +334,13 @@ fn command(
     let mut command = if root {
         // Its mounts of /proc and /dev must not outlive it, however it ends.
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "mmdebstrap", "--mode=root"]);
+        command.args([
+            "--mount",
+            "--propagation",
+            "private",
+            "mmdebstrap",
+            "--mode=root",
+        ]);
         command
     } else {
         let mut command = Command::new("mmdebstrap");
@@ -289,7 +348,9 @@ fn command(
         command
     };
     let debian = debian_architecture(architecture);
-    command.args(["--variant=minbase", "--format=tar"]).arg(format!("--architectures={debian}"));
+    command
+        .args(["--variant=minbase", "--format=tar"])
+        .arg(format!("--architectures={debian}"));
     let mut packages = options.packages.clone();
     if options.with_kernel {
         let kernel = match debian {
@@ -362,11 +423,22 @@ fn command(
 
 /// Proxies and certificates the host's apt is told of, without which the archive may be out of reach.
 fn host_apt_options() -> Vec<String> {
-    let Ok(output) = Command::new("apt-config").args(["dump", "--no-empty"]).stdin(Stdio::null()).output() else {
+    let Ok(output) = Command::new("apt-config")
+        .args(["dump", "--no-empty"])
+        .stdin(Stdio::null())
+        .output()
+    else {
         return Vec::new();
     };
-    let wanted = ["Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::https::CAInfo", "Acquire::https::CaInfo",
-        "Acquire::https::Verify-Peer", "Acquire::https::Verify-Host", "Acquire::ForceIPv4"];
+    let wanted = [
+        "Acquire::http::Proxy",
+        "Acquire::https::Proxy",
+        "Acquire::https::CAInfo",
+        "Acquire::https::CaInfo",
+        "Acquire::https::Verify-Peer",
+        "Acquire::https::Verify-Host",
+        "Acquire::ForceIPv4",
+    ];
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter(|line| wanted.iter().any(|w| line.starts_with(w)))
@@ -375,14 +447,18 @@ fn host_apt_options() -> Vec<String> {
 }
 
 fn is_installed(program: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
 }
 
 /// Programs of another architecture run only where the kernel was told which emulator runs them.
 fn check_emulation(architecture: &str) -> Result<()> {
     let host = Platform::host().architecture;
-    let runs_anyway = matches!((host.as_str(), architecture), ("amd64", "386") | ("arm64", "arm"));
+    let runs_anyway = matches!(
+        (host.as_str(), architecture),
+        ("amd64", "386") | ("arm64", "arm")
+    );
     if host == architecture || runs_anyway {
         return Ok(());
     }
@@ -391,7 +467,10 @@ fn check_emulation(architecture: &str) -> Result<()> {
         "arm64" => "aarch64",
         other => other,
     };
-    if Path::new("/proc/sys/fs/binfmt_misc").join(format!("qemu-{kernel}")).exists() {
+    if Path::new("/proc/sys/fs/binfmt_misc")
+        .join(format!("qemu-{kernel}"))
+        .exists()
+    {
         return Ok(());
     }
     Err(Error::MissingProgram {
@@ -405,7 +484,12 @@ fn listen(stderr: impl BufRead, words: &Mutex<VecDeque<String>>, progress: &dyn 
     for line in stderr.split(b'\n').map_while(|line| line.ok()) {
         let line = String::from_utf8_lossy(&line).trim_end().to_owned();
         // Its progress bars are drawn over each other with carriage returns.
-        let line = line.rsplit('\r').next().unwrap_or_default().trim().to_owned();
+        let line = line
+            .rsplit('\r')
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
         if line.is_empty() {
             continue;
         }
@@ -436,7 +520,9 @@ impl Running {
     }
 
     fn wait(&mut self) -> Result<std::process::ExitStatus> {
-        self.process.wait().doing(|| "waiting for mmdebstrap".to_owned())
+        self.process
+            .wait()
+            .doing(|| "waiting for mmdebstrap".to_owned())
     }
 }
 
@@ -452,7 +538,9 @@ impl Drop for Running {
 /// Asks a process group to end, and after five seconds makes it.
 fn end_group(group: i32) {
     use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
-    let Some(group) = Pid::from_raw(group) else { return };
+    let Some(group) = Pid::from_raw(group) else {
+        return;
+    };
     let _ = kill_process_group(group, Signal::TERM);
     let deadline = Instant::now() + Duration::from_secs(5);
     while Instant::now() < deadline {
@@ -472,7 +560,12 @@ mod tests {
     fn a_name_says_the_suite_and_the_image_gets_both_names() {
         let options = BootstrapOptions::named("debian:12").unwrap();
         assert_eq!(options.suite, "bookworm");
-        let names: Vec<String> = options.references().unwrap().iter().map(Reference::familiar).collect();
+        let names: Vec<String> = options
+            .references()
+            .unwrap()
+            .iter()
+            .map(Reference::familiar)
+            .collect();
         assert_eq!(names, ["debian:bookworm", "debian:12"]);
         assert!(BootstrapOptions::named("ubuntu:noble").is_err());
     }

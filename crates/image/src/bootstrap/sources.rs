@@ -21,10 +21,17 @@ pub fn read(directory: &Path) -> Vec<Source> {
         sources.extend(parse_list(&text));
     }
     let parts = directory.join("sources.list.d");
-    let mut files: Vec<_> = fs::read_dir(parts).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    let mut files: Vec<_> = fs::read_dir(parts)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path())
+        .collect();
     files.sort();
     for path in files {
-        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let Ok(text) = fs::read_to_string(&path) else {
+            continue;
+        };
         match path.extension().and_then(|e| e.to_str()) {
             Some("list") => sources.extend(parse_list(&text)),
             Some("sources") => sources.extend(parse_deb822(&text)),
@@ -39,7 +46,12 @@ pub fn parse_list(text: &str) -> Vec<Source> {
     let mut sources = Vec::new();
     for line in text.lines() {
         let line = line.split('#').next().unwrap_or_default().trim();
-        let Some(rest) = line.strip_prefix("deb").filter(|r| r.starts_with([' ', '\t'])) else { continue };
+        let Some(rest) = line
+            .strip_prefix("deb")
+            .filter(|r| r.starts_with([' ', '\t']))
+        else {
+            continue;
+        };
         let rest = rest.trim_start();
         let (options, rest) = match rest.strip_prefix('[') {
             Some(inner) => match inner.split_once(']') {
@@ -55,7 +67,12 @@ pub fn parse_list(text: &str) -> Vec<Source> {
             .map(|(_, value)| value.to_owned());
         let mut words = rest.split_whitespace().map(str::to_owned);
         if let (Some(uri), Some(suite)) = (words.next(), words.next()) {
-            sources.push(Source { uri, suite, components: words.collect(), signed_by });
+            sources.push(Source {
+                uri,
+                suite,
+                components: words.collect(),
+                signed_by,
+            });
         }
     }
     sources
@@ -89,14 +106,22 @@ pub fn parse_deb822(text: &str) -> Vec<Source> {
 
 fn stanza_sources(stanza: &BTreeMap<String, String>) -> Vec<Source> {
     let words = |key: &str| -> Vec<String> {
-        stanza.get(key).map(|v| v.split_whitespace().map(str::to_owned).collect()).unwrap_or_default()
+        stanza
+            .get(key)
+            .map(|v| v.split_whitespace().map(str::to_owned).collect())
+            .unwrap_or_default()
     };
-    let off = stanza.get("enabled").is_some_and(|v| ["no", "false", "0", "off"].contains(&v.to_ascii_lowercase().as_str()));
+    let off = stanza
+        .get("enabled")
+        .is_some_and(|v| ["no", "false", "0", "off"].contains(&v.to_ascii_lowercase().as_str()));
     if off || !words("types").iter().any(|t| t == "deb") {
         return Vec::new();
     }
     // A key may also stand there in full; then apt's own trust decides.
-    let signed_by = stanza.get("signed-by").filter(|v| v.starts_with('/') && !v.contains('\n')).cloned();
+    let signed_by = stanza
+        .get("signed-by")
+        .filter(|v| v.starts_with('/') && !v.contains('\n'))
+        .cloned();
     let components = words("components");
     let mut sources = Vec::new();
     for uri in words("uris") {
@@ -125,8 +150,10 @@ const RELEASES: [(&str, &str); 8] = [
 ];
 
 fn releases() -> Vec<(String, String)> {
-    let mut known: Vec<(String, String)> =
-        RELEASES.iter().map(|(name, number)| ((*name).to_owned(), (*number).to_owned())).collect();
+    let mut known: Vec<(String, String)> = RELEASES
+        .iter()
+        .map(|(name, number)| ((*name).to_owned(), (*number).to_owned()))
+        .collect();
     if let Ok(table) = fs::read_to_string("/usr/share/distro-info/debian.csv") {
         for line in table.lines().skip(1) {
             let mut fields = line.split(',');
@@ -142,7 +169,10 @@ fn releases() -> Vec<(String, String)> {
 
 /// The number of a release by its name: `bookworm` → `12`.
 pub fn number_of(suite: &str) -> Option<String> {
-    releases().into_iter().find(|(name, number)| name == suite && !number.is_empty()).map(|(_, number)| number)
+    releases()
+        .into_iter()
+        .find(|(name, number)| name == suite && !number.is_empty())
+        .map(|(_, number)| number)
 }
 
 /// The suite that a tag means: `12` → `bookworm`, others as they are; `latest` is `stable`.
@@ -160,7 +190,15 @@ pub fn suite_of(tag: &str) -> String {
 
 fn is_debian_suite(suite: &str) -> bool {
     let base = suite.split(['-', '/']).next().unwrap_or(suite);
-    ["stable", "testing", "unstable", "oldstable", "oldoldstable", "experimental"].contains(&base)
+    [
+        "stable",
+        "testing",
+        "unstable",
+        "oldstable",
+        "oldoldstable",
+        "experimental",
+    ]
+    .contains(&base)
         || releases().iter().any(|(name, _)| name == base)
 }
 
@@ -182,7 +220,13 @@ pub fn for_suite(
     let debian: Vec<&Source> = sources
         .iter()
         .filter(|s| is_debian_suite(&s.suite) && s.components.iter().any(|c| c == "main"))
-        .filter(|s| s.uri.trim_end_matches('/').rsplit('/').next().is_some_and(|last| last.starts_with("debian")))
+        .filter(|s| {
+            s.uri
+                .trim_end_matches('/')
+                .rsplit('/')
+                .next()
+                .is_some_and(|last| last.starts_with("debian"))
+        })
         .collect();
     let archive = debian.iter().find(|s| {
         !is_security(s) && !s.suite.ends_with("-updates") && !s.suite.ends_with("-backports")
@@ -197,14 +241,23 @@ pub fn for_suite(
         }
     };
     let signed = |source: Option<&&Source>| {
-        keyring.map(str::to_owned).or_else(|| source.and_then(|s| s.signed_by.clone()))
+        keyring
+            .map(str::to_owned)
+            .or_else(|| source.and_then(|s| s.signed_by.clone()))
     };
     let rolling = ["sid", "unstable", "experimental"].contains(&suite);
     let mut lines = Vec::new();
-    let uri = mirror.map(str::to_owned).or_else(|| archive.map(|s| s.uri.clone()));
+    let uri = mirror
+        .map(str::to_owned)
+        .or_else(|| archive.map(|s| s.uri.clone()));
     let Some(uri) = uri else { return lines };
     let mut line = |uri: &str, suite: String, source: Option<&&Source>| {
-        lines.push(Source { uri: uri.to_owned(), suite, components: wanted(source), signed_by: signed(source) });
+        lines.push(Source {
+            uri: uri.to_owned(),
+            suite,
+            components: wanted(source),
+            signed_by: signed(source),
+        });
     };
     line(&uri, suite.to_owned(), archive);
     if !rolling {
@@ -214,7 +267,11 @@ pub fn for_suite(
         if let Some(source) = security {
             // Until buster the suite was called buster/updates.
             let old = ["stretch", "buster"].contains(&suite);
-            let suite = if old { format!("{suite}/updates") } else { format!("{suite}-security") };
+            let suite = if old {
+                format!("{suite}/updates")
+            } else {
+                format!("{suite}-security")
+            };
             line(&source.uri, suite, Some(source));
         }
     }
@@ -224,8 +281,17 @@ pub fn for_suite(
 impl Source {
     /// The one-line form.
     pub fn line(&self) -> String {
-        let options = self.signed_by.as_ref().map(|k| format!("[signed-by={k}] ")).unwrap_or_default();
-        format!("deb {options}{} {} {}", self.uri, self.suite, self.components.join(" "))
+        let options = self
+            .signed_by
+            .as_ref()
+            .map(|k| format!("[signed-by={k}] "))
+            .unwrap_or_default();
+        format!(
+            "deb {options}{} {} {}",
+            self.uri,
+            self.suite,
+            self.components.join(" ")
+        )
     }
 }
 
@@ -248,8 +314,16 @@ mod tests {
 
     #[test]
     fn another_suite_is_built_from_the_archives_the_host_uses() {
-        let lines: Vec<String> =
-            for_suite(&parse_deb822(DEB822), "bookworm", None, &["main".to_owned()], None).iter().map(Source::line).collect();
+        let lines: Vec<String> = for_suite(
+            &parse_deb822(DEB822),
+            "bookworm",
+            None,
+            &["main".to_owned()],
+            None,
+        )
+        .iter()
+        .map(Source::line)
+        .collect();
         assert_eq!(
             lines,
             [
@@ -258,7 +332,10 @@ mod tests {
                 "deb http://mirror.test/debian-security bookworm-security main",
             ]
         );
-        assert_eq!(for_suite(&parse_deb822(DEB822), "sid", None, &[], None).len(), 1);
+        assert_eq!(
+            for_suite(&parse_deb822(DEB822), "sid", None, &[], None).len(),
+            1
+        );
     }
 
     #[test]
@@ -269,15 +346,27 @@ mod tests {
         assert_eq!(sources.len(), 2);
         let lines = for_suite(&sources, "bookworm", None, &[], None);
         assert_eq!(lines.len(), 1);
-        assert_eq!(lines[0].line(), "deb [signed-by=/k.gpg] http://a.test/debian/ bookworm main");
+        assert_eq!(
+            lines[0].line(),
+            "deb [signed-by=/k.gpg] http://a.test/debian/ bookworm main"
+        );
     }
 
     #[test]
     fn a_host_without_debian_has_no_lines_and_a_flag_helps() {
         let ubuntu = parse_list("deb http://archive.test/ubuntu noble main");
         assert!(for_suite(&ubuntu, "bookworm", None, &[], None).is_empty());
-        let lines = for_suite(&ubuntu, "bookworm", Some("http://m.test/debian"), &[], Some("/k"));
-        assert_eq!(lines[0].line(), "deb [signed-by=/k] http://m.test/debian bookworm main");
+        let lines = for_suite(
+            &ubuntu,
+            "bookworm",
+            Some("http://m.test/debian"),
+            &[],
+            Some("/k"),
+        );
+        assert_eq!(
+            lines[0].line(),
+            "deb [signed-by=/k] http://m.test/debian bookworm main"
+        );
     }
 
     #[test]

@@ -10,6 +10,8 @@ use crate::{Error, Result};
 pub fn apply_changes(_run: &mut RunConfig, changes: &[String]) -> Result<()> {
     match changes.first() {
         None => Ok(()),
-        Some(change) => Err(Error::Unsupported(format!("changes such as {change:?} are not applied yet"))),
+        Some(change) => Err(Error::Unsupported(format!(
+            "changes such as {change:?} are not applied yet"
+        ))),
     }
 }

@@ -11,10 +11,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 
+use super::Limits;
 use super::compression::{self, Compression};
 use super::tar::TarReader;
 use super::unpack::{Unpacked, Unpacker, damaged};
-use super::Limits;
 use crate::digest::Hasher;
 use crate::progress::Cancel;
 use crate::{Digest, Error, Result};
@@ -42,7 +42,13 @@ impl ChunkReader {
     /// The two ends of a bounded queue of chunks.
     pub fn channel() -> (SyncSender<io::Result<Bytes>>, ChunkReader) {
         let (sender, receiver) = sync_channel(QUEUE);
-        (sender, ChunkReader { receiver, current: Bytes::new() })
+        (
+            sender,
+            ChunkReader {
+                receiver,
+                current: Bytes::new(),
+            },
+        )
     }
 }
 
@@ -87,20 +93,22 @@ pub fn apply<R: Read + Send>(
     let (to_hash, from_inflate_too) = sync_channel::<Bytes>(QUEUE);
     std::thread::scope(|scope| {
         let inflating = scope.spawn(move || -> Result<Compression> {
-            let (kind, mut reader) = match compression::reader(BufReader::with_capacity(CHUNK, source)) {
-                Ok(opened) => opened,
-                Err(error) => {
-                    // The untarring thread must not take the silence for an empty archive.
-                    let _ = to_untar.send(Err(io::Error::other("unreadable")));
-                    return Err(error);
-                }
-            };
+            let (kind, mut reader) =
+                match compression::reader(BufReader::with_capacity(CHUNK, source)) {
+                    Ok(opened) => opened,
+                    Err(error) => {
+                        // The untarring thread must not take the silence for an empty archive.
+                        let _ = to_untar.send(Err(io::Error::other("unreadable")));
+                        return Err(error);
+                    }
+                };
             loop {
                 match fill(&mut reader) {
                     Ok(chunk) if chunk.is_empty() => return Ok(kind),
                     Ok(chunk) => {
                         // Either end hangs up only after an error of its own, which is the one reported.
-                        if to_hash.send(chunk.clone()).is_err() || to_untar.send(Ok(chunk)).is_err() {
+                        if to_hash.send(chunk.clone()).is_err() || to_untar.send(Ok(chunk)).is_err()
+                        {
                             return Ok(kind);
                         }
                     }
@@ -122,9 +130,9 @@ pub fn apply<R: Read + Send>(
         let unpacked = unpacker.unpack(&mut tar).and_then(|unpacked| {
             let mut rest = tar.into_inner().take(MAX_TRAILER + 1);
             match io::copy(&mut rest, &mut io::sink()).map_err(damaged)? {
-                trailer if trailer > MAX_TRAILER => {
-                    Err(Error::LayerLimit("it goes on long after the archive's end".to_owned()))
-                }
+                trailer if trailer > MAX_TRAILER => Err(Error::LayerLimit(
+                    "it goes on long after the archive's end".to_owned(),
+                )),
                 _ => Ok(unpacked),
             }
         });
@@ -133,7 +141,11 @@ pub fn apply<R: Read + Send>(
         let diff_id = hashing.join().map_err(panicked)?;
         // What the inflater refused explains what the unpacker then missed.
         let compression = compression?;
-        Ok(Applied { diff_id, compression, unpacked: unpacked? })
+        Ok(Applied {
+            diff_id,
+            compression,
+            unpacked: unpacked?,
+        })
     })
 }
 
@@ -156,8 +168,15 @@ fn fill(reader: &mut impl Read) -> io::Result<Bytes> {
 pub fn fuzz_layer(data: &[u8]) {
     static SERIAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     let serial = SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!("berth-fuzz-layer-{}-{serial}", std::process::id()));
-    let Ok(scratch) = super::tree::Scratch::create(path) else { return };
-    let limits = Limits { entries: 1000, bytes: 1 << 20, keep_free: 0 };
+    let path =
+        std::env::temp_dir().join(format!("berth-fuzz-layer-{}-{serial}", std::process::id()));
+    let Ok(scratch) = super::tree::Scratch::create(path) else {
+        return;
+    };
+    let limits = Limits {
+        entries: 1000,
+        bytes: 1 << 20,
+        keep_free: 0,
+    };
     let _ = apply(data, scratch.path(), false, limits, &Cancel::default());
 }

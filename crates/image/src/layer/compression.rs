@@ -37,7 +37,9 @@ pub fn detect(head: &[u8]) -> Result<Compression> {
 ///
 /// # Errors
 /// Those of [`detect`] and of reading.
-pub fn reader<'a, R: BufRead + Send + 'a>(mut source: R) -> Result<(Compression, Box<dyn Read + Send + 'a>)> {
+pub fn reader<'a, R: BufRead + Send + 'a>(
+    mut source: R,
+) -> Result<(Compression, Box<dyn Read + Send + 'a>)> {
     let head = peek(&mut source).map_err(|e| Error::DamagedLayer(e.to_string()))?;
     let kind = detect(&head)?;
     let source = io::Cursor::new(head).chain(source);
@@ -45,7 +47,8 @@ pub fn reader<'a, R: BufRead + Send + 'a>(mut source: R) -> Result<(Compression,
         Compression::None => Box::new(source),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
         Compression::Zstd => Box::new(
-            zstd::stream::read::Decoder::with_buffer(source).map_err(|e| Error::DamagedLayer(e.to_string()))?,
+            zstd::stream::read::Decoder::with_buffer(source)
+                .map_err(|e| Error::DamagedLayer(e.to_string()))?,
         ),
     };
     Ok((kind, reader))
@@ -68,7 +71,9 @@ fn peek(source: &mut impl BufRead) -> io::Result<Vec<u8>> {
 
 /// The compressor for layers made here: gzip, which every registry and engine reads, at its fastest.
 pub fn gzip<W: io::Write>(sink: W) -> flate2::write::GzEncoder<W> {
-    flate2::GzBuilder::new().mtime(0).write(sink, flate2::Compression::new(1))
+    flate2::GzBuilder::new()
+        .mtime(0)
+        .write(sink, flate2::Compression::new(1))
 }
 
 #[cfg(test)]
@@ -82,9 +87,11 @@ mod tests {
         let mut gz = gzip(Vec::new());
         gz.write_all(&text).unwrap();
         let zst = zstd::encode_all(&text[..], 1).unwrap();
-        for (bytes, kind) in
-            [(gz.finish().unwrap(), Compression::Gzip), (zst, Compression::Zstd), (text.clone(), Compression::None)]
-        {
+        for (bytes, kind) in [
+            (gz.finish().unwrap(), Compression::Gzip),
+            (zst, Compression::Zstd),
+            (text.clone(), Compression::None),
+        ] {
             let (found, mut reader) = reader(&bytes[..]).unwrap();
             assert_eq!(found, kind);
             let mut read = Vec::new();

@@ -21,7 +21,11 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { entries: 4_000_000, bytes: 512 << 30, keep_free: 64 << 20 }
+        Limits {
+            entries: 4_000_000,
+            bytes: 512 << 30,
+            keep_free: 64 << 20,
+        }
     }
 }
 
@@ -33,7 +37,11 @@ pub fn uses_user_xattrs() -> bool {
 
 /// The attribute that marks a folder as hiding everything beneath it in lower layers.
 pub fn opaque_attribute() -> &'static str {
-    if uses_user_xattrs() { "user.overlay.opaque" } else { "trusted.overlay.opaque" }
+    if uses_user_xattrs() {
+        "user.overlay.opaque"
+    } else {
+        "trusted.overlay.opaque"
+    }
 }
 
 /// Attributes overlayfs keeps for itself; they never enter or leave through a tar.

@@ -24,8 +24,17 @@ pub enum Marks {
 ///
 /// Sockets are left out: they mean nothing without their process. A file that changes its size meanwhile is cut or
 /// filled with zeros, so that the archive stays whole.
-pub fn pack<W: Write>(root: BorrowedFd<'_>, tar: &mut TarWriter<W>, marks: Marks) -> io::Result<()> {
-    let mut packer = Packer { tar, marks, links: HashMap::new(), buffer: vec![0; 128 << 10] };
+pub fn pack<W: Write>(
+    root: BorrowedFd<'_>,
+    tar: &mut TarWriter<W>,
+    marks: Marks,
+) -> io::Result<()> {
+    let mut packer = Packer {
+        tar,
+        marks,
+        links: HashMap::new(),
+        buffer: vec![0; 128 << 10],
+    };
     packer.tree(root, b"", b"")
 }
 
@@ -36,7 +45,12 @@ pub fn pack_one<W: Write>(
     as_name: &[u8],
     tar: &mut TarWriter<W>,
 ) -> io::Result<()> {
-    let mut packer = Packer { tar, marks: Marks::Ignore, links: HashMap::new(), buffer: vec![0; 128 << 10] };
+    let mut packer = Packer {
+        tar,
+        marks: Marks::Ignore,
+        links: HashMap::new(),
+        buffer: vec![0; 128 << 10],
+    };
     let name = CString::new(name)?;
     if packer.one(parent, &name, as_name.to_vec())? {
         let directory = open_directory(parent, &name)?;
@@ -63,7 +77,11 @@ fn open_directory(parent: BorrowedFd<'_>, name: &CString) -> io::Result<OwnedFd>
 }
 
 pub(crate) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
-    if folder.is_empty() { name.to_vec() } else { [folder, b"/", name].concat() }
+    if folder.is_empty() {
+        name.to_vec()
+    } else {
+        [folder, b"/", name].concat()
+    }
 }
 
 impl<W: Write> Packer<'_, W> {
@@ -73,7 +91,11 @@ impl<W: Write> Packer<'_, W> {
         while let Some((path, called)) = pending.pop() {
             let directory = tree::open_in(root, &path, OFlags::RDONLY | OFlags::DIRECTORY)?;
             if self.marks == Marks::Translate && tree::is_opaque(directory.as_fd()) {
-                self.tar.entry(&Entry::new(EntryKind::File, join(&called, b".wh..wh..opq"), 0o600))?;
+                self.tar.entry(&Entry::new(
+                    EntryKind::File,
+                    join(&called, b".wh..wh..opq"),
+                    0o600,
+                ))?;
             }
             let mut folders = Vec::new();
             for name in tree::names(&directory)? {
@@ -89,7 +111,9 @@ impl<W: Write> Packer<'_, W> {
 
     /// Packs one file; true where it is a folder whose content is still to come.
     fn one(&mut self, parent: BorrowedFd<'_>, name: &CString, called: Vec<u8>) -> io::Result<bool> {
-        let Some(stat) = tree::stat_at(parent, name.as_bytes())? else { return Ok(false) };
+        let Some(stat) = tree::stat_at(parent, name.as_bytes())? else {
+            return Ok(false);
+        };
         let kind = tree::file_type(&stat);
         if self.marks == Marks::Translate && tree::is_whiteout(&stat) {
             let (folder, last) = tree::split(&called);
@@ -115,7 +139,8 @@ impl<W: Write> Packer<'_, W> {
                 self.tar.entry(&entry)?;
                 return Ok(false);
             }
-            self.links.insert((stat.st_dev, stat.st_ino), entry.path.clone());
+            self.links
+                .insert((stat.st_dev, stat.st_ino), entry.path.clone());
         }
         match kind {
             FileType::Symlink => {
@@ -172,7 +197,11 @@ pub(crate) fn describe(kind: EntryKind, path: Vec<u8>, stat: &Stat) -> Entry {
         mode: stat.st_mode & 0o7777,
         uid: stat.st_uid,
         gid: stat.st_gid,
-        size: if kind == EntryKind::File { stat.st_size.max(0) as u64 } else { 0 },
+        size: if kind == EntryKind::File {
+            stat.st_size.max(0) as u64
+        } else {
+            0
+        },
         mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
         major: rustix::fs::major(stat.st_rdev),
         minor: rustix::fs::minor(stat.st_rdev),
@@ -180,12 +209,15 @@ pub(crate) fn describe(kind: EntryKind, path: Vec<u8>, stat: &Stat) -> Entry {
     }
 }
 
-fn kept_attributes(file: BorrowedFd<'_>) -> io::Result<std::collections::BTreeMap<Vec<u8>, Vec<u8>>> {
+fn kept_attributes(
+    file: BorrowedFd<'_>,
+) -> io::Result<std::collections::BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(tree::attributes(&tree::proc_path(file))?
         .into_iter()
         // Labels belong to the host; capabilities, user attributes and access lists to the file.
         .filter(|(name, _)| {
-            !is_overlay_attribute(name) && (!name.starts_with(b"security.") || name == b"security.capability")
+            !is_overlay_attribute(name)
+                && (!name.starts_with(b"security.") || name == b"security.capability")
         })
         .collect())
 }

@@ -84,7 +84,13 @@ pub struct TarReader<R> {
 impl<R: Read> TarReader<R> {
     /// Reads from `source`, which should be buffered.
     pub fn new(source: R) -> TarReader<R> {
-        TarReader { source, left: 0, padding: 0, global: BTreeMap::new(), ended: false }
+        TarReader {
+            source,
+            left: 0,
+            padding: 0,
+            global: BTreeMap::new(),
+            ended: false,
+        }
     }
 
     /// The source, wherever it stands.
@@ -111,18 +117,27 @@ impl<R: Read> TarReader<R> {
             if !read_block(&mut self.source, &mut header)? {
                 // An archive that ends without its two zero blocks is common; one cut inside an entry is not.
                 self.ended = true;
-                return if headers == 0 { Ok(None) } else { Err(bad("it ends after an extended header")) };
+                return if headers == 0 {
+                    Ok(None)
+                } else {
+                    Err(bad("it ends after an extended header"))
+                };
             }
             if header.iter().all(|b| *b == 0) {
                 self.ended = true;
-                return if headers == 0 { Ok(None) } else { Err(bad("it ends after an extended header")) };
+                return if headers == 0 {
+                    Ok(None)
+                } else {
+                    Err(bad("it ends after an extended header"))
+                };
             }
             verify_checksum(&header)?;
             headers += 1;
             if headers > 64 {
                 return Err(bad("too many extended headers before one entry"));
             }
-            let size = number(&header[124..136]).ok_or_else(|| bad("a header's size is no number"))?;
+            let size =
+                number(&header[124..136]).ok_or_else(|| bad("a header's size is no number"))?;
             let flag = header[156];
             match flag {
                 b'x' | b'g' => {
@@ -133,11 +148,17 @@ impl<R: Read> TarReader<R> {
                                 sparse_chunks.push((decimal(value)?, 0));
                             }
                             b"GNU.sparse.numbytes" => {
-                                let last = sparse_chunks.last_mut().ok_or_else(|| bad("a sparse length without offset"))?;
+                                let last = sparse_chunks
+                                    .last_mut()
+                                    .ok_or_else(|| bad("a sparse length without offset"))?;
                                 last.1 = decimal(value)?;
                             }
                             _ => {
-                                let table = if flag == b'g' { &mut self.global } else { &mut pax };
+                                let table = if flag == b'g' {
+                                    &mut self.global
+                                } else {
+                                    &mut pax
+                                };
                                 table.insert(key.to_vec(), value.to_vec());
                             }
                         }
@@ -151,7 +172,19 @@ impl<R: Read> TarReader<R> {
                     self.left = size;
                     self.padding = pad(size);
                 }
-                _ => return self.entry(&header, flag, size, pax, sparse_chunks, long_path, long_link).map(Some),
+                _ => {
+                    return self
+                        .entry(
+                            &header,
+                            flag,
+                            size,
+                            pax,
+                            sparse_chunks,
+                            long_path,
+                            long_link,
+                        )
+                        .map(Some);
+                }
             }
         }
     }
@@ -191,12 +224,24 @@ impl<R: Read> TarReader<R> {
             path: long_path.unwrap_or(path),
             link: long_link.unwrap_or_else(|| until_nul(header[157..257].to_vec())),
             mode: field(100..108).unwrap_or(0) as u32 & 0o7777,
-            uid: field(108..116).and_then(|v| u32::try_from(v).ok()).unwrap_or(0),
-            gid: field(116..124).and_then(|v| u32::try_from(v).ok()).unwrap_or(0),
+            uid: field(108..116)
+                .and_then(|v| u32::try_from(v).ok())
+                .unwrap_or(0),
+            gid: field(116..124)
+                .and_then(|v| u32::try_from(v).ok())
+                .unwrap_or(0),
             size,
             mtime: (signed(&header[136..148]).unwrap_or(0), 0),
-            major: if ustar { field(329..337).unwrap_or(0) as u32 } else { 0 },
-            minor: if ustar { field(337..345).unwrap_or(0) as u32 } else { 0 },
+            major: if ustar {
+                field(329..337).unwrap_or(0) as u32
+            } else {
+                0
+            },
+            minor: if ustar {
+                field(337..345).unwrap_or(0) as u32
+            } else {
+                0
+            },
             xattrs: BTreeMap::new(),
             sparse: None,
         };
@@ -204,17 +249,33 @@ impl<R: Read> TarReader<R> {
         if entry.kind == EntryKind::File && flag != b'S' && entry.path.ends_with(b"/") {
             entry.kind = EntryKind::Directory;
         }
-        let (mut stored, mut real_size, mut sparse_major, mut sparse_map) = (size, None, None, None);
-        let records = self.global.iter().filter(|(key, _)| !pax.contains_key(*key)).chain(pax.iter());
+        let (mut stored, mut real_size, mut sparse_major, mut sparse_map) =
+            (size, None, None, None);
+        let records = self
+            .global
+            .iter()
+            .filter(|(key, _)| !pax.contains_key(*key))
+            .chain(pax.iter());
         for (key, value) in records {
             match key.as_slice() {
                 b"path" => entry.path = value.clone(),
                 b"GNU.sparse.name" => {}
                 b"linkpath" => entry.link = value.clone(),
                 b"size" => stored = decimal(value)?,
-                b"uid" => entry.uid = decimal(value)?.try_into().map_err(|_| bad("a uid past 32 bits"))?,
-                b"gid" => entry.gid = decimal(value)?.try_into().map_err(|_| bad("a gid past 32 bits"))?,
-                b"mtime" => entry.mtime = pax_time(value).ok_or_else(|| bad("an mtime that is no number"))?,
+                b"uid" => {
+                    entry.uid = decimal(value)?
+                        .try_into()
+                        .map_err(|_| bad("a uid past 32 bits"))?
+                }
+                b"gid" => {
+                    entry.gid = decimal(value)?
+                        .try_into()
+                        .map_err(|_| bad("a gid past 32 bits"))?
+                }
+                b"mtime" => {
+                    entry.mtime =
+                        pax_time(value).ok_or_else(|| bad("an mtime that is no number"))?
+                }
                 b"GNU.sparse.realsize" | b"GNU.sparse.size" => real_size = Some(decimal(value)?),
                 b"GNU.sparse.major" => sparse_major = Some(decimal(value)?),
                 b"GNU.sparse.map" => sparse_map = Some(value.clone()),
@@ -249,8 +310,10 @@ impl<R: Read> TarReader<R> {
                 entry.size = real_size.unwrap_or(stored);
                 entry.sparse = Some(map);
             } else if let Some(text) = sparse_map {
-                let numbers: Vec<u64> =
-                    text.split(|b| *b == b',').map(decimal).collect::<io::Result<Vec<u64>>>()?;
+                let numbers: Vec<u64> = text
+                    .split(|b| *b == b',')
+                    .map(decimal)
+                    .collect::<io::Result<Vec<u64>>>()?;
                 entry.sparse = Some(numbers.chunks_exact(2).map(|c| (c[0], c[1])).collect());
                 entry.size = real_size.unwrap_or(stored);
             } else if !chunks.is_empty() {
@@ -270,14 +333,22 @@ impl<R: Read> TarReader<R> {
             if *offset < end {
                 return Err(bad("a sparse map that goes backwards"));
             }
-            end = offset.checked_add(*length).filter(|e| *e <= size).ok_or_else(|| bad("a sparse map past the file"))?;
+            end = offset
+                .checked_add(*length)
+                .filter(|e| *e <= size)
+                .ok_or_else(|| bad("a sparse map past the file"))?;
             held += length;
         }
-        if held != self.left { Err(bad("a sparse map that does not fit the content")) } else { Ok(()) }
+        if held != self.left {
+            Err(bad("a sparse map that does not fit the content"))
+        } else {
+            Ok(())
+        }
     }
 
     fn old_sparse(&mut self, header: &[u8; BLOCK]) -> io::Result<(Vec<(u64, u64)>, u64)> {
-        let real = number(&header[483..495]).ok_or_else(|| bad("a sparse file without its size"))?;
+        let real =
+            number(&header[483..495]).ok_or_else(|| bad("a sparse file without its size"))?;
         let mut map = Vec::new();
         let mut take = |table: &[u8]| -> io::Result<()> {
             for pair in table.chunks_exact(24) {
@@ -334,17 +405,29 @@ impl<R: Read> TarReader<R> {
                 let value = decimal(&line)?;
                 line.clear();
                 match wanted {
-                    None => wanted = Some(value.checked_mul(2).ok_or_else(|| bad("a broken sparse map"))?),
+                    None => {
+                        wanted = Some(
+                            value
+                                .checked_mul(2)
+                                .ok_or_else(|| bad("a broken sparse map"))?,
+                        )
+                    }
                     Some(_) => numbers.push(value),
                 }
             }
         }
-        Ok(numbers.chunks_exact(2).map(|c| (c[0], c[1])).filter(|c| c.1 > 0).collect())
+        Ok(numbers
+            .chunks_exact(2)
+            .map(|c| (c[0], c[1]))
+            .filter(|c| c.1 > 0)
+            .collect())
     }
 
     fn read_meta(&mut self, size: u64) -> io::Result<Vec<u8>> {
         if size > MAX_META {
-            return Err(bad(format!("an extended header of {size} bytes, past the limit of {MAX_META}")));
+            return Err(bad(format!(
+                "an extended header of {size} bytes, past the limit of {MAX_META}"
+            )));
         }
         let mut bytes = vec![0; size as usize];
         self.source.read_exact(&mut bytes)?;
@@ -381,7 +464,10 @@ impl<R: Read> Read for TarReader<R> {
         }
         let read = self.source.read(&mut buffer[..part])?;
         if read == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut inside an entry"));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the archive is cut inside an entry",
+            ));
         }
         self.left -= read as u64;
         Ok(read)
@@ -393,7 +479,12 @@ fn read_block(source: &mut impl Read, block: &mut [u8; BLOCK]) -> io::Result<boo
     while filled < BLOCK {
         match source.read(&mut block[filled..]) {
             Ok(0) if filled == 0 => return Ok(false),
-            Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut inside a header")),
+            Ok(0) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the archive is cut inside a header",
+                ));
+            }
             Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -414,7 +505,8 @@ fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 fn verify_checksum(header: &[u8; BLOCK]) -> io::Result<()> {
-    let written = number(&header[148..156]).ok_or_else(|| bad("this is not a tar: a header has no checksum"))?;
+    let written = number(&header[148..156])
+        .ok_or_else(|| bad("this is not a tar: a header has no checksum"))?;
     let sum = |signed: bool| -> i64 {
         header
             .iter()
@@ -443,7 +535,11 @@ fn signed(field: &[u8]) -> Option<i64> {
         let negative = field[0] & 0x40 != 0;
         let mut value: i64 = if negative { -1 } else { 0 };
         for (i, byte) in field.iter().enumerate() {
-            let byte = if i == 0 { byte & 0x7f | if negative { 0x80 } else { 0 } } else { *byte };
+            let byte = if i == 0 {
+                byte & 0x7f | if negative { 0x80 } else { 0 }
+            } else {
+                *byte
+            };
             let wanted = if negative { -1 } else { 0 };
             if value >> 55 != wanted {
                 return None;
@@ -452,7 +548,11 @@ fn signed(field: &[u8]) -> Option<i64> {
         }
         return Some(value);
     }
-    let mut digits = field.iter().copied().skip_while(|b| *b == b' ').take_while(|b| *b != 0 && *b != b' ');
+    let mut digits = field
+        .iter()
+        .copied()
+        .skip_while(|b| *b == b' ')
+        .take_while(|b| *b != 0 && *b != b' ');
     digits.try_fold(0i64, |value, digit| match digit {
         b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(digit - b'0')),
         _ => None,
@@ -473,7 +573,11 @@ fn pax_time(text: &[u8]) -> Option<(i64, u32)> {
     if !fraction.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+    let digits: String = fraction
+        .chars()
+        .chain("000000000".chars())
+        .take(9)
+        .collect();
     let nanoseconds: u32 = digits.parse().ok()?;
     if text.starts_with('-') && nanoseconds > 0 {
         return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds));
@@ -482,10 +586,17 @@ fn pax_time(text: &[u8]) -> Option<(i64, u32)> {
 }
 
 /// Records of the form `LENGTH KEY=VALUE\n`.
-fn parse_pax(mut records: &[u8], mut take: impl FnMut(&[u8], &[u8]) -> io::Result<()>) -> io::Result<()> {
+fn parse_pax(
+    mut records: &[u8],
+    mut take: impl FnMut(&[u8], &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
     let broken = || bad("a broken extended header");
     while !records.is_empty() && records[0] != 0 {
-        let space = records.iter().take(20).position(|b| *b == b' ').ok_or_else(broken)?;
+        let space = records
+            .iter()
+            .take(20)
+            .position(|b| *b == b' ')
+            .ok_or_else(broken)?;
         let length = decimal(&records[..space])? as usize;
         if length <= space + 2 || length > records.len() || records[length - 1] != b'\n' {
             return Err(broken());
@@ -508,7 +619,11 @@ pub struct TarWriter<W> {
 impl<W: Write> TarWriter<W> {
     /// Writes to `sink`, which should be buffered.
     pub fn new(sink: W) -> TarWriter<W> {
-        TarWriter { sink, left: 0, padding: 0 }
+        TarWriter {
+            sink,
+            left: 0,
+            padding: 0,
+        }
     }
 
     /// Begins an entry; `entry.size` bytes of content must follow through [`Write`].
@@ -517,7 +632,10 @@ impl<W: Write> TarWriter<W> {
     /// `InvalidInput` where the content of the one before is not complete.
     pub fn entry(&mut self, entry: &Entry) -> io::Result<()> {
         if self.left > 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the entry before lacks content"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the entry before lacks content",
+            ));
         }
         self.sink.write_all(&[0; BLOCK][..self.padding as usize])?;
         let mut pax: Vec<u8> = Vec::new();
@@ -562,7 +680,11 @@ impl<W: Write> TarWriter<W> {
         if !octal(&mut header[116..124], u64::from(entry.gid)) {
             record(b"gid", entry.gid.to_string().as_bytes());
         }
-        let size = if entry.kind == EntryKind::File { entry.size } else { 0 };
+        let size = if entry.kind == EntryKind::File {
+            entry.size
+        } else {
+            0
+        };
         if !octal(&mut header[124..136], size) {
             record(b"size", size.to_string().as_bytes());
         }
@@ -604,7 +726,8 @@ impl<W: Write> TarWriter<W> {
             seal(&mut extended);
             self.sink.write_all(&extended)?;
             self.sink.write_all(&pax)?;
-            self.sink.write_all(&[0; BLOCK][..pad(pax.len() as u64) as usize])?;
+            self.sink
+                .write_all(&[0; BLOCK][..pad(pax.len() as u64) as usize])?;
         }
         seal(&mut header);
         self.sink.write_all(&header)?;
@@ -624,7 +747,10 @@ impl<W: Write> TarWriter<W> {
     /// Ends the archive.
     pub fn finish(mut self) -> io::Result<W> {
         if self.left > 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the last entry lacks content"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the last entry lacks content",
+            ));
         }
         self.sink.write_all(&[0; BLOCK][..self.padding as usize])?;
         self.sink.write_all(&[0; 2 * BLOCK])?;
@@ -637,7 +763,10 @@ impl<W: Write> Write for TarWriter<W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let part = (buffer.len() as u64).min(self.left) as usize;
         if part == 0 && !buffer.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "more content than the entry said"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "more content than the entry said",
+            ));
         }
         let written = self.sink.write(&buffer[..part])?;
         self.left -= written as u64;
@@ -649,9 +778,9 @@ impl<W: Write> Write for TarWriter<W> {
 }
 
 fn split_prefix(path: &[u8]) -> Option<usize> {
-    (0..path.len().min(156))
-        .rev()
-        .find(|i| path[*i] == b'/' && *i > 0 && *i <= 155 && (1..=100).contains(&(path.len() - i - 1)))
+    (0..path.len().min(156)).rev().find(|i| {
+        path[*i] == b'/' && *i > 0 && *i <= 155 && (1..=100).contains(&(path.len() - i - 1))
+    })
 }
 
 /// Writes octal digits and a NUL; false where they do not fit, and then zeros.
@@ -677,7 +806,11 @@ fn pax_time_text(seconds: i64, nanoseconds: u32) -> String {
         let sign = if whole == 0 { "-" } else { "" };
         return format!("{sign}{whole}.{part:09}");
     }
-    if nanoseconds == 0 { format!("{seconds}") } else { format!("{seconds}.{nanoseconds:09}") }
+    if nanoseconds == 0 {
+        format!("{seconds}")
+    } else {
+        format!("{seconds}.{nanoseconds:09}")
+    }
 }
 
 /// Fuzz entry: no bytes panic or take more memory than the limits say.
@@ -701,28 +834,52 @@ mod tests {
 
     fn arbitrary_entry() -> impl Strategy<Value = (Entry, Vec<u8>)> {
         let name = prop::collection::vec(1u8..=255, 1..300);
-        (name.clone(), name, 0u32..0o10000, any::<u32>(), any::<u32>(), -5_000_000_000i64..20_000_000_000,
-            0u32..1_000_000_000, prop::collection::vec(any::<u8>(), 0..1500), 0u8..6)
-            .prop_map(|(mut path, link, mode, uid, gid, seconds, nanoseconds, content, kind)| {
-                while path.last() == Some(&b'/') {
-                    path.pop();
-                }
-                path.push(b'x');
-                let kind = [EntryKind::File, EntryKind::HardLink, EntryKind::Symlink, EntryKind::Char,
-                    EntryKind::Directory, EntryKind::Fifo][kind as usize];
-                if kind == EntryKind::Directory {
-                    path.push(b'/');
-                }
-                let mut entry = Entry::new(kind, path, mode);
-                (entry.uid, entry.gid, entry.mtime) = (uid, gid, (seconds, nanoseconds));
-                if matches!(kind, EntryKind::HardLink | EntryKind::Symlink) {
-                    entry.link = link;
-                }
-                entry.xattrs.insert(b"user.x".to_vec(), content.iter().copied().take(40).collect());
-                let content = if kind == EntryKind::File { content } else { Vec::new() };
-                entry.size = content.len() as u64;
-                (entry, content)
-            })
+        (
+            name.clone(),
+            name,
+            0u32..0o10000,
+            any::<u32>(),
+            any::<u32>(),
+            -5_000_000_000i64..20_000_000_000,
+            0u32..1_000_000_000,
+            prop::collection::vec(any::<u8>(), 0..1500),
+            0u8..6,
+        )
+            .prop_map(
+                |(mut path, link, mode, uid, gid, seconds, nanoseconds, content, kind)| {
+                    while path.last() == Some(&b'/') {
+                        path.pop();
+                    }
+                    path.push(b'x');
+                    let kind = [
+                        EntryKind::File,
+                        EntryKind::HardLink,
+                        EntryKind::Symlink,
+                        EntryKind::Char,
+                        EntryKind::Directory,
+                        EntryKind::Fifo,
+                    ][kind as usize];
+                    if kind == EntryKind::Directory {
+                        path.push(b'/');
+                    }
+                    let mut entry = Entry::new(kind, path, mode);
+                    (entry.uid, entry.gid, entry.mtime) = (uid, gid, (seconds, nanoseconds));
+                    if matches!(kind, EntryKind::HardLink | EntryKind::Symlink) {
+                        entry.link = link;
+                    }
+                    entry.xattrs.insert(
+                        b"user.x".to_vec(),
+                        content.iter().copied().take(40).collect(),
+                    );
+                    let content = if kind == EntryKind::File {
+                        content
+                    } else {
+                        Vec::new()
+                    };
+                    entry.size = content.len() as u64;
+                    (entry, content)
+                },
+            )
     }
 
     proptest! {
@@ -764,6 +921,12 @@ mod tests {
         header[156] = b'L';
         seal(&mut header);
         let mut reader = TarReader::new(io::Read::chain(&header[..], io::repeat(b'a')));
-        assert!(reader.next_entry().unwrap_err().to_string().contains("past the limit"));
+        assert!(
+            reader
+                .next_entry()
+                .unwrap_err()
+                .to_string()
+                .contains("past the limit")
+        );
     }
 }

@@ -15,7 +15,11 @@ pub const CONFINED: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_
 
 /// Opens a folder for use as a root.
 pub fn open_root(path: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+    Ok(rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }
 
 /// Opens `path` beneath `root`; links are resolved inside it. An empty path is the root.
@@ -23,7 +27,13 @@ pub fn open_in(root: impl AsFd, path: &[u8], flags: OFlags) -> rustix::io::Resul
     let path: &[u8] = if path.is_empty() { b"." } else { path };
     // The kernel asks for another try when a rename elsewhere raced with the walk (openat2(2), EAGAIN).
     for _ in 0..64 {
-        match rustix::fs::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), CONFINED) {
+        match rustix::fs::openat2(
+            &root,
+            path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            CONFINED,
+        ) {
             Err(Errno::AGAIN) => {}
             other => return other,
         }
@@ -104,7 +114,10 @@ pub fn remove_all(path: &Path) -> io::Result<()> {
     let Some(name) = path.file_name() else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "no file name"));
     };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     match open_root(parent) {
         Ok(parent) => remove_at(&parent, &CString::new(name.as_bytes())?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -241,9 +254,11 @@ pub fn attributes(path: &str) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
 pub fn is_opaque(directory: BorrowedFd<'_>) -> bool {
     let mut value = [0u8; 8];
     let path = proc_path(directory);
-    ["trusted.overlay.opaque", "user.overlay.opaque"].iter().any(|name| {
-        matches!(rustix::fs::getxattr(&*path, *name, &mut value[..]), Ok(1)) && value[0] == b'y'
-    })
+    ["trusted.overlay.opaque", "user.overlay.opaque"]
+        .iter()
+        .any(|name| {
+            matches!(rustix::fs::getxattr(&*path, *name, &mut value[..]), Ok(1)) && value[0] == b'y'
+        })
 }
 
 /// A fresh folder of mode 0700, removed on drop unless kept.
@@ -309,7 +324,13 @@ mod tests {
         for _ in 0..2500 {
             rustix::fs::mkdirat(&here, "deeper", Mode::RWXU).unwrap();
             std::fs::write(proc_path(here.as_fd()) + "/file", b"x").unwrap();
-            here = rustix::fs::openat(&here, "deeper", OFlags::DIRECTORY | OFlags::RDONLY, Mode::empty()).unwrap();
+            here = rustix::fs::openat(
+                &here,
+                "deeper",
+                OFlags::DIRECTORY | OFlags::RDONLY,
+                Mode::empty(),
+            )
+            .unwrap();
         }
         remove_all(&top).unwrap();
         assert!(!top.exists());

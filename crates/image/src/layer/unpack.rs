@@ -58,8 +58,16 @@ const SPACE_CHECK: u64 = 64 << 20;
 
 impl<'a> Unpacker<'a> {
     /// Prepares to unpack into the empty folder `root`. `lowest`: there is no layer beneath.
-    pub fn new(root: &Path, lowest: bool, limits: Limits, cancel: &'a Cancel) -> Result<Unpacker<'a>> {
-        let root = tree::open_root(root).map_err(|source| Error::Io { what: root.display().to_string(), source })?;
+    pub fn new(
+        root: &Path,
+        lowest: bool,
+        limits: Limits,
+        cancel: &'a Cancel,
+    ) -> Result<Unpacker<'a>> {
+        let root = tree::open_root(root).map_err(|source| Error::Io {
+            what: root.display().to_string(),
+            source,
+        })?;
         let mut done = Unpacked::default();
         done.implied.insert(Vec::new());
         Ok(Unpacker {
@@ -91,7 +99,10 @@ impl<'a> Unpacker<'a> {
             self.cancel.check()?;
             self.done.entries += 1;
             if self.done.entries > self.limits.entries {
-                return Err(Error::LayerLimit(format!("it holds more than {} entries", self.limits.entries)));
+                return Err(Error::LayerLimit(format!(
+                    "it holds more than {} entries",
+                    self.limits.entries
+                )));
             }
             self.entry(&entry, tar)?;
         }
@@ -99,8 +110,12 @@ impl<'a> Unpacker<'a> {
     }
 
     fn entry<R: Read>(&mut self, entry: &Entry, tar: &mut TarReader<R>) -> Result<()> {
-        let hostile = |why: &str| Error::HostileEntry { entry: lossy(&entry.path), why: why.to_owned() };
-        let path = tree::clean(&entry.path).ok_or_else(|| hostile("its name holds \"..\" or a NUL byte"))?;
+        let hostile = |why: &str| Error::HostileEntry {
+            entry: lossy(&entry.path),
+            why: why.to_owned(),
+        };
+        let path = tree::clean(&entry.path)
+            .ok_or_else(|| hostile("its name holds \"..\" or a NUL byte"))?;
         if path.is_empty() {
             if entry.kind != EntryKind::Directory {
                 return Err(hostile("it would replace the root itself"));
@@ -128,14 +143,25 @@ impl<'a> Unpacker<'a> {
                 EntryKind::File => rustix::fs::openat(
                     &parent,
                     &*name,
-                    OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                    OFlags::WRONLY
+                        | OFlags::CREATE
+                        | OFlags::EXCL
+                        | OFlags::NOFOLLOW
+                        | OFlags::CLOEXEC,
                     Mode::RUSR | Mode::WUSR,
                 )
                 .map(Some),
-                EntryKind::Directory => rustix::fs::mkdirat(&parent, &*name, Mode::RWXU).map(|()| None),
-                EntryKind::Symlink => rustix::fs::symlinkat(&entry.link[..], &parent, &*name).map(|()| None),
+                EntryKind::Directory => {
+                    rustix::fs::mkdirat(&parent, &*name, Mode::RWXU).map(|()| None)
+                }
+                EntryKind::Symlink => {
+                    rustix::fs::symlinkat(&entry.link[..], &parent, &*name).map(|()| None)
+                }
                 EntryKind::HardLink => self.hard_link(entry, &parent, &name)?.map(|()| None),
-                EntryKind::Fifo => rustix::fs::mknodat(&parent, &*name, FileType::Fifo, Mode::RUSR, 0).map(|()| None),
+                EntryKind::Fifo => {
+                    rustix::fs::mknodat(&parent, &*name, FileType::Fifo, Mode::RUSR, 0)
+                        .map(|()| None)
+                }
                 EntryKind::Char | EntryKind::Block => {
                     let kind = if entry.kind == EntryKind::Char {
                         FileType::CharacterDevice
@@ -168,7 +194,8 @@ impl<'a> Unpacker<'a> {
                     break;
                 }
                 Err(Errno::EXIST) if attempt == 0 => {
-                    let existing = tree::stat_at(&parent, name.as_bytes()).map_err(|e| at(errno_of(&e)))?;
+                    let existing =
+                        tree::stat_at(&parent, name.as_bytes()).map_err(|e| at(errno_of(&e)))?;
                     let Some(existing) = existing else { continue };
                     let is_folder = tree::file_type(&existing) == FileType::Directory;
                     if is_folder && entry.kind == EntryKind::Directory {
@@ -183,7 +210,14 @@ impl<'a> Unpacker<'a> {
         if entry.kind == EntryKind::Directory {
             self.done.implied.remove(&path);
             if self.privileged {
-                rustix::fs::chownat(&parent, &*name, uid(entry), gid(entry), AtFlags::SYMLINK_NOFOLLOW).map_err(at)?;
+                rustix::fs::chownat(
+                    &parent,
+                    &*name,
+                    uid(entry),
+                    gid(entry),
+                    AtFlags::SYMLINK_NOFOLLOW,
+                )
+                .map_err(at)?;
             }
             self.own_directory(path.clone(), entry)?;
         }
@@ -216,18 +250,21 @@ impl<'a> Unpacker<'a> {
                 Ok(fd) => fd,
                 Err(Errno::NOENT) => {
                     self.count_implied()?;
-                    rustix::fs::mkdirat(&here, component, Mode::RWXU).map_err(|errno| match errno {
-                        Errno::EXIST => Error::HostileEntry {
-                            entry: lossy(&entry.path),
-                            why: format!("its folder {:?} is a link to nothing", lossy(path)),
+                    rustix::fs::mkdirat(&here, component, Mode::RWXU).map_err(
+                        |errno| match errno {
+                            Errno::EXIST => Error::HostileEntry {
+                                entry: lossy(&entry.path),
+                                why: format!("its folder {:?} is a link to nothing", lossy(path)),
+                            },
+                            errno => entry_error(entry, errno),
                         },
-                        errno => entry_error(entry, errno),
-                    })?;
+                    )?;
                     self.imply(path);
                     tree::open_in(&self.root, path, flags).map_err(|e| entry_error(entry, e))?
                 }
                 Err(Errno::NOTDIR) => {
-                    let stat = tree::stat_at(&here, component).map_err(|e| entry_error(entry, errno_of(&e)))?;
+                    let stat = tree::stat_at(&here, component)
+                        .map_err(|e| entry_error(entry, errno_of(&e)))?;
                     if !stat.is_some_and(|s| tree::is_whiteout(&s)) {
                         return Err(Error::HostileEntry {
                             entry: lossy(&entry.path),
@@ -236,8 +273,10 @@ impl<'a> Unpacker<'a> {
                     }
                     // Removed beneath and made anew in this layer.
                     let name = CString::new(component).unwrap_or_default();
-                    rustix::fs::unlinkat(&here, &*name, AtFlags::empty()).map_err(|e| entry_error(entry, e))?;
-                    rustix::fs::mkdirat(&here, &*name, Mode::RWXU).map_err(|e| entry_error(entry, e))?;
+                    rustix::fs::unlinkat(&here, &*name, AtFlags::empty())
+                        .map_err(|e| entry_error(entry, e))?;
+                    rustix::fs::mkdirat(&here, &*name, Mode::RWXU)
+                        .map_err(|e| entry_error(entry, e))?;
                     self.mark_opaque(&here, &name)?;
                     self.imply(path);
                     tree::open_in(&self.root, path, flags).map_err(|e| entry_error(entry, e))?
@@ -251,66 +290,139 @@ impl<'a> Unpacker<'a> {
     fn count_implied(&mut self) -> Result<()> {
         self.done.entries += 1;
         if self.done.entries > self.limits.entries {
-            return Err(Error::LayerLimit(format!("it holds more than {} entries", self.limits.entries)));
+            return Err(Error::LayerLimit(format!(
+                "it holds more than {} entries",
+                self.limits.entries
+            )));
         }
         Ok(())
     }
 
     fn imply(&mut self, path: &[u8]) {
         self.done.implied.insert(path.to_vec());
-        let directory = Directory { mode: 0o755, mtime: (0, 0), xattrs: BTreeMap::new() };
+        let directory = Directory {
+            mode: 0o755,
+            mtime: (0, 0),
+            xattrs: BTreeMap::new(),
+        };
         self.directories.insert(path.to_vec(), directory);
     }
 
     fn own_directory(&mut self, path: Vec<u8>, entry: &Entry) -> Result<()> {
         if path.is_empty() && self.privileged {
-            rustix::fs::fchown(&self.root, uid(entry), gid(entry)).map_err(|e| entry_error(entry, e))?;
+            rustix::fs::fchown(&self.root, uid(entry), gid(entry))
+                .map_err(|e| entry_error(entry, e))?;
         }
-        let directory = Directory { mode: entry.mode, mtime: entry.mtime, xattrs: entry.xattrs.clone() };
+        let directory = Directory {
+            mode: entry.mode,
+            mtime: entry.mtime,
+            xattrs: entry.xattrs.clone(),
+        };
         self.directories.insert(path, directory);
         Ok(())
     }
 
-    fn own_special(&self, parent: &OwnedFd, name: &CString, entry: &Entry) -> rustix::io::Result<()> {
+    fn own_special(
+        &self,
+        parent: &OwnedFd,
+        name: &CString,
+        entry: &Entry,
+    ) -> rustix::io::Result<()> {
         if self.privileged {
-            rustix::fs::chownat(parent, &**name, uid(entry), gid(entry), AtFlags::SYMLINK_NOFOLLOW)?;
+            rustix::fs::chownat(
+                parent,
+                &**name,
+                uid(entry),
+                gid(entry),
+                AtFlags::SYMLINK_NOFOLLOW,
+            )?;
         }
         if entry.kind != EntryKind::Symlink {
             // chmod after chown, which clears setuid and setgid; just created, so not a link.
-            rustix::fs::chmodat(parent, &**name, Mode::from_raw_mode(entry.mode), AtFlags::empty())?;
+            rustix::fs::chmodat(
+                parent,
+                &**name,
+                Mode::from_raw_mode(entry.mode),
+                AtFlags::empty(),
+            )?;
         }
-        rustix::fs::utimensat(parent, &**name, &times(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
+        rustix::fs::utimensat(
+            parent,
+            &**name,
+            &times(entry.mtime),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
     }
 
-    fn hard_link(&self, entry: &Entry, parent: &OwnedFd, name: &CString) -> Result<rustix::io::Result<()>> {
-        let hostile = |why: String| Error::HostileEntry { entry: lossy(&entry.path), why };
+    fn hard_link(
+        &self,
+        entry: &Entry,
+        parent: &OwnedFd,
+        name: &CString,
+    ) -> Result<rustix::io::Result<()>> {
+        let hostile = |why: String| Error::HostileEntry {
+            entry: lossy(&entry.path),
+            why,
+        };
         let target = tree::clean(&entry.link)
             .filter(|t| !t.is_empty())
-            .ok_or_else(|| hostile(format!("a hard link to {:?}, out of the tree", lossy(&entry.link))))?;
+            .ok_or_else(|| {
+                hostile(format!(
+                    "a hard link to {:?}, out of the tree",
+                    lossy(&entry.link)
+                ))
+            })?;
         let (folder, last) = tree::split(&target);
-        let missing = || hostile(format!("a hard link to {:?}, which this layer does not hold", lossy(&target)));
-        let from = tree::open_in(&self.root, folder, OFlags::PATH | OFlags::DIRECTORY).map_err(|e| match e {
-            Errno::NOENT | Errno::NOTDIR => missing(),
-            e => entry_error(entry, e),
-        })?;
-        let stat = tree::stat_at(&from, last).map_err(|e| entry_error(entry, errno_of(&e)))?.ok_or_else(missing)?;
+        let missing = || {
+            hostile(format!(
+                "a hard link to {:?}, which this layer does not hold",
+                lossy(&target)
+            ))
+        };
+        let from = tree::open_in(&self.root, folder, OFlags::PATH | OFlags::DIRECTORY).map_err(
+            |e| match e {
+                Errno::NOENT | Errno::NOTDIR => missing(),
+                e => entry_error(entry, e),
+            },
+        )?;
+        let stat = tree::stat_at(&from, last)
+            .map_err(|e| entry_error(entry, errno_of(&e)))?
+            .ok_or_else(missing)?;
         if tree::file_type(&stat) == FileType::Directory {
-            return Err(hostile(format!("a hard link to the folder {:?}", lossy(&target))));
+            return Err(hostile(format!(
+                "a hard link to the folder {:?}",
+                lossy(&target)
+            )));
         }
-        if let Some(own) = tree::stat_at(parent, name.as_bytes()).map_err(|e| entry_error(entry, errno_of(&e)))?
+        if let Some(own) =
+            tree::stat_at(parent, name.as_bytes()).map_err(|e| entry_error(entry, errno_of(&e)))?
             && (own.st_dev, own.st_ino) == (stat.st_dev, stat.st_ino)
         {
             // It is that very file already; removing it first would lose it.
             return Ok(Ok(()));
         }
-        Ok(rustix::fs::linkat(&from, last, parent, &**name, AtFlags::empty()))
+        Ok(rustix::fs::linkat(
+            &from,
+            last,
+            parent,
+            &**name,
+            AtFlags::empty(),
+        ))
     }
 
-    fn whiteout(&mut self, parent: &OwnedFd, folder: &[u8], hidden: &[u8], entry: &Entry) -> Result<()> {
+    fn whiteout(
+        &mut self,
+        parent: &OwnedFd,
+        folder: &[u8],
+        hidden: &[u8],
+        entry: &Entry,
+    ) -> Result<()> {
         let at = |errno| entry_error(entry, errno);
         if hidden == b".wh..opq" {
             if !self.lowest {
-                let directory = tree::open_in(&self.root, folder, OFlags::RDONLY | OFlags::DIRECTORY).map_err(at)?;
+                let directory =
+                    tree::open_in(&self.root, folder, OFlags::RDONLY | OFlags::DIRECTORY)
+                        .map_err(at)?;
                 set_attribute(&directory, opaque_attribute().as_bytes(), b"y").map_err(at)?;
             }
             return Ok(());
@@ -320,7 +432,10 @@ impl<'a> Unpacker<'a> {
             return Ok(());
         }
         if hidden.is_empty() || hidden == b"." || hidden == b".." {
-            return Err(Error::HostileEntry { entry: lossy(&entry.path), why: "a whiteout of no name".to_owned() });
+            return Err(Error::HostileEntry {
+                entry: lossy(&entry.path),
+                why: "a whiteout of no name".to_owned(),
+            });
         }
         if self.lowest {
             return Ok(());
@@ -349,10 +464,18 @@ impl<'a> Unpacker<'a> {
             Mode::empty(),
         )
         .and_then(|directory| set_attribute(&directory, opaque_attribute().as_bytes(), b"y"))
-        .map_err(|errno| Error::Io { what: what(), source: errno.into() })
+        .map_err(|errno| Error::Io {
+            what: what(),
+            source: errno.into(),
+        })
     }
 
-    fn content<R: Read>(&mut self, file: OwnedFd, entry: &Entry, tar: &mut TarReader<R>) -> Result<()> {
+    fn content<R: Read>(
+        &mut self,
+        file: OwnedFd,
+        entry: &Entry,
+        tar: &mut TarReader<R>,
+    ) -> Result<()> {
         let at = |errno| entry_error(entry, errno);
         let mut file = File::from(file);
         match &entry.sparse {
@@ -365,7 +488,8 @@ impl<'a> Unpacker<'a> {
                         return Err(Error::DamagedLayer("it is cut".to_owned()));
                     }
                     self.room(read as u64)?;
-                    file.write_all(&self.buffer[..read]).map_err(|e| at(errno_of(&e)))?;
+                    file.write_all(&self.buffer[..read])
+                        .map_err(|e| at(errno_of(&e)))?;
                     left -= read as u64;
                 }
             }
@@ -379,7 +503,8 @@ impl<'a> Unpacker<'a> {
                             return Err(Error::DamagedLayer("it is cut".to_owned()));
                         }
                         self.room(read as u64)?;
-                        file.write_all_at(&self.buffer[..read], offset).map_err(|e| at(errno_of(&e)))?;
+                        file.write_all_at(&self.buffer[..read], offset)
+                            .map_err(|e| at(errno_of(&e)))?;
                         offset += read as u64;
                     }
                 }
@@ -395,7 +520,11 @@ impl<'a> Unpacker<'a> {
         rustix::fs::futimens(&file, &times(entry.mtime)).map_err(at)
     }
 
-    fn attributes(&self, file: impl AsFd, xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> rustix::io::Result<()> {
+    fn attributes(
+        &self,
+        file: impl AsFd,
+        xattrs: &BTreeMap<Vec<u8>, Vec<u8>>,
+    ) -> rustix::io::Result<()> {
         for (name, value) in xattrs {
             if is_overlay_attribute(name) {
                 continue;
@@ -438,16 +567,28 @@ impl<'a> Unpacker<'a> {
     /// Folders get their times and modes last, since filling them changes the one and may need the other.
     fn finish(self) -> Result<Unpacked> {
         for (path, directory) in self.directories.iter().rev() {
-            let fd = match tree::open_in(&self.root, path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW) {
+            let fd = match tree::open_in(
+                &self.root,
+                path,
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW,
+            ) {
                 Ok(fd) => fd,
                 // Replaced by another entry since.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
-                Err(errno) => return Err(Error::Io { what: lossy(path), source: errno.into() }),
+                Err(errno) => {
+                    return Err(Error::Io {
+                        what: lossy(path),
+                        source: errno.into(),
+                    });
+                }
             };
             self.attributes(&fd, &directory.xattrs)
                 .and_then(|()| rustix::fs::fchmod(&fd, Mode::from_raw_mode(directory.mode)))
                 .and_then(|()| rustix::fs::futimens(&fd, &times(directory.mtime)))
-                .map_err(|errno| Error::Io { what: lossy(path), source: errno.into() })?;
+                .map_err(|errno| Error::Io {
+                    what: lossy(path),
+                    source: errno.into(),
+                })?;
         }
         Ok(self.done)
     }
@@ -467,13 +608,23 @@ fn gid(entry: &Entry) -> Option<Gid> {
 }
 
 pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {
-    let time = Timespec { tv_sec: seconds, tv_nsec: i64::from(nanoseconds) };
-    Timestamps { last_access: time, last_modification: time }
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: i64::from(nanoseconds),
+    };
+    Timestamps {
+        last_access: time,
+        last_modification: time,
+    }
 }
 
 pub(crate) fn lossy(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    if text.chars().count() > 200 { text.chars().take(200).chain("…".chars()).collect() } else { text.into_owned() }
+    if text.chars().count() > 200 {
+        text.chars().take(200).chain("…".chars()).collect()
+    } else {
+        text.into_owned()
+    }
 }
 
 fn errno_of(error: &io::Error) -> Errno {
@@ -482,7 +633,10 @@ fn errno_of(error: &io::Error) -> Errno {
 
 fn entry_error(entry: &Entry, errno: Errno) -> Error {
     match errno {
-        Errno::NOSPC | Errno::DQUOT => Error::NoRoom(format!("unpacking {:?}: the disk is full", lossy(&entry.path))),
+        Errno::NOSPC | Errno::DQUOT => Error::NoRoom(format!(
+            "unpacking {:?}: the disk is full",
+            lossy(&entry.path)
+        )),
         Errno::LOOP => Error::HostileEntry {
             entry: lossy(&entry.path),
             why: "its folder is a loop of links".to_owned(),
@@ -491,14 +645,19 @@ fn entry_error(entry: &Entry, errno: Errno) -> Error {
             entry: lossy(&entry.path),
             why: "its name is too long".to_owned(),
         },
-        errno => Error::Io { what: format!("unpacking {:?}", lossy(&entry.path)), source: errno.into() },
+        errno => Error::Io {
+            what: format!("unpacking {:?}", lossy(&entry.path)),
+            source: errno.into(),
+        },
     }
 }
 
 /// Errors carried through a reader: ours come out again as they went in.
 pub(crate) fn damaged(error: io::Error) -> Error {
     if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
-        let inner = error.into_inner().and_then(|inner| inner.downcast::<Error>().ok());
+        let inner = error
+            .into_inner()
+            .and_then(|inner| inner.downcast::<Error>().ok());
         return inner.map_or(Error::DamagedLayer("unreadable".to_owned()), |boxed| *boxed);
     }
     Error::DamagedLayer(error.to_string())

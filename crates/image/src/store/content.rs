@@ -23,7 +23,10 @@ pub struct Content {
 
 impl Content {
     pub(crate) fn open(directory: &Path) -> Result<Content> {
-        let content = Content { blobs: directory.join("blobs/sha256"), ingest: directory.join("ingest") };
+        let content = Content {
+            blobs: directory.join("blobs/sha256"),
+            ingest: directory.join("ingest"),
+        };
         for path in [&content.blobs, &content.ingest] {
             fs::create_dir_all(path).at(path)?;
         }
@@ -48,7 +51,8 @@ impl Content {
 
     /// A name for something on its way, unused by any other.
     pub(crate) fn scratch_path(&self, what: &str) -> PathBuf {
-        self.ingest.join(format!("{what}-{}", SERIAL.fetch_add(1, Ordering::Relaxed)))
+        self.ingest
+            .join(format!("{what}-{}", SERIAL.fetch_add(1, Ordering::Relaxed)))
     }
 
     /// Whether the blob is there.
@@ -68,7 +72,10 @@ impl Content {
     pub fn reader(&self, digest: &Digest) -> Result<File> {
         File::open(self.path(digest)).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Error::NoSuchBlob(*digest),
-            _ => Error::Io { what: self.path(digest).display().to_string(), source: error },
+            _ => Error::Io {
+                what: self.path(digest).display().to_string(),
+                source: error,
+            },
         })
     }
 
@@ -79,9 +86,15 @@ impl Content {
     pub fn read(&self, digest: &Digest) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         let path = self.path(digest);
-        self.reader(digest)?.take(crate::config::MAX_DOCUMENT + 1).read_to_end(&mut bytes).at(&path)?;
+        self.reader(digest)?
+            .take(crate::config::MAX_DOCUMENT + 1)
+            .read_to_end(&mut bytes)
+            .at(&path)?;
         if bytes.len() as u64 > crate::config::MAX_DOCUMENT {
-            return Err(Error::malformed(digest.to_string(), "too large for a manifest or configuration"));
+            return Err(Error::malformed(
+                digest.to_string(),
+                "too large for a manifest or configuration",
+            ));
         }
         Ok(bytes)
     }
@@ -100,7 +113,11 @@ impl Content {
     /// Begins a blob.
     pub fn writer(&self) -> Result<BlobWriter<'_>> {
         let path = self.scratch_path("blob");
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).at(&path)?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .at(&path)?;
         Ok(BlobWriter {
             content: self,
             path,
@@ -139,7 +156,10 @@ impl Content {
         let mut freed = 0;
         for entry in fs::read_dir(&self.ingest).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let digest = name.to_str().and_then(|n| n.strip_suffix(".partial")).map(Digest::from_hex);
+            let digest = name
+                .to_str()
+                .and_then(|n| n.strip_suffix(".partial"))
+                .map(Digest::from_hex);
             if let Some(Ok(digest)) = digest
                 && !keep(&digest)
             {
@@ -152,7 +172,9 @@ impl Content {
 
     /// Reads a blob again and says whether it still is what its name says.
     pub(crate) fn is_whole(&self, digest: &Digest) -> bool {
-        let Ok(mut file) = self.reader(digest) else { return false };
+        let Ok(mut file) = self.reader(digest) else {
+            return false;
+        };
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; 256 << 10];
         loop {
@@ -186,7 +208,11 @@ impl BlobWriter<'_> {
         if let Some(expected) = expected
             && expected != actual
         {
-            return Err(Error::DigestMismatch { what: "blob".to_owned(), expected, actual });
+            return Err(Error::DigestMismatch {
+                what: "blob".to_owned(),
+                expected,
+                actual,
+            });
         }
         self.content.adopt(&self.path, &actual)?;
         self.kept = true;

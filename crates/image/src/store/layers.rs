@@ -37,14 +37,20 @@ pub struct LayerInfo {
 impl LayerInfo {
     /// The folder overlayfs stacks.
     pub fn folder(&self, store: &Path) -> PathBuf {
-        store.join("layers").join(self.number.to_string()).join("fs")
+        store
+            .join("layers")
+            .join(self.number.to_string())
+            .join("fs")
     }
 }
 
 pub(super) fn load(inner: &Inner, state: &mut State, suspects: &[Digest]) -> Result<()> {
     let directory = inner.directory.join("layers");
     for entry in fs::read_dir(&directory).at(&directory)?.flatten() {
-        let number = entry.file_name().to_str().and_then(|n| n.parse::<u64>().ok());
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<u64>().ok());
         let record = number.and_then(|number| {
             let mut info = read_json::<LayerInfo>(&entry.path().join("layer.json")).ok()??;
             info.number = number;
@@ -107,7 +113,12 @@ impl Store {
     }
 
     /// Puts an unpacked layer on top of the chain `parent`. Where that layer is there already, the new one is dropped.
-    pub fn place(&self, staged: Staged, parent: Option<Digest>, lease: &Lease) -> Result<Arc<LayerInfo>> {
+    pub fn place(
+        &self,
+        staged: Staged,
+        parent: Option<Digest>,
+        lease: &Lease,
+    ) -> Result<Arc<LayerInfo>> {
         let diff_id = staged.applied.diff_id;
         let chain_id = Digest::chain(parent, diff_id);
         lease.hold(chain_id);
@@ -118,8 +129,13 @@ impl Store {
             let stack = Stack::open(&self.chain_folders(parent)?).at(&self.0.directory)?;
             inherit(&staged, &stack)?;
         }
-        let mut info =
-            LayerInfo { chain_id, diff_id, parent, size: staged.applied.unpacked.size, number: 0 };
+        let mut info = LayerInfo {
+            chain_id,
+            diff_id,
+            parent,
+            size: staged.applied.unpacked.size,
+            number: 0,
+        };
         let record = staged.scratch.path().join("layer.json");
         write_json(&record, &info, Durability::Process).at(&record)?;
         let mut state = self.state();
@@ -127,7 +143,11 @@ impl Store {
             return Ok(existing.clone());
         }
         info.number = state.next_layer;
-        let target = self.0.directory.join("layers").join(info.number.to_string());
+        let target = self
+            .0
+            .directory
+            .join("layers")
+            .join(info.number.to_string());
         staged.scratch.keep_as(&target).at(&target)?;
         state.next_layer += 1;
         let info = Arc::new(info);
@@ -168,16 +188,22 @@ impl Store {
                 }
                 sink.finish()
             });
-            let tee = Tee { source: tar, copy: to_blob };
+            let tee = Tee {
+                source: tar,
+                copy: to_blob,
+            };
             let staged = self.stage(tee, parent.is_none(), None, cancel);
             (staged, compressing.join())
         });
         let staged = staged?;
-        let blob = blob.map_err(|_| Error::DamagedLayer("the compressing thread failed".to_owned()))?;
+        let blob =
+            blob.map_err(|_| Error::DamagedLayer("the compressing thread failed".to_owned()))?;
         let blob = blob.doing(|| "writing a layer's blob".to_owned())?;
         // The inflater would have undone a compression that the diff must not have.
         if staged.applied.compression != compression::Compression::None {
-            return Err(Error::Invalid("an uncompressed tar is wanted here".to_owned()));
+            return Err(Error::Invalid(
+                "an uncompressed tar is wanted here".to_owned(),
+            ));
         }
         let (digest, size) = blob.commit(None)?;
         lease.hold(digest);
@@ -189,15 +215,23 @@ impl Store {
     }
 
     /// Stores a stream as a blob without unpacking it.
-    pub fn put_stream(&self, mut source: impl Read, expected: Option<Digest>, lease: &Lease) -> Result<(Digest, u64)> {
+    pub fn put_stream(
+        &self,
+        mut source: impl Read,
+        expected: Option<Digest>,
+        lease: &Lease,
+    ) -> Result<(Digest, u64)> {
         let mut blob = self.0.content.writer()?;
         let mut buffer = vec![0; 256 << 10];
         loop {
-            let read = source.read(&mut buffer).doing(|| "reading a blob".to_owned())?;
+            let read = source
+                .read(&mut buffer)
+                .doing(|| "reading a blob".to_owned())?;
             if read == 0 {
                 break;
             }
-            blob.write_all(&buffer[..read]).doing(|| "writing a blob".to_owned())?;
+            blob.write_all(&buffer[..read])
+                .doing(|| "writing a blob".to_owned())?;
         }
         if let Some(expected) = expected {
             lease.hold(expected);
@@ -218,7 +252,12 @@ struct Tee<R> {
 impl<R: Read> Read for Tee<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.source.read(buffer)?;
-        if read > 0 && self.copy.send(bytes::Bytes::copy_from_slice(&buffer[..read])).is_err() {
+        if read > 0
+            && self
+                .copy
+                .send(bytes::Bytes::copy_from_slice(&buffer[..read]))
+                .is_err()
+        {
             return Err(io::Error::other("the blob could not be written"));
         }
         Ok(read)
@@ -232,12 +271,16 @@ fn inherit(staged: &Staged, stack: &Stack) -> Result<()> {
     // The lowest folders come last: giving a folder its mode must not change its parent's time.
     for path in staged.applied.unpacked.implied.iter().rev() {
         let at = || format!("layer folder {:?}", unpack::lossy(path));
-        let Some(found) = stack.find(path).doing(at)? else { continue };
+        let Some(found) = stack.find(path).doing(at)? else {
+            continue;
+        };
         if tree::file_type(&found.stat) != rustix::fs::FileType::Directory {
             continue;
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-        let Ok(target) = tree::open_in(&root, path, flags) else { continue };
+        let Ok(target) = tree::open_in(&root, path, flags) else {
+            continue;
+        };
         let source = rustix::fs::openat(
             &found.parent,
             &*found.name,
@@ -267,6 +310,9 @@ pub(crate) fn copy_description(source: impl AsFd, target: impl AsFd) -> io::Resu
             let _ = unpack::set_attribute(target, &name, &value);
         }
     }
-    rustix::fs::futimens(target, &unpack::times((stat.st_mtime, stat.st_mtime_nsec as u32)))?;
+    rustix::fs::futimens(
+        target,
+        &unpack::times((stat.st_mtime, stat.st_mtime_nsec as u32)),
+    )?;
     Ok(())
 }

@@ -128,9 +128,17 @@ impl Store {
         // Layers hold setuid programs and devices: nobody else may walk in.
         rustix::fs::chmod(directory, rustix::fs::Mode::RWXU).at(directory)?;
         let lock_path = directory.join("lock");
-        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).at(&lock_path)?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .at(&lock_path)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            Error::Conflict(format!("the image store {} is in use by another process", directory.display()))
+            Error::Conflict(format!(
+                "the image store {} is in use by another process",
+                directory.display()
+            ))
         })?;
         let content = Content::open(directory)?;
         for sub in ["", "images", "blobs/sha256"] {
@@ -158,7 +166,11 @@ impl Store {
         let directory = self.0.directory.join("images");
         for entry in fs::read_dir(&directory).at(&directory)?.flatten() {
             let name = entry.file_name();
-            let Some(Ok(id)) = name.to_str().and_then(|n| n.strip_suffix(".json")).map(Digest::from_hex) else {
+            let Some(Ok(id)) = name
+                .to_str()
+                .and_then(|n| n.strip_suffix(".json"))
+                .map(Digest::from_hex)
+            else {
                 continue;
             };
             let loaded = read_json::<ImageRecord>(&entry.path())
@@ -166,15 +178,26 @@ impl Store {
                 .and_then(|record| Ok((record, ImageConfig::parse(&self.0.content.read(&id)?)?)));
             match loaded {
                 Ok((Some(record), config)) => {
-                    state.images.insert(id, Arc::new(Stored { record, config: Arc::new(config) }));
+                    state.images.insert(
+                        id,
+                        Arc::new(Stored {
+                            record,
+                            config: Arc::new(config),
+                        }),
+                    );
                 }
                 Ok((None, _)) => {}
-                Err(error) => tracing::warn!(%id, %error, "an image record is unreadable and left out"),
+                Err(error) => {
+                    tracing::warn!(%id, %error, "an image record is unreadable and left out")
+                }
             }
         }
         let path = self.0.directory.join("references.json");
         let references: BTreeMap<String, ImageId> = read_json(&path).at(&path)?.unwrap_or_default();
-        state.references = references.into_iter().filter(|(_, id)| state.images.contains_key(id)).collect();
+        state.references = references
+            .into_iter()
+            .filter(|(_, id)| state.images.contains_key(id))
+            .collect();
         drop(state);
         settle::repair(self, &suspects)?;
         self.gc()?;
@@ -201,7 +224,10 @@ impl Store {
         state.next_lease += 1;
         let id = state.next_lease;
         state.leases.insert(id, HashSet::new());
-        Lease { store: self.clone(), id }
+        Lease {
+            store: self.clone(),
+            id,
+        }
     }
 
     /// The lock of those who want to make the same blob or layer, so that one does and the others find it.
@@ -226,7 +252,9 @@ impl Store {
         let wrong = |why: &str| Error::malformed("the image", why);
         let diffs = &config.rootfs.diff_ids;
         if diffs.len() != new.blobs.len() {
-            return Err(wrong("its configuration and its manifest name different numbers of layers"));
+            return Err(wrong(
+                "its configuration and its manifest name different numbers of layers",
+            ));
         }
         match Document::parse(&new.manifest)? {
             Document::Manifest(manifest) if manifest.config.digest == Digest::of(&new.config) => {}
@@ -234,27 +262,50 @@ impl Store {
         }
         let id = self.0.content.put(&new.config)?;
         let manifest_digest = self.0.content.put(&new.manifest)?;
-        let manifest = Descriptor::new(&new.manifest_type, manifest_digest, new.manifest.len() as u64);
+        let manifest = Descriptor::new(
+            &new.manifest_type,
+            manifest_digest,
+            new.manifest.len() as u64,
+        );
         let chains = Digest::chains(diffs);
         let mut state = self.state();
         let mut size = 0;
         let mut layers = Vec::new();
         for ((blob, diff_id), chain_id) in new.blobs.into_iter().zip(diffs).zip(chains) {
-            let layer = state.layers.get(&chain_id).ok_or_else(|| wrong("one of its layers was not unpacked"))?;
+            let layer = state
+                .layers
+                .get(&chain_id)
+                .ok_or_else(|| wrong("one of its layers was not unpacked"))?;
             if !self.0.content.has(&blob.digest) {
                 return Err(Error::NoSuchBlob(blob.digest));
             }
             size += layer.size;
-            layers.push(LayerRef { blob, diff_id: *diff_id, chain_id });
+            layers.push(LayerRef {
+                blob,
+                diff_id: *diff_id,
+                chain_id,
+            });
         }
         let now = base::time::now_rfc3339();
         if !state.images.contains_key(&id) {
-            let record =
-                ImageRecord { manifest, layers, size, parent: new.parent, added: now, last_tagged: None };
+            let record = ImageRecord {
+                manifest,
+                layers,
+                size,
+                parent: new.parent,
+                added: now,
+                last_tagged: None,
+            };
             settle::note(&self.0, &mut state, &record, &id)?;
             let path = self.record_path(&id);
             write_json(&path, &record, Durability::Host).at(&path)?;
-            state.images.insert(id, Arc::new(Stored { record, config: Arc::new(config) }));
+            state.images.insert(
+                id,
+                Arc::new(Stored {
+                    record,
+                    config: Arc::new(config),
+                }),
+            );
         }
         if !references.is_empty() {
             let mut changed = state.references.clone();
@@ -269,10 +320,17 @@ impl Store {
     }
 
     pub(crate) fn record_path(&self, id: &ImageId) -> PathBuf {
-        self.0.directory.join("images").join(format!("{}.json", id.hex()))
+        self.0
+            .directory
+            .join("images")
+            .join(format!("{}.json", id.hex()))
     }
 
-    pub(crate) fn write_references(&self, state: &mut State, changed: BTreeMap<String, ImageId>) -> Result<()> {
+    pub(crate) fn write_references(
+        &self,
+        state: &mut State,
+        changed: BTreeMap<String, ImageId>,
+    ) -> Result<()> {
         let path = self.0.directory.join("references.json");
         write_json(&path, &changed, Durability::Host).at(&path)?;
         state.references = changed;
@@ -285,7 +343,9 @@ impl Store {
     /// [`Error::NoSuchImage`]; [`Error::Invalid`] where the new name has a digest.
     pub fn tag(&self, name: &str, reference: &Reference) -> Result<()> {
         if reference.digest().is_some() {
-            return Err(Error::Invalid("refusing to create a tag with a digest reference".to_owned()));
+            return Err(Error::Invalid(
+                "refusing to create a tag with a digest reference".to_owned(),
+            ));
         }
         let id = self.resolve(name)?;
         let mut state = self.state();
@@ -299,12 +359,19 @@ impl Store {
     }
 
     fn touch(&self, state: &mut State, id: &ImageId) -> Result<()> {
-        let Some(stored) = state.images.get(id) else { return Ok(()) };
-        let record = ImageRecord { last_tagged: Some(base::time::now_rfc3339()), ..stored.record.clone() };
+        let Some(stored) = state.images.get(id) else {
+            return Ok(());
+        };
+        let record = ImageRecord {
+            last_tagged: Some(base::time::now_rfc3339()),
+            ..stored.record.clone()
+        };
         let path = self.record_path(id);
         write_json(&path, &record, Durability::Process).at(&path)?;
         let config = stored.config.clone();
-        state.images.insert(*id, Arc::new(Stored { record, config }));
+        state
+            .images
+            .insert(*id, Arc::new(Stored { record, config }));
         Ok(())
     }
 
@@ -314,10 +381,16 @@ impl Store {
     /// [`Error::NoSuchImage`].
     pub fn layer_folders(&self, id: &ImageId) -> Result<Vec<PathBuf>> {
         let state = self.state();
-        let stored = state.images.get(id).ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
+        let stored = state
+            .images
+            .get(id)
+            .ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
         let mut folders = Vec::with_capacity(stored.record.layers.len());
         for layer in stored.record.layers.iter().rev() {
-            let info = state.layers.get(&layer.chain_id).ok_or(Error::NoSuchBlob(layer.blob.digest))?;
+            let info = state
+                .layers
+                .get(&layer.chain_id)
+                .ok_or(Error::NoSuchBlob(layer.blob.digest))?;
             folders.push(info.folder(&self.0.directory));
         }
         Ok(folders)

@@ -58,7 +58,9 @@ impl Image {
     fn new(state: &State, id: ImageId, stored: &Stored) -> Image {
         let (mut repo_tags, mut repo_digests) = (Vec::new(), Vec::new());
         for (name, _) in state.references.iter().filter(|(_, target)| **target == id) {
-            let Ok(reference) = Reference::parse(name) else { continue };
+            let Ok(reference) = Reference::parse(name) else {
+                continue;
+            };
             if reference.digest().is_some() {
                 repo_digests.push(reference.familiar());
             } else {
@@ -70,7 +72,10 @@ impl Image {
             id,
             repo_tags,
             repo_digests,
-            created: config.created.clone().unwrap_or_else(|| base::time::ZERO.to_owned()),
+            created: config
+                .created
+                .clone()
+                .unwrap_or_else(|| base::time::ZERO.to_owned()),
             platform: Platform {
                 os: config.os.clone(),
                 architecture: config.architecture.clone(),
@@ -108,7 +113,10 @@ impl Store {
     pub fn inspect(&self, name: &str) -> Result<Image> {
         let state = self.state();
         let id = resolve(&state, name)?;
-        let stored = state.images.get(&id).ok_or_else(|| Error::NoSuchImage(name.to_owned()))?;
+        let stored = state
+            .images
+            .get(&id)
+            .ok_or_else(|| Error::NoSuchImage(name.to_owned()))?;
         Ok(Image::new(&state, id, stored))
     }
 
@@ -121,7 +129,10 @@ impl Store {
         let time_of = |name: &Option<String>| -> Result<Option<jiff::Timestamp>> {
             let Some(name) = name else { return Ok(None) };
             let id = resolve(&state, name)?;
-            Ok(state.images.get(&id).and_then(|stored| Image::new(&state, id, stored).created_at()))
+            Ok(state
+                .images
+                .get(&id)
+                .and_then(|stored| Image::new(&state, id, stored).created_at()))
         };
         let (before, since) = (time_of(&filter.before)?, time_of(&filter.since)?);
         let mut images: Vec<Image> = state
@@ -157,7 +168,11 @@ impl Store {
                 !(image.repo_tags.is_empty() && image.repo_digests.is_empty())
             });
         }
-        images.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.repo_tags.cmp(&b.repo_tags)));
+        images.sort_by(|a, b| {
+            b.created
+                .cmp(&a.created)
+                .then_with(|| a.repo_tags.cmp(&b.repo_tags))
+        });
         Ok(images)
     }
 
@@ -181,7 +196,10 @@ impl Store {
                 size: if step.empty_layer {
                     0
                 } else {
-                    layers.next().and_then(|l| state.layers.get(&l.chain_id)).map_or(0, |l| l.size)
+                    layers
+                        .next()
+                        .and_then(|l| state.layers.get(&l.chain_id))
+                        .map_or(0, |l| l.size)
                 },
                 tags: Vec::new(),
             })
@@ -200,7 +218,9 @@ impl Store {
         let mut id = Some(image.id);
         for line in &mut lines {
             let Some(own) = id else { break };
-            let Some(stored) = state.images.get(&own) else { break };
+            let Some(stored) = state.images.get(&own) else {
+                break;
+            };
             line.id = Some(own);
             line.tags = Image::new(&state, own, stored).repo_tags;
             id = stored.record.parent;
@@ -211,8 +231,13 @@ impl Store {
     /// Bytes of all blobs and unpacked layers, each counted once.
     pub fn disk_usage(&self) -> u64 {
         let layers: u64 = self.state().layers.values().map(|l| l.size).sum();
-        let blobs: u64 =
-            self.content().list().unwrap_or_default().iter().filter_map(|d| self.content().size(d)).sum();
+        let blobs: u64 = self
+            .content()
+            .list()
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|d| self.content().size(d))
+            .sum();
         layers + blobs
     }
 
@@ -224,13 +249,20 @@ impl Store {
     /// Bytes of this image's layers that other images have too.
     pub fn shared_size(&self, id: &ImageId) -> u64 {
         let state = self.state();
-        let Some(own) = state.images.get(id) else { return 0 };
+        let Some(own) = state.images.get(id) else {
+            return 0;
+        };
         own.record
             .layers
             .iter()
             .filter(|layer| {
                 state.images.iter().any(|(other, stored)| {
-                    other != id && stored.record.layers.iter().any(|l| l.chain_id == layer.chain_id)
+                    other != id
+                        && stored
+                            .record
+                            .layers
+                            .iter()
+                            .any(|l| l.chain_id == layer.chain_id)
                 })
             })
             .filter_map(|layer| state.layers.get(&layer.chain_id))
@@ -240,17 +272,26 @@ impl Store {
 }
 
 pub(super) fn has_children(state: &State, id: &ImageId) -> bool {
-    state.images.values().any(|stored| stored.record.parent == Some(*id))
+    state
+        .images
+        .values()
+        .any(|stored| stored.record.parent == Some(*id))
 }
 
 pub(super) fn resolve(state: &State, name: &str) -> Result<ImageId> {
     let missing = || Error::NoSuchImage(name.chars().take(300).collect());
     let digits = name.strip_prefix("sha256:").unwrap_or(name);
-    let is_hexadecimal =
-        !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let is_hexadecimal = !digits.is_empty()
+        && digits
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
     if is_hexadecimal && digits.len() == 64 {
         let id = Digest::from_hex(digits)?;
-        return if state.images.contains_key(&id) { Ok(id) } else { Err(missing()) };
+        return if state.images.contains_key(&id) {
+            Ok(id)
+        } else {
+            Err(missing())
+        };
     }
     if let Ok(reference) = Reference::parse(name) {
         let reference = reference.or_latest();
@@ -266,13 +307,19 @@ pub(super) fn resolve(state: &State, name: &str) -> Result<ImageId> {
             let repository = format!("{}:", reference.repository());
             let by_manifest = state.images.iter().find(|(id, stored)| {
                 stored.record.manifest.digest == digest
-                    && state.references.iter().any(|(name, target)| target == *id && name.starts_with(&repository))
+                    && state
+                        .references
+                        .iter()
+                        .any(|(name, target)| target == *id && name.starts_with(&repository))
             });
             return by_manifest.map(|(id, _)| *id).ok_or_else(missing);
         }
     }
     if is_hexadecimal {
-        let mut found = state.images.keys().filter(|id| id.hex().starts_with(digits));
+        let mut found = state
+            .images
+            .keys()
+            .filter(|id| id.hex().starts_with(digits));
         return match (found.next(), found.next()) {
             (Some(id), None) => Ok(*id),
             (Some(_), Some(_)) => Err(Error::Ambiguous(name.to_owned())),
@@ -307,7 +354,9 @@ pub(crate) fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
             }
             Some(_) if t == text.len() => None,
             Some(b'?') if text[t] != b'/' => Some(1),
-            Some(b'[') => class(&pattern[p..], text[t]).and_then(|(length, fits)| fits.then_some(length)),
+            Some(b'[') => {
+                class(&pattern[p..], text[t]).and_then(|(length, fits)| fits.then_some(length))
+            }
             Some(b'\\') if pattern.get(p + 1) == Some(&text[t]) => Some(2),
             Some(c) if *c == text[t] && *c != b'\\' => Some(1),
             _ => None,
@@ -354,11 +403,24 @@ mod tests {
     #[test]
     fn patterns_fit_as_in_go() {
         for (pattern, text, fits) in [
-            ("*", "debian", true), ("*", "me/app", false), ("me/*", "me/app", true), ("deb?an", "debian", true),
-            ("[a-d]ebian", "debian", true), ("[^a-d]ebian", "debian", false), ("a*b*c", "aXbYbZc", true),
-            ("a*b", "a/b", false), ("[", "a", false), ("\\*", "*", true), ("", "", true), ("a*", "", false),
+            ("*", "debian", true),
+            ("*", "me/app", false),
+            ("me/*", "me/app", true),
+            ("deb?an", "debian", true),
+            ("[a-d]ebian", "debian", true),
+            ("[^a-d]ebian", "debian", false),
+            ("a*b*c", "aXbYbZc", true),
+            ("a*b", "a/b", false),
+            ("[", "a", false),
+            ("\\*", "*", true),
+            ("", "", true),
+            ("a*", "", false),
         ] {
-            assert_eq!(wildcard(pattern.as_bytes(), text.as_bytes()), fits, "{pattern} {text}");
+            assert_eq!(
+                wildcard(pattern.as_bytes(), text.as_bytes()),
+                fits,
+                "{pattern} {text}"
+            );
         }
         assert!(reference_fits("debian", "debian:12"));
         assert!(reference_fits("localhost:5000/*", "localhost:5000/x:1"));

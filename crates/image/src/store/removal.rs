@@ -59,16 +59,25 @@ impl Store {
             let mut state = self.state();
             let id_now = resolve(&state, name)?;
             if id_now != id {
-                return Err(Error::Conflict(format!("{name} was changed at the same time; try again")));
+                return Err(Error::Conflict(format!(
+                    "{name} was changed at the same time; try again"
+                )));
             }
-            let own: Vec<String> =
-                state.references.iter().filter(|(_, target)| **target == id).map(|(name, _)| name.clone()).collect();
+            let own: Vec<String> = state
+                .references
+                .iter()
+                .filter(|(_, target)| **target == id)
+                .map(|(name, _)| name.clone())
+                .collect();
             let by_id = is_id(name, &id);
             let short = id.short();
             let running = users.iter().find(|u| u.running);
             let last_names: Vec<String> = if by_id {
-                let repositories: HashSet<String> =
-                    own.iter().filter_map(|n| Reference::parse(n).ok()).map(|r| r.repository()).collect();
+                let repositories: HashSet<String> = own
+                    .iter()
+                    .filter_map(|n| Reference::parse(n).ok())
+                    .map(|r| r.repository())
+                    .collect();
                 if repositories.len() > 1 && !options.force {
                     return Err(Error::Conflict(format!(
                         "unable to delete {short} (must be forced) - image is referenced in multiple repositories"
@@ -108,7 +117,11 @@ impl Store {
             if deletes {
                 if let Some(user) = running {
                     if by_id || !options.force {
-                        let why = if by_id { "cannot be forced" } else { "must force" };
+                        let why = if by_id {
+                            "cannot be forced"
+                        } else {
+                            "must force"
+                        };
                         return Err(Error::Conflict(if by_id {
                             format!(
                                 "unable to delete {short} ({why}) - image is being used by running container {}",
@@ -175,11 +188,17 @@ impl Store {
             }
             let mut state = self.state();
             let named = state.references.values().any(|target| *target == id);
-            let Some(stored) = state.images.get(&id) else { break };
+            let Some(stored) = state.images.get(&id) else {
+                break;
+            };
             if named || has_children(&state, &id) {
                 break;
             }
-            next = if keep_parents { None } else { stored.record.parent };
+            next = if keep_parents {
+                None
+            } else {
+                stored.record.parent
+            };
             let path = self.record_path(&id);
             std::fs::remove_file(&path).at(&path)?;
             state.images.remove(&id);
@@ -192,8 +211,12 @@ impl Store {
     /// Drops an image and its names without asking.
     pub(super) fn forget(&self, id: &ImageId) -> Result<()> {
         let mut state = self.state();
-        let changed =
-            state.references.iter().filter(|(_, target)| *target != id).map(|(n, t)| (n.clone(), *t)).collect();
+        let changed = state
+            .references
+            .iter()
+            .filter(|(_, target)| *target != id)
+            .map(|(n, t)| (n.clone(), *t))
+            .collect();
         self.write_references(&mut state, changed)?;
         state.images.remove(id);
         let path = self.record_path(id);
@@ -213,9 +236,17 @@ impl Store {
     }
 
     /// Removes unused images that fit: the dangling ones, or with `dangling: Some(false)` all that no container uses.
-    pub fn prune(&self, filter: &Filter, in_use: &dyn Fn(&ImageId) -> Vec<InUse>) -> Result<Pruned> {
+    pub fn prune(
+        &self,
+        filter: &Filter,
+        in_use: &dyn Fn(&ImageId) -> Vec<InUse>,
+    ) -> Result<Pruned> {
         let only_dangling = filter.dangling != Some(false);
-        let wanted = Filter { dangling: None, all: true, ..filter.clone() };
+        let wanted = Filter {
+            dangling: None,
+            all: true,
+            ..filter.clone()
+        };
         let before = self.disk_usage();
         let mut pruned = Pruned::default();
         for image in self.list(&wanted)? {
@@ -237,7 +268,8 @@ impl Store {
                 let mut changed = state.references.clone();
                 for key in &names {
                     changed.remove(key);
-                    let shown = Reference::parse(key).map_or_else(|_| key.clone(), |r| r.familiar());
+                    let shown =
+                        Reference::parse(key).map_or_else(|_| key.clone(), |r| r.familiar());
                     pruned.removed.push(Removed::Untagged(shown));
                 }
                 if !names.is_empty() {
@@ -281,12 +313,21 @@ impl Store {
                     next = state.layers.get(&chain).and_then(|l| l.parent);
                 }
             }
-            let dead: Vec<Digest> = state.layers.keys().filter(|chain| !live.contains(*chain)).copied().collect();
+            let dead: Vec<Digest> = state
+                .layers
+                .keys()
+                .filter(|chain| !live.contains(*chain))
+                .copied()
+                .collect();
             for chain in dead {
                 if let Some(info) = state.layers.remove(&chain) {
                     freed += info.size;
                     // Renamed under the lock, so that nobody finds it, and removed without it.
-                    let folder = self.0.directory.join("layers").join(info.number.to_string());
+                    let folder = self
+                        .0
+                        .directory
+                        .join("layers")
+                        .join(info.number.to_string());
                     let aside = self.0.content.scratch_path("removing");
                     std::fs::rename(&folder, &aside).at(&folder)?;
                     folders.push(aside);
@@ -308,7 +349,9 @@ impl Store {
     /// Removes downloads that broke off and would be taken up again. Returns the bytes given back.
     pub fn remove_partial_downloads(&self) -> u64 {
         let state = self.state();
-        self.0.content.remove_partials(|digest| state.leased(digest))
+        self.0
+            .content
+            .remove_partials(|digest| state.leased(digest))
     }
 }
 

@@ -24,7 +24,10 @@ struct Unsettled {
 }
 
 fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
 }
 
 /// Blobs and layers (by chain id) that an earlier boot did not flush.
@@ -53,8 +56,12 @@ pub(super) fn repair(store: &Store, suspects: &[Digest]) -> Result<()> {
             store.content().remove(digest)?;
         }
     }
-    let images: Vec<(ImageId, ImageRecord)> =
-        store.state().images.iter().map(|(id, stored)| (*id, stored.record.clone())).collect();
+    let images: Vec<(ImageId, ImageRecord)> = store
+        .state()
+        .images
+        .iter()
+        .map(|(id, stored)| (*id, stored.record.clone()))
+        .collect();
     for (id, record) in images {
         if let Err(error) = restore(store, &record) {
             tracing::warn!(%id, %error, "an image lost a part and is dropped; pull or load it again");
@@ -74,7 +81,12 @@ fn restore(store: &Store, record: &ImageRecord) -> Result<()> {
     for layer in &record.layers {
         let blob = store.content().reader(&layer.blob.digest)?;
         if store.layer(&layer.chain_id).is_none() {
-            let staged = store.stage(blob, parent.is_none(), Some(layer.diff_id), &Cancel::default())?;
+            let staged = store.stage(
+                blob,
+                parent.is_none(),
+                Some(layer.diff_id),
+                &Cancel::default(),
+            )?;
             store.place(staged, parent, &lease)?;
         }
         parent = Some(layer.chain_id);
@@ -83,9 +95,17 @@ fn restore(store: &Store, record: &ImageRecord) -> Result<()> {
 }
 
 /// Writes down, durably, what of an image about to be recorded is not flushed yet.
-pub(super) fn note(inner: &Inner, state: &mut State, record: &ImageRecord, id: &ImageId) -> Result<()> {
+pub(super) fn note(
+    inner: &Inner,
+    state: &mut State,
+    record: &ImageRecord,
+    id: &ImageId,
+) -> Result<()> {
     state.fresh.insert(*id);
-    let own = record.layers.iter().flat_map(|l| [l.blob.digest, l.chain_id]);
+    let own = record
+        .layers
+        .iter()
+        .flat_map(|l| [l.blob.digest, l.chain_id]);
     if own.clone().any(|d| state.fresh.contains(&d)) {
         write(inner, state)?;
     }
@@ -94,7 +114,10 @@ pub(super) fn note(inner: &Inner, state: &mut State, record: &ImageRecord, id: &
 
 fn write(inner: &Inner, state: &State) -> Result<()> {
     let path = inner.directory.join("unsettled.json");
-    let unsettled = Unsettled { boot: boot_id(), digests: state.fresh.iter().copied().collect() };
+    let unsettled = Unsettled {
+        boot: boot_id(),
+        digests: state.fresh.iter().copied().collect(),
+    };
     write_json(&path, &unsettled, Durability::Host).at(&path)
 }
 
@@ -105,15 +128,17 @@ pub(super) fn later(store: &Store) {
     }
     // A weak hold: closing the store must not wait for the disk.
     let inner = Arc::downgrade(&store.0);
-    let spawned = std::thread::Builder::new().name("image-settle".to_owned()).spawn(move || {
-        std::thread::sleep(std::time::Duration::from_secs(2));
-        if let Some(inner) = inner.upgrade() {
-            inner.settling.store(false, Ordering::Release);
-            if let Err(error) = settle(&Store(inner)) {
-                tracing::warn!(%error, "the image store could not be flushed");
+    let spawned = std::thread::Builder::new()
+        .name("image-settle".to_owned())
+        .spawn(move || {
+            std::thread::sleep(std::time::Duration::from_secs(2));
+            if let Some(inner) = inner.upgrade() {
+                inner.settling.store(false, Ordering::Release);
+                if let Err(error) = settle(&Store(inner)) {
+                    tracing::warn!(%error, "the image store could not be flushed");
+                }
             }
-        }
-    });
+        });
     if spawned.is_err() {
         store.0.settling.store(false, Ordering::Release);
     }

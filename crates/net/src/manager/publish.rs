@@ -202,8 +202,9 @@ impl Manager {
                     None
                 }
                 _ => {
-                    return Err(error)
-                        .context(|| format!("reserving {address}:{port}/{}", wish.protocol.name()));
+                    return Err(error).context(|| {
+                        format!("reserving {address}:{port}/{}", wish.protocol.name())
+                    });
                 }
             },
         };
