@@ -90,9 +90,16 @@ async fn list(
         .list_images(params.flag("all"), filters, params.flag("shared-size"))
         .await?;
     let mut rows = serde_json::to_value(images).map_err(internal)?;
-    if version < ApiVersion::minor(44) {
-        for row in rows.as_array_mut().into_iter().flatten() {
+    for row in rows.as_array_mut().into_iter().flatten() {
+        if version < ApiVersion::minor(44) {
             row["VirtualSize"] = row["Size"].clone();
+        }
+        if version < ApiVersion::minor(43) {
+            for (field, none) in [("RepoTags", "<none>:<none>"), ("RepoDigests", "<none>@<none>")] {
+                if row[field].as_array().is_none_or(Vec::is_empty) {
+                    row[field] = json!([none]);
+                }
+            }
         }
     }
     Ok(Json(rows).into_response())

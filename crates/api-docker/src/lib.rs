@@ -9,6 +9,7 @@ pub mod containers;
 pub mod error;
 pub mod hijack;
 pub mod images;
+pub mod native;
 pub mod networks;
 pub mod progress;
 pub mod request;
@@ -33,6 +34,7 @@ pub fn router(engine: Arc<Engine>) -> Router {
         .merge(absent::router())
         .merge(containers::router())
         .merge(images::router())
+        .merge(native::router())
         .merge(networks::router())
         .merge(system::router())
         .merge(volumes::router())

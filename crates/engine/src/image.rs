@@ -1,17 +1,22 @@
 //! Images as the daemon's clients see them: what is stored, where it came from, and who uses it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::Arc;
+
+use ::image::store::{Filter, HistoryLine, Image, InUse, RemoveOptions, Removed};
+use ::image::{ImageId, Platform, Reference};
 
 use tokio::io::AsyncRead;
 
 use crate::Engine;
+use crate::bridge::BlockingReader;
 use crate::container::inspect::GraphDriver;
-use crate::container::{ContainerConfig, TarStream};
+use crate::container::{ContainerConfig, ListOptions, TarStream};
 use crate::error::{Error, Result};
 use crate::filters::Filters;
 use crate::progress::{Cancel, Progress};
+use crate::volume::blocking;
 use crate::wire::wire;
 
 wire! {
@@ -108,6 +113,13 @@ pub struct Credentials {
     pub registry_token: String,
 }
 
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Passwords do not belong into logs.
+        f.debug_struct("Credentials").field("username", &self.username).finish_non_exhaustive()
+    }
+}
+
 /// An archive going in.
 pub type ArchiveReader = Pin<Box<dyn AsyncRead + Send>>;
 
@@ -124,71 +136,189 @@ pub struct ImportOptions {
 }
 
 fn absent<T>() -> Result<T> {
-    Err(Error::Unsupported(
-        "the image store is not in this build".into(),
-    ))
+    Err(Error::Unsupported("this is not in this build yet".into()))
 }
 
 impl Engine {
     /// How many images there are.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
     pub async fn image_count(&self) -> Result<u64> {
-        Ok(0)
+        let store = self.images().clone();
+        blocking(move || Ok(store.list(&Filter::default()).map_err(Error::room)?.len() as u64)).await
     }
 
     /// Bytes of all layers, each once.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
     pub async fn layers_size(&self) -> Result<u64> {
-        Ok(0)
+        let store = self.images().clone();
+        blocking(move || Ok(store.layers_size())).await
     }
 
     /// All images that pass `dangling`, `reference`, `label`, `label!`, `before`, `since`, `until`, newest first.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for another filter; unknown images in `before` and `since`.
     pub async fn list_images(
         self: &Arc<Self>,
         all: bool,
         filters: Filters,
-        shared_size: bool,
+        usage: bool,
     ) -> Result<Vec<ImageSummary>> {
-        let _ = (all, filters, shared_size);
-        Ok(Vec::new())
+        let filter = Filter { all, ..store_filter(&filters)? };
+        let used = if usage { Some(self.images_in_use().await?) } else { None };
+        let store = self.images().clone();
+        blocking(move || {
+            let images = store.list(&filter).map_err(Error::room)?;
+            let summary = |image: &Image| ImageSummary {
+                containers: used.as_ref().map_or(-1, |used| {
+                    used.get(&image.id.to_string()).map_or(0, |users| users.len() as i64)
+                }),
+                created: seconds(&image.created),
+                id: image.id.to_string(),
+                labels: image
+                    .config
+                    .config
+                    .as_ref()
+                    .map(|config| config.labels.clone())
+                    .filter(|labels| !labels.is_empty()),
+                parent_id: image.record.parent.map_or_else(String::new, |parent| parent.to_string()),
+                repo_digests: image.repo_digests.clone(),
+                repo_tags: image.repo_tags.clone(),
+                shared_size: if used.is_some() { store.shared_size(&image.id) as i64 } else { -1 },
+                size: image.size(),
+            };
+            Ok(images.iter().map(summary).collect())
+        })
+        .await
+    }
+
+    /// The containers of each image, by its id.
+    async fn images_in_use(self: &Arc<Self>) -> Result<HashMap<String, Vec<InUse>>> {
+        let options = ListOptions { all: true, ..ListOptions::default() };
+        let mut used: HashMap<String, Vec<InUse>> = HashMap::new();
+        for container in self.list(options).await? {
+            let running = matches!(container.state.as_str(), "running" | "paused" | "restarting");
+            let short = container.id.chars().take(12).collect();
+            used.entry(container.image_id).or_default().push(InUse { container: short, running });
+        }
+        Ok(used)
     }
 
     /// Everything about one image, by name, id or an id's beginning.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`].
     pub async fn inspect_image(self: &Arc<Self>, name: &str) -> Result<ImageInspect> {
-        let _ = name;
-        absent()
+        let (store, name) = (self.images().clone(), name.to_owned());
+        blocking(move || {
+            let image = store.inspect(&name).map_err(missing(&name))?;
+            let folders = store.layer_folders(&image.id).map_err(Error::room)?;
+            show(&image, &folders)
+        })
+        .await
     }
 
     /// How it was made.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`].
     pub async fn image_history(self: &Arc<Self>, name: &str) -> Result<Vec<HistoryItem>> {
-        let _ = name;
-        absent()
+        let (store, name) = (self.images().clone(), name.to_owned());
+        let lines = blocking(move || store.history(&name).map_err(missing(&name))).await?;
+        let item = |line: HistoryLine| HistoryItem {
+            id: line.id.map_or_else(|| "<missing>".into(), |id| id.to_string()),
+            created: line.created.as_deref().map_or(0, seconds),
+            created_by: line.created_by,
+            tags: (!line.tags.is_empty()).then_some(line.tags),
+            size: line.size,
+            comment: line.comment,
+        };
+        Ok(lines.into_iter().map(item).collect())
     }
 
     /// Gives it another name.
-    pub async fn tag_image(
-        self: &Arc<Self>,
-        name: &str,
-        repository: &str,
-        tag: &str,
-    ) -> Result<()> {
-        let _ = (name, repository, tag);
-        absent()
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`], and a name that is none.
+    pub async fn tag_image(self: &Arc<Self>, name: &str, repository: &str, tag: &str) -> Result<()> {
+        let reference = reference(repository, tag)?;
+        let (store, owned) = (self.images().clone(), name.to_owned());
+        let shown = reference.familiar();
+        let id = blocking(move || {
+            store.tag(&owned, &reference).map_err(missing(&owned))?;
+            store.resolve(&owned).map_err(missing(&owned))
+        })
+        .await?;
+        self.image_event("tag", &id.to_string(), &shown);
+        Ok(())
     }
 
-    /// Takes a name off, and deletes the image with its last one.
+    /// Takes a name off, and deletes the image with its last one. `prune`: untagged parents too.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`]; in use, or named elsewhere, in dockerd's words.
     pub async fn remove_image(
         self: &Arc<Self>,
         name: &str,
         force: bool,
         prune: bool,
     ) -> Result<Vec<ImageDeleted>> {
-        let _ = (name, force, prune);
-        absent()
+        let used = self.images_in_use().await?;
+        let (store, owned) = (self.images().clone(), name.to_owned());
+        let (id, removed) = blocking(move || {
+            let options = RemoveOptions { force, keep_parents: !prune };
+            let id = store.resolve(&owned).map_err(missing(&owned))?;
+            let in_use = |id: &ImageId| used.get(&id.to_string()).cloned().unwrap_or_default();
+            Ok((id, store.remove(&owned, options, &in_use).map_err(missing(&owned))?))
+        })
+        .await?;
+        Ok(self.tell_removed(&id.to_string(), removed))
     }
 
     /// Removes images without names that nothing uses; with `dangling=false` named ones too.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a filter other than `dangling`, `until`, `label`, `label!`.
     pub async fn prune_images(self: &Arc<Self>, filters: Filters) -> Result<ImagesPruned> {
-        let _ = filters;
-        absent()
+        filters.only(&["dangling", "until", "label", "label!"])?;
+        let filter = store_filter(&filters)?;
+        let used = self.images_in_use().await?;
+        let store = self.images().clone();
+        let pruned = blocking(move || {
+            let in_use = |id: &ImageId| used.get(&id.to_string()).cloned().unwrap_or_default();
+            store.prune(&filter, &in_use).map_err(Error::room)
+        })
+        .await?;
+        let space = pruned.space;
+        let deleted = self.tell_removed("", pruned.removed);
+        let reclaimed = BTreeMap::from([("reclaimed".into(), space.to_string())]);
+        self.events().publish("image", "prune", "", reclaimed);
+        Ok(ImagesPruned { images_deleted: (!deleted.is_empty()).then_some(deleted), space_reclaimed: space })
+    }
+
+    fn tell_removed(&self, id: &str, removed: Vec<Removed>) -> Vec<ImageDeleted> {
+        removed
+            .into_iter()
+            .map(|step| match step {
+                Removed::Untagged(name) => {
+                    self.image_event("untag", id, &name);
+                    ImageDeleted { untagged: name, ..ImageDeleted::default() }
+                }
+                Removed::Deleted(digest) => {
+                    let digest = digest.to_string();
+                    self.image_event("delete", &digest, &digest);
+                    ImageDeleted { deleted: digest, ..ImageDeleted::default() }
+                }
+            })
+            .collect()
+    }
+
+    pub(crate) fn image_event(&self, action: &str, id: &str, name: &str) {
+        self.events().publish("image", action, id, BTreeMap::from([("name".into(), name.into())]));
     }
 
     /// Fetches an image from its registry.
@@ -235,15 +365,56 @@ impl Engine {
     }
 
     /// Makes an image of an archive of a file system; answers its id.
+    ///
+    /// # Errors
+    /// A name, platform or change that is none; an archive that is broken or hostile.
     pub async fn import_image(
         self: &Arc<Self>,
         archive: ArchiveReader,
         options: ImportOptions,
+        cancel: Cancel,
+    ) -> Result<String> {
+        let named = match options.repository.as_str() {
+            "" => None,
+            repository => Some(reference(repository, &options.tag)?),
+        };
+        let platform = platform(&options.platform)?;
+        let shown = named.as_ref().map(Reference::familiar);
+        let options = ::image::ImportOptions {
+            reference: named,
+            message: options.message,
+            changes: options.changes,
+            platform,
+        };
+        let archive = BlockingReader::new(archive);
+        let store = self.images().clone();
+        let id =
+            blocking(move || store.import(archive, &options, &cancel).map_err(Error::room)).await?.to_string();
+        self.image_event("import", &id, shown.as_deref().unwrap_or(&id));
+        Ok(id)
+    }
+
+    /// Makes an image from a distribution's package archive; answers its id.
+    ///
+    /// # Errors
+    /// Options that are none, a missing program (with the command that installs it), the tool's own last words.
+    pub async fn bootstrap_image(
+        self: &Arc<Self>,
+        options: ::image::BootstrapOptions,
         progress: Arc<dyn Progress>,
         cancel: Cancel,
     ) -> Result<String> {
-        let _ = (archive, options, progress, cancel);
-        absent()
+        let store = self.images().clone();
+        let (id, names) = blocking(move || {
+            let names = options.references().map_err(Error::room)?;
+            let id = ::image::bootstrap(&store, &options, &*progress, &cancel).map_err(Error::room)?;
+            Ok((id.to_string(), names))
+        })
+        .await?;
+        for name in names {
+            self.image_event("import", &id, &name.familiar());
+        }
+        Ok(id)
     }
 
     /// What a registry has under a name: `{"Descriptor": …, "Platforms": […]}`.
@@ -265,4 +436,98 @@ impl Engine {
         let _ = (server, credentials);
         absent()
     }
+}
+
+/// Docker's words for an image that is not there.
+fn missing(name: &str) -> impl FnOnce(::image::Error) -> Error {
+    let name = name.to_owned();
+    move |error| match error {
+        ::image::Error::NoSuchImage(_) => Error::NoSuchImage(match Reference::parse(&name) {
+            Ok(reference) => reference.or_latest().familiar(),
+            Err(_) => name,
+        }),
+        other => Error::room(other),
+    }
+}
+
+/// A repository with its tag; `latest` where neither names one.
+fn reference(repository: &str, tag: &str) -> Result<Reference> {
+    let reference = Reference::parse(repository).map_err(Error::room)?;
+    match tag {
+        "" => Ok(reference.or_latest()),
+        tag => reference.with_tag(tag).map_err(Error::room),
+    }
+}
+
+/// `os/arch[/variant]`; empty is not given.
+fn platform(text: &str) -> Result<Option<Platform>> {
+    match text {
+        "" => Ok(None),
+        text => Platform::parse(text).map(Some).map_err(Error::room),
+    }
+}
+
+fn seconds(time: &str) -> i64 {
+    match time.parse::<jiff::Timestamp>() {
+        Ok(time) if time.as_second() > 0 => time.as_second(),
+        _ => 0,
+    }
+}
+
+fn store_filter(filters: &Filters) -> Result<Filter> {
+    filters.only(&["dangling", "label", "label!", "before", "since", "reference", "until"])?;
+    let one = |name: &str| match filters.get(name) {
+        [] => Ok(None),
+        [value] => Ok(Some(value.clone())),
+        _ => Err(Error::Invalid(format!("invalid filter '{name}': one value is wanted"))),
+    };
+    Ok(Filter {
+        all: false,
+        dangling: filters.boolean("dangling")?,
+        labels: filters.get("label").to_vec(),
+        without_labels: filters.get("label!").to_vec(),
+        references: filters.get("reference").to_vec(),
+        before: one("before")?,
+        since: one("since")?,
+        until: crate::network::until(filters)?,
+    })
+}
+
+fn show(image: &Image, folders: &[std::path::PathBuf]) -> Result<ImageInspect> {
+    // The two are the same document in Docker's names; what only an image has is dropped on the way.
+    let config = serde_json::to_value(image.config.run())
+        .and_then(serde_json::from_value::<ContainerConfig>)
+        .map_err(|error| Error::Invalid(format!("the configuration of {}: {error}", image.id)))?;
+    let mut data = BTreeMap::new();
+    if let Some((top, below)) = folders.split_first() {
+        data.insert("UpperDir".to_owned(), top.display().to_string());
+        let below: Vec<String> = below.iter().map(|folder| folder.display().to_string()).collect();
+        if !below.is_empty() {
+            data.insert("LowerDir".to_owned(), below.join(":"));
+        }
+    }
+    Ok(ImageInspect {
+        id: image.id.to_string(),
+        repo_tags: image.repo_tags.clone(),
+        repo_digests: image.repo_digests.clone(),
+        parent: image.record.parent.map_or_else(String::new, |parent| parent.to_string()),
+        comment: image.config.history.last().map_or_else(String::new, |step| step.comment.clone()),
+        created: image.created.clone(),
+        docker_version: String::new(),
+        author: image.config.author.clone(),
+        config,
+        architecture: image.config.architecture.clone(),
+        variant: image.config.variant.clone(),
+        os: image.config.os.clone(),
+        os_version: String::new(),
+        size: image.size(),
+        graph_driver: GraphDriver { name: "overlay2".into(), data },
+        root_fs: RootFs {
+            kind: "layers".into(),
+            layers: image.config.rootfs.diff_ids.iter().map(ToString::to_string).collect(),
+        },
+        metadata: ImageMetadata {
+            last_tag_time: image.record.last_tagged.clone().unwrap_or_else(|| base::time::ZERO.into()),
+        },
+    })
 }

@@ -3,6 +3,7 @@
 //! Imperative and local: it works with no cluster and no network. Its types are serde types in Docker's wire
 //! names, one set, stored and spoken, so that the faces above have nothing to translate.
 
+pub mod bridge;
 pub mod config;
 pub mod container;
 pub mod error;
@@ -12,7 +13,6 @@ pub mod filters;
 pub mod image;
 pub mod keeper;
 pub mod network;
-pub mod progress;
 pub mod system;
 pub mod volume;
 pub(crate) mod wire;
@@ -23,6 +23,7 @@ pub use config::EngineConfig;
 pub use error::{Error, Result};
 pub use events::{Event, Events};
 pub use filters::Filters;
+pub use ::image::progress;
 pub use volume::Volumes;
 pub use wire::{KeySet, Words};
 
