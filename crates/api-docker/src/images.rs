@@ -161,7 +161,7 @@ async fn create(
     let archive = reader(body);
     progress::respond(move |lines, cancel| async move {
         let id = engine
-            .import_image(archive, options, Arc::new(lines.clone()), cancel)
+            .import_image(archive, options, cancel)
             .await?;
         lines.send(&progress::Line {
             status: Some(id),

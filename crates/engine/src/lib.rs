@@ -31,6 +31,8 @@ pub use wire::{KeySet, Words};
 pub struct Engine {
     config: EngineConfig,
     events: Events,
+    images: ::image::Store,
+    networks: Arc<net::Manager>,
     volumes: Arc<Volumes>,
 }
 
@@ -46,7 +48,13 @@ impl Engine {
             config.paths.state.display()
         )))?;
         let volumes = Volumes::open(&config.paths.state.join("volumes"))?;
+        let images = ::image::Store::open(&config.paths.state.join("images")).map_err(Error::room)?;
+        let networks =
+            net::Manager::open(net::NetConfig::new(&config.paths.state)).map_err(Error::room)?;
+        networks.restore(&[]).map_err(Error::room)?;
         Ok(Arc::new(Engine {
+            images,
+            networks: Arc::new(networks),
             config,
             volumes: Arc::new(volumes),
             events: Events::default(),
@@ -56,6 +64,16 @@ impl Engine {
     /// What it was opened with.
     pub fn config(&self) -> &EngineConfig {
         &self.config
+    }
+
+    /// The images of this host.
+    pub fn images(&self) -> &::image::Store {
+        &self.images
+    }
+
+    /// The networks of this host.
+    pub fn networks(&self) -> &Arc<net::Manager> {
+        &self.networks
     }
 
     /// The volumes of this host.

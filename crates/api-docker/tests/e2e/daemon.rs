@@ -11,6 +11,24 @@ use base::paths::Paths;
 use engine::{Engine, EngineConfig};
 use tokio_util::sync::CancellationToken;
 
+/// A network namespace of the tests' own: what a daemon does to bridges, rules and routes ends with it.
+pub fn isolate() {
+    if !is_root() {
+        return;
+    }
+    // SAFETY: called before any other thread exists, so nothing else in this process is surprised by it.
+    let isolated = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
+    match isolated {
+        Ok(()) => {
+            let up = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+            if !up.is_ok_and(|status| status.success()) {
+                eprintln!("the loopback interface stays down: ip(8) is missing");
+            }
+        }
+        Err(error) => eprintln!("the tests run in the host's own network namespace: {error}"),
+    }
+}
+
 /// The keeper's part of this binary.
 pub fn role(args: &[String]) -> Option<ExitCode> {
     match args.first().map(String::as_str) {
@@ -96,6 +114,7 @@ impl Daemon {
             }
             self.stop.cancel();
             let _ = thread.join();
+            let _ = std::fs::remove_dir_all(self.home.path());
         }
     }
 
