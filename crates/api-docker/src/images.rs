@@ -95,7 +95,10 @@ async fn list(
             row["VirtualSize"] = row["Size"].clone();
         }
         if version < ApiVersion::minor(43) {
-            for (field, none) in [("RepoTags", "<none>:<none>"), ("RepoDigests", "<none>@<none>")] {
+            for (field, none) in [
+                ("RepoTags", "<none>:<none>"),
+                ("RepoDigests", "<none>@<none>"),
+            ] {
                 if row[field].as_array().is_none_or(Vec::is_empty) {
                     row[field] = json!([none]);
                 }
@@ -160,9 +163,7 @@ async fn create(
     };
     let archive = reader(body);
     progress::respond(move |lines, cancel| async move {
-        let id = engine
-            .import_image(archive, options, cancel)
-            .await?;
+        let id = engine.import_image(archive, options, cancel).await?;
         lines.send(&progress::Line {
             status: Some(id),
             ..Default::default()

@@ -39,9 +39,17 @@ struct Bootstrap {
 async fn bootstrap(State(engine): State<Arc<Engine>>, body: JsonBody<Bootstrap>) -> Answer {
     let body = body.required("the body is missing: write {\"Name\": \"debian:bookworm\"}")?;
     let mut options = match (body.name.as_str(), body.suite.as_str()) {
-        ("", "") => return Err(ApiError::bad_request("a Name such as debian:bookworm is needed, or a Suite")),
+        ("", "") => {
+            return Err(ApiError::bad_request(
+                "a Name such as debian:bookworm is needed, or a Suite",
+            ));
+        }
         ("", _) => BootstrapOptions {
-            distribution: if body.distribution.is_empty() { "debian".into() } else { body.distribution },
+            distribution: if body.distribution.is_empty() {
+                "debian".into()
+            } else {
+                body.distribution
+            },
             suite: body.suite,
             ..BootstrapOptions::default()
         },
@@ -55,9 +63,13 @@ async fn bootstrap(State(engine): State<Arc<Engine>>, body: JsonBody<Bootstrap>)
     options.keyring = body.keyring;
     options.with_kernel = body.with_kernel;
     let tags = body.tags.iter().map(|tag| Reference::parse(tag));
-    options.tags = tags.collect::<Result<_, _>>().map_err(|error| ApiError::of(&error))?;
+    options.tags = tags
+        .collect::<Result<_, _>>()
+        .map_err(|error| ApiError::of(&error))?;
     progress::respond(move |lines, cancel| async move {
-        let id = engine.bootstrap_image(options, Arc::new(lines.clone()), cancel).await?;
+        let id = engine
+            .bootstrap_image(options, Arc::new(lines.clone()), cancel)
+            .await?;
         lines.aux(serde_json::json!({ "ID": id }));
         Ok(())
     })

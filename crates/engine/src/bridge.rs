@@ -43,7 +43,10 @@ impl BlockingReader {
                 }
             }
         });
-        BlockingReader { receiver, current: Bytes::new() }
+        BlockingReader {
+            receiver,
+            current: Bytes::new(),
+        }
     }
 }
 
@@ -77,7 +80,9 @@ impl BlockingWriter {
             return Ok(());
         }
         let chunk = std::mem::replace(&mut self.buffer, Vec::with_capacity(CHUNK));
-        self.sender.blocking_send(Ok(chunk.into())).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        self.sender
+            .blocking_send(Ok(chunk.into()))
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 
@@ -103,7 +108,10 @@ where
 {
     let (sender, receiver) = mpsc::channel(DEPTH);
     tokio::task::spawn_blocking(move || {
-        let mut writer = BlockingWriter { sender: sender.clone(), buffer: Vec::with_capacity(CHUNK) };
+        let mut writer = BlockingWriter {
+            sender: sender.clone(),
+            buffer: Vec::with_capacity(CHUNK),
+        };
         if let Err(error) = work(&mut writer).and_then(|()| writer.flush()) {
             let _ = sender.blocking_send(Err(error));
         }

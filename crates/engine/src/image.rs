@@ -116,7 +116,9 @@ pub struct Credentials {
 impl std::fmt::Debug for Credentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Passwords do not belong into logs.
-        f.debug_struct("Credentials").field("username", &self.username).finish_non_exhaustive()
+        f.debug_struct("Credentials")
+            .field("username", &self.username)
+            .finish_non_exhaustive()
     }
 }
 
@@ -146,7 +148,8 @@ impl Engine {
     /// Where the store cannot be read.
     pub async fn image_count(&self) -> Result<u64> {
         let store = self.images().clone();
-        blocking(move || Ok(store.list(&Filter::default()).map_err(Error::room)?.len() as u64)).await
+        blocking(move || Ok(store.list(&Filter::default()).map_err(Error::room)?.len() as u64))
+            .await
     }
 
     /// Bytes of all layers, each once.
@@ -168,14 +171,22 @@ impl Engine {
         filters: Filters,
         usage: bool,
     ) -> Result<Vec<ImageSummary>> {
-        let filter = Filter { all, ..store_filter(&filters)? };
-        let used = if usage { Some(self.images_in_use().await?) } else { None };
+        let filter = Filter {
+            all,
+            ..store_filter(&filters)?
+        };
+        let used = if usage {
+            Some(self.images_in_use().await?)
+        } else {
+            None
+        };
         let store = self.images().clone();
         blocking(move || {
             let images = store.list(&filter).map_err(Error::room)?;
             let summary = |image: &Image| ImageSummary {
                 containers: used.as_ref().map_or(-1, |used| {
-                    used.get(&image.id.to_string()).map_or(0, |users| users.len() as i64)
+                    used.get(&image.id.to_string())
+                        .map_or(0, |users| users.len() as i64)
                 }),
                 created: seconds(&image.created),
                 id: image.id.to_string(),
@@ -185,10 +196,17 @@ impl Engine {
                     .as_ref()
                     .map(|config| config.labels.clone())
                     .filter(|labels| !labels.is_empty()),
-                parent_id: image.record.parent.map_or_else(String::new, |parent| parent.to_string()),
+                parent_id: image
+                    .record
+                    .parent
+                    .map_or_else(String::new, |parent| parent.to_string()),
                 repo_digests: image.repo_digests.clone(),
                 repo_tags: image.repo_tags.clone(),
-                shared_size: if used.is_some() { store.shared_size(&image.id) as i64 } else { -1 },
+                shared_size: if used.is_some() {
+                    store.shared_size(&image.id) as i64
+                } else {
+                    -1
+                },
                 size: image.size(),
             };
             Ok(images.iter().map(summary).collect())
@@ -198,12 +216,21 @@ impl Engine {
 
     /// The containers of each image, by its id.
     async fn images_in_use(self: &Arc<Self>) -> Result<HashMap<String, Vec<InUse>>> {
-        let options = ListOptions { all: true, ..ListOptions::default() };
+        let options = ListOptions {
+            all: true,
+            ..ListOptions::default()
+        };
         let mut used: HashMap<String, Vec<InUse>> = HashMap::new();
         for container in self.list(options).await? {
-            let running = matches!(container.state.as_str(), "running" | "paused" | "restarting");
+            let running = matches!(
+                container.state.as_str(),
+                "running" | "paused" | "restarting"
+            );
             let short = container.id.chars().take(12).collect();
-            used.entry(container.image_id).or_default().push(InUse { container: short, running });
+            used.entry(container.image_id).or_default().push(InUse {
+                container: short,
+                running,
+            });
         }
         Ok(used)
     }
@@ -230,7 +257,9 @@ impl Engine {
         let (store, name) = (self.images().clone(), name.to_owned());
         let lines = blocking(move || store.history(&name).map_err(missing(&name))).await?;
         let item = |line: HistoryLine| HistoryItem {
-            id: line.id.map_or_else(|| "<missing>".into(), |id| id.to_string()),
+            id: line
+                .id
+                .map_or_else(|| "<missing>".into(), |id| id.to_string()),
             created: line.created.as_deref().map_or(0, seconds),
             created_by: line.created_by,
             tags: (!line.tags.is_empty()).then_some(line.tags),
@@ -244,7 +273,12 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::NoSuchImage`], and a name that is none.
-    pub async fn tag_image(self: &Arc<Self>, name: &str, repository: &str, tag: &str) -> Result<()> {
+    pub async fn tag_image(
+        self: &Arc<Self>,
+        name: &str,
+        repository: &str,
+        tag: &str,
+    ) -> Result<()> {
         let reference = reference(repository, tag)?;
         let (store, owned) = (self.images().clone(), name.to_owned());
         let shown = reference.familiar();
@@ -270,10 +304,18 @@ impl Engine {
         let used = self.images_in_use().await?;
         let (store, owned) = (self.images().clone(), name.to_owned());
         let (id, removed) = blocking(move || {
-            let options = RemoveOptions { force, keep_parents: !prune };
+            let options = RemoveOptions {
+                force,
+                keep_parents: !prune,
+            };
             let id = store.resolve(&owned).map_err(missing(&owned))?;
             let in_use = |id: &ImageId| used.get(&id.to_string()).cloned().unwrap_or_default();
-            Ok((id, store.remove(&owned, options, &in_use).map_err(missing(&owned))?))
+            Ok((
+                id,
+                store
+                    .remove(&owned, options, &in_use)
+                    .map_err(missing(&owned))?,
+            ))
         })
         .await?;
         Ok(self.tell_removed(&id.to_string(), removed))
@@ -297,7 +339,10 @@ impl Engine {
         let deleted = self.tell_removed("", pruned.removed);
         let reclaimed = BTreeMap::from([("reclaimed".into(), space.to_string())]);
         self.events().publish("image", "prune", "", reclaimed);
-        Ok(ImagesPruned { images_deleted: (!deleted.is_empty()).then_some(deleted), space_reclaimed: space })
+        Ok(ImagesPruned {
+            images_deleted: (!deleted.is_empty()).then_some(deleted),
+            space_reclaimed: space,
+        })
     }
 
     fn tell_removed(&self, id: &str, removed: Vec<Removed>) -> Vec<ImageDeleted> {
@@ -306,19 +351,30 @@ impl Engine {
             .map(|step| match step {
                 Removed::Untagged(name) => {
                     self.image_event("untag", id, &name);
-                    ImageDeleted { untagged: name, ..ImageDeleted::default() }
+                    ImageDeleted {
+                        untagged: name,
+                        ..ImageDeleted::default()
+                    }
                 }
                 Removed::Deleted(digest) => {
                     let digest = digest.to_string();
                     self.image_event("delete", &digest, &digest);
-                    ImageDeleted { deleted: digest, ..ImageDeleted::default() }
+                    ImageDeleted {
+                        deleted: digest,
+                        ..ImageDeleted::default()
+                    }
                 }
             })
             .collect()
     }
 
     pub(crate) fn image_event(&self, action: &str, id: &str, name: &str) {
-        self.events().publish("image", action, id, BTreeMap::from([("name".into(), name.into())]));
+        self.events().publish(
+            "image",
+            action,
+            id,
+            BTreeMap::from([("name".into(), name.into())]),
+        );
     }
 
     /// Fetches an image from its registry.
@@ -388,8 +444,13 @@ impl Engine {
         };
         let archive = BlockingReader::new(archive);
         let store = self.images().clone();
-        let id =
-            blocking(move || store.import(archive, &options, &cancel).map_err(Error::room)).await?.to_string();
+        let id = blocking(move || {
+            store
+                .import(archive, &options, &cancel)
+                .map_err(Error::room)
+        })
+        .await?
+        .to_string();
         self.image_event("import", &id, shown.as_deref().unwrap_or(&id));
         Ok(id)
     }
@@ -407,7 +468,8 @@ impl Engine {
         let store = self.images().clone();
         let (id, names) = blocking(move || {
             let names = options.references().map_err(Error::room)?;
-            let id = ::image::bootstrap(&store, &options, &*progress, &cancel).map_err(Error::room)?;
+            let id =
+                ::image::bootstrap(&store, &options, &*progress, &cancel).map_err(Error::room)?;
             Ok((id.to_string(), names))
         })
         .await?;
@@ -475,11 +537,21 @@ fn seconds(time: &str) -> i64 {
 }
 
 fn store_filter(filters: &Filters) -> Result<Filter> {
-    filters.only(&["dangling", "label", "label!", "before", "since", "reference", "until"])?;
+    filters.only(&[
+        "dangling",
+        "label",
+        "label!",
+        "before",
+        "since",
+        "reference",
+        "until",
+    ])?;
     let one = |name: &str| match filters.get(name) {
         [] => Ok(None),
         [value] => Ok(Some(value.clone())),
-        _ => Err(Error::Invalid(format!("invalid filter '{name}': one value is wanted"))),
+        _ => Err(Error::Invalid(format!(
+            "invalid filter '{name}': one value is wanted"
+        ))),
     };
     Ok(Filter {
         all: false,
@@ -501,7 +573,10 @@ fn show(image: &Image, folders: &[std::path::PathBuf]) -> Result<ImageInspect> {
     let mut data = BTreeMap::new();
     if let Some((top, below)) = folders.split_first() {
         data.insert("UpperDir".to_owned(), top.display().to_string());
-        let below: Vec<String> = below.iter().map(|folder| folder.display().to_string()).collect();
+        let below: Vec<String> = below
+            .iter()
+            .map(|folder| folder.display().to_string())
+            .collect();
         if !below.is_empty() {
             data.insert("LowerDir".to_owned(), below.join(":"));
         }
@@ -510,8 +585,15 @@ fn show(image: &Image, folders: &[std::path::PathBuf]) -> Result<ImageInspect> {
         id: image.id.to_string(),
         repo_tags: image.repo_tags.clone(),
         repo_digests: image.repo_digests.clone(),
-        parent: image.record.parent.map_or_else(String::new, |parent| parent.to_string()),
-        comment: image.config.history.last().map_or_else(String::new, |step| step.comment.clone()),
+        parent: image
+            .record
+            .parent
+            .map_or_else(String::new, |parent| parent.to_string()),
+        comment: image
+            .config
+            .history
+            .last()
+            .map_or_else(String::new, |step| step.comment.clone()),
         created: image.created.clone(),
         docker_version: String::new(),
         author: image.config.author.clone(),
@@ -521,13 +603,26 @@ fn show(image: &Image, folders: &[std::path::PathBuf]) -> Result<ImageInspect> {
         os: image.config.os.clone(),
         os_version: String::new(),
         size: image.size(),
-        graph_driver: GraphDriver { name: "overlay2".into(), data },
+        graph_driver: GraphDriver {
+            name: "overlay2".into(),
+            data,
+        },
         root_fs: RootFs {
             kind: "layers".into(),
-            layers: image.config.rootfs.diff_ids.iter().map(ToString::to_string).collect(),
+            layers: image
+                .config
+                .rootfs
+                .diff_ids
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
         },
         metadata: ImageMetadata {
-            last_tag_time: image.record.last_tagged.clone().unwrap_or_else(|| base::time::ZERO.into()),
+            last_tag_time: image
+                .record
+                .last_tagged
+                .clone()
+                .unwrap_or_else(|| base::time::ZERO.into()),
         },
     })
 }

@@ -19,11 +19,11 @@ pub(crate) mod wire;
 
 use std::sync::Arc;
 
+pub use ::image::progress;
 pub use config::EngineConfig;
 pub use error::{Error, Result};
 pub use events::{Event, Events};
 pub use filters::Filters;
-pub use ::image::progress;
 pub use volume::Volumes;
 pub use wire::{KeySet, Words};
 
@@ -48,7 +48,8 @@ impl Engine {
             config.paths.state.display()
         )))?;
         let volumes = Volumes::open(&config.paths.state.join("volumes"))?;
-        let images = ::image::Store::open(&config.paths.state.join("images")).map_err(Error::room)?;
+        let images =
+            ::image::Store::open(&config.paths.state.join("images")).map_err(Error::room)?;
         let networks =
             net::Manager::open(net::NetConfig::new(&config.paths.state)).map_err(Error::room)?;
         networks.restore(&[]).map_err(Error::room)?;

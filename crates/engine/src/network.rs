@@ -111,8 +111,14 @@ impl Engine {
     /// # Errors
     /// [`Error::Invalid`] for another filter or a bad value.
     pub async fn list_networks(self: &Arc<Self>, filters: Filters) -> Result<Vec<NetworkInspect>> {
-        filters.only(&["name", "id", "driver", "label", "label!", "scope", "type", "dangling"])?;
-        if let Some(kind) = filters.get("type").iter().find(|kind| !matches!(kind.as_str(), "custom" | "builtin")) {
+        filters.only(&[
+            "name", "id", "driver", "label", "label!", "scope", "type", "dangling",
+        ])?;
+        if let Some(kind) = filters
+            .get("type")
+            .iter()
+            .find(|kind| !matches!(kind.as_str(), "custom" | "builtin"))
+        {
             return Err(Error::Invalid(format!("invalid filter: 'type'='{kind}'")));
         }
         let dangling = filters.boolean("dangling")?;
@@ -121,7 +127,11 @@ impl Engine {
             let mut found = Vec::new();
             for network in engine.networks().list() {
                 let id = network.id.as_str();
-                let kind = if network.is_predefined() { "builtin" } else { "custom" };
+                let kind = if network.is_predefined() {
+                    "builtin"
+                } else {
+                    "custom"
+                };
                 let fits = filters.any("name", |part| network.name.contains(part))
                     && filters.any("id", |part| id.contains(part))
                     && filters.exact("driver", driver_name(network.driver))
@@ -165,8 +175,17 @@ impl Engine {
         let engine = self.clone();
         let network =
             blocking(move || engine.networks().create_network(spec).map_err(Error::room)).await?;
-        self.network_event("create", network.id.as_str(), &network.name, driver_name(network.driver), None);
-        Ok(NetworkCreated { id: network.id.to_string(), warning: String::new() })
+        self.network_event(
+            "create",
+            network.id.as_str(),
+            &network.name,
+            driver_name(network.driver),
+            None,
+        );
+        Ok(NetworkCreated {
+            id: network.id.to_string(),
+            warning: String::new(),
+        })
     }
 
     /// Removes a network that no container is on.
@@ -177,7 +196,13 @@ impl Engine {
         let (engine, name) = (self.clone(), name.to_owned());
         let network =
             blocking(move || engine.networks().remove_network(&name).map_err(Error::room)).await?;
-        self.network_event("destroy", network.id.as_str(), &network.name, driver_name(network.driver), None);
+        self.network_event(
+            "destroy",
+            network.id.as_str(),
+            &network.name,
+            driver_name(network.driver),
+            None,
+        );
         Ok(())
     }
 
@@ -189,7 +214,10 @@ impl Engine {
         filters.only(&["until", "label", "label!"])?;
         let until = until(&filters)?;
         // Containers that do not run have no endpoint, and still mean to come back.
-        let options = crate::container::ListOptions { all: true, ..Default::default() };
+        let options = crate::container::ListOptions {
+            all: true,
+            ..Default::default()
+        };
         let wanted: BTreeSet<String> = self
             .list(options)
             .await?
@@ -200,7 +228,10 @@ impl Engine {
         let gone = blocking(move || {
             Ok(engine.networks().prune(|network| {
                 let young = until.is_some_and(|until| {
-                    network.created.parse::<jiff::Timestamp>().is_ok_and(|created| created >= until)
+                    network
+                        .created
+                        .parse::<jiff::Timestamp>()
+                        .is_ok_and(|created| created >= until)
                 });
                 young
                     || wanted.contains(&network.name)
@@ -210,11 +241,24 @@ impl Engine {
         })
         .await?;
         for network in &gone {
-            self.network_event("destroy", network.id.as_str(), &network.name, driver_name(network.driver), None);
+            self.network_event(
+                "destroy",
+                network.id.as_str(),
+                &network.name,
+                driver_name(network.driver),
+                None,
+            );
         }
-        self.events().publish("network", "prune", "", BTreeMap::from([("reclaimed".into(), "0".into())]));
+        self.events().publish(
+            "network",
+            "prune",
+            "",
+            BTreeMap::from([("reclaimed".into(), "0".into())]),
+        );
         let names: Vec<String> = gone.into_iter().map(|network| network.name).collect();
-        Ok(NetworksPruned { networks_deleted: (!names.is_empty()).then_some(names) })
+        Ok(NetworksPruned {
+            networks_deleted: (!names.is_empty()).then_some(names),
+        })
     }
 
     /// Tells the listeners what became of a network.
@@ -226,8 +270,10 @@ impl Engine {
         kind: &str,
         container: Option<&str>,
     ) {
-        let mut attributes =
-            BTreeMap::from([("name".to_owned(), name.to_owned()), ("type".to_owned(), kind.to_owned())]);
+        let mut attributes = BTreeMap::from([
+            ("name".to_owned(), name.to_owned()),
+            ("type".to_owned(), kind.to_owned()),
+        ]);
         if let Some(container) = container {
             attributes.insert("container".into(), container.into());
         }
@@ -239,8 +285,12 @@ impl Engine {
 pub(crate) fn until(filters: &Filters) -> Result<Option<jiff::Timestamp>> {
     match filters.get("until") {
         [] => Ok(None),
-        [text] => base::time::parse_moment(text).map(Some).map_err(|error| Error::Invalid(error.to_string())),
-        _ => Err(Error::Invalid("more than one until filter specified".into())),
+        [text] => base::time::parse_moment(text)
+            .map(Some)
+            .map_err(|error| Error::Invalid(error.to_string())),
+        _ => Err(Error::Invalid(
+            "more than one until filter specified".into(),
+        )),
     }
 }
 
@@ -254,21 +304,29 @@ fn driver_name(driver: Driver) -> &'static str {
 
 fn show(engine: &Engine, network: &Network) -> NetworkInspect {
     let text = |value: Option<String>| value.unwrap_or_default();
-    let containers = engine.networks().endpoints(&network.id).into_iter().map(|endpoint| {
-        let shown = NetworkContainer {
-            name: endpoint.names.first().cloned().unwrap_or_default(),
-            endpoint_id: endpoint.id.to_string(),
-            mac_address: text(endpoint.mac.map(|mac| mac.to_string())),
-            ipv4_address: text(endpoint.v4.map(|address| address.to_string())),
-            ipv6_address: text(endpoint.v6.map(|address| address.to_string())),
-        };
-        (endpoint.container, shown)
-    });
+    let containers = engine
+        .networks()
+        .endpoints(&network.id)
+        .into_iter()
+        .map(|endpoint| {
+            let shown = NetworkContainer {
+                name: endpoint.names.first().cloned().unwrap_or_default(),
+                endpoint_id: endpoint.id.to_string(),
+                mac_address: text(endpoint.mac.map(|mac| mac.to_string())),
+                ipv4_address: text(endpoint.v4.map(|address| address.to_string())),
+                ipv6_address: text(endpoint.v6.map(|address| address.to_string())),
+            };
+            (endpoint.container, shown)
+        });
     let config = network.ipam.config.iter().map(|config| NetworkIpamConfig {
         subnet: text(config.subnet.map(|subnet| subnet.to_string())),
         ip_range: text(config.ip_range.map(|range| range.to_string())),
         gateway: text(config.gateway.map(|gateway| gateway.to_string())),
-        auxiliary_addresses: config.auxiliary.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
+        auxiliary_addresses: config
+            .auxiliary
+            .iter()
+            .map(|(k, v)| (k.clone(), v.to_string()))
+            .collect(),
     });
     NetworkInspect {
         name: network.name.clone(),
@@ -293,13 +351,24 @@ fn show(engine: &Engine, network: &Network) -> NetworkInspect {
 }
 
 fn spec(wanted: NetworkCreate) -> Result<NetworkSpec> {
-    if wanted.config_only || wanted.config_from.is_some_and(|from| !from.network.is_empty()) {
-        return Err(Error::Unsupported("configuration-only networks belong to swarm, which Berth has not".into()));
+    if wanted.config_only
+        || wanted
+            .config_from
+            .is_some_and(|from| !from.network.is_empty())
+    {
+        return Err(Error::Unsupported(
+            "configuration-only networks belong to swarm, which Berth has not".into(),
+        ));
     }
     if wanted.ingress || matches!(wanted.scope.as_str(), "swarm" | "global") {
-        return Err(Error::Unsupported("networks of a swarm are not supported: use the scope local".into()));
+        return Err(Error::Unsupported(
+            "networks of a swarm are not supported: use the scope local".into(),
+        ));
     }
-    if !matches!(wanted.driver.as_str(), "" | "default" | "bridge" | "host" | "null" | "none") {
+    if !matches!(
+        wanted.driver.as_str(),
+        "" | "default" | "bridge" | "host" | "null" | "none"
+    ) {
         // dockerd's words, with its 404.
         return Err(Error::NotFound(format!(
             "could not find plugin {} in v1 plugin registry: plugin not found",
@@ -315,7 +384,10 @@ fn spec(wanted: NetworkCreate) -> Result<NetworkSpec> {
     }
     let ipam = wanted.ipam.unwrap_or_default();
     if !matches!(ipam.driver.as_str(), "" | "default") {
-        return Err(Error::NotFound(format!("could not find an IPAM driver {:?}", ipam.driver)));
+        return Err(Error::NotFound(format!(
+            "could not find an IPAM driver {:?}",
+            ipam.driver
+        )));
     }
     let config = ipam.config.into_iter().map(|config| {
         Ok(IpamConfig {
@@ -325,7 +397,9 @@ fn spec(wanted: NetworkCreate) -> Result<NetworkSpec> {
             auxiliary: config
                 .auxiliary_addresses
                 .into_iter()
-                .filter_map(|(name, text)| address(&text).transpose().map(|found| Ok((name, found?))))
+                .filter_map(|(name, text)| {
+                    address(&text).transpose().map(|found| Ok((name, found?)))
+                })
                 .collect::<Result<_>>()?,
         })
     });
@@ -335,7 +409,11 @@ fn spec(wanted: NetworkCreate) -> Result<NetworkSpec> {
         attachable: wanted.attachable,
         ipv4: wanted.enable_ipv4.unwrap_or(true),
         ipv6: wanted.enable_ipv6.unwrap_or(false),
-        ipam: Ipam { driver: "default".into(), options: ipam.options, config: config.collect::<Result<_>>()? },
+        ipam: Ipam {
+            driver: "default".into(),
+            options: ipam.options,
+            config: config.collect::<Result<_>>()?,
+        },
         options: wanted.options.unwrap_or_default(),
         labels: wanted.labels.unwrap_or_default(),
         ..NetworkSpec::bridge(wanted.name)
@@ -346,7 +424,8 @@ fn subnet(text: &str, what: &str) -> Result<Option<Subnet>> {
     if text.is_empty() {
         return Ok(None);
     }
-    let wrong = |error: net::InvalidAddress| Error::Invalid(format!("invalid {what} {text}: {error}"));
+    let wrong =
+        |error: net::InvalidAddress| Error::Invalid(format!("invalid {what} {text}: {error}"));
     text.parse().map(Some).map_err(wrong)
 }
 
@@ -356,7 +435,9 @@ fn address(text: &str) -> Result<Option<IpAddr>> {
     }
     // Some clients write the gateway with a prefix length.
     let bare = text.split('/').next().unwrap_or_default();
-    bare.parse().map(Some).map_err(|_| Error::Invalid(format!("invalid address {text}")))
+    bare.parse()
+        .map(Some)
+        .map_err(|_| Error::Invalid(format!("invalid address {text}")))
 }
 
 #[cfg(test)]
@@ -374,10 +455,20 @@ mod tests {
         let spec = spec(wanted.clone()).unwrap();
         assert_eq!(spec.name, "app_default");
         assert!(spec.ipv4 && !spec.ipv6);
-        assert_eq!(spec.ipam.config[0].subnet.unwrap().to_string(), "10.9.0.0/24");
+        assert_eq!(
+            spec.ipam.config[0].subnet.unwrap().to_string(),
+            "10.9.0.0/24"
+        );
         assert_eq!(spec.ipam.config[0].auxiliary["a"].to_string(), "10.9.0.7");
-        for (driver, kind) in [("overlay", base::Kind::NotFound), ("host", base::Kind::Permission)] {
-            let refused = super::spec(NetworkCreate { driver: driver.into(), ..wanted.clone() }).unwrap_err();
+        for (driver, kind) in [
+            ("overlay", base::Kind::NotFound),
+            ("host", base::Kind::Permission),
+        ] {
+            let refused = super::spec(NetworkCreate {
+                driver: driver.into(),
+                ..wanted.clone()
+            })
+            .unwrap_err();
             assert_eq!(base::Classified::kind(&refused), kind);
         }
         let mut bad = wanted;

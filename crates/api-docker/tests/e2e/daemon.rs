@@ -20,7 +20,9 @@ pub fn isolate() {
     let isolated = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
     match isolated {
         Ok(()) => {
-            let up = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+            let up = Command::new("ip")
+                .args(["link", "set", "lo", "up"])
+                .status();
             if !up.is_ok_and(|status| status.success()) {
                 eprintln!("the loopback interface stays down: ip(8) is missing");
             }
