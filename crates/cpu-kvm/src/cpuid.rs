@@ -22,6 +22,21 @@ const AVX512_EDX: u32 = 1 << 2 | 1 << 3 | 1 << 8 | 1 << 23;
 const AMX_EDX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
 const AMX_XCR0: u32 = 3 << 17;
 
+/// What KVM's instruction emulator lacks: CMPXCHG16B, POPCNT, XSAVE and all that needs it, of leaf 1 ECX.
+const NOT_EMULATED_ECX: u32 = 1 << 13 | 1 << 23 | V3_LEAF1_ECX | XSAVE | 1 << 1 | 1 << 25 | 1 << 30;
+
+/// Cuts what KVM supports to what it can also emulate, on a host where it does nothing else.
+pub(crate) fn emulated(supported: &mut CpuId) {
+    for entry in supported.as_mut_slice() {
+        match entry.function {
+            1 => entry.ecx &= !NOT_EMULATED_ECX,
+            7 => (entry.ebx, entry.ecx, entry.edx) = (entry.ebx & (1 << 9), 0, 0),
+            0xd => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+}
+
 /// Entries for the CPU with APIC id `id`, of `count`.
 pub(crate) fn of(supported: &CpuId, model: CpuModel, id: u32, count: u32, deadline: bool) -> CpuId {
     let mut cpuid = supported.clone();

@@ -14,7 +14,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vcpu::KvmVcpu;
-use crate::{cpuid, host};
+use crate::{Probe, cpuid, host, probe};
 
 const PINS: usize = 24;
 /// Three pages that Intel's real-mode emulation wants, below the local APIC.
@@ -55,9 +55,12 @@ impl KvmVm {
         split.args[0] = PINS as u64;
         vm.enable_cap(&split)
             .map_err(|error| missing("split interrupt controllers", error))?;
-        let supported = kvm
+        let mut supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(host("reading the supported CPUID"))?;
+        if probe() == Probe::EmulatedOnly {
+            cpuid::emulated(&mut supported);
+        }
         Ok(KvmVm {
             kvm,
             vm: Arc::new(vm),

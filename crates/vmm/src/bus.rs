@@ -73,6 +73,13 @@ impl Bus {
         }
     }
 
+    /// Takes every range away.
+    pub fn clear(&self) {
+        // Dropped outside of the lock: a device may look at the bus while it goes.
+        let ranges = std::mem::take(&mut *self.ranges.write().unwrap_or_else(PoisonError::into_inner));
+        drop(ranges);
+    }
+
     fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
         let at = ranges

@@ -13,5 +13,7 @@ pub mod control;
 pub mod devices;
 pub mod machine;
 pub mod memory;
+pub mod nvme;
+pub mod pci;
 pub mod state;
 pub mod terminal;

@@ -8,6 +8,7 @@ use base::{Classified, Kind};
 use cpu::x86::CpuState;
 use cpu::{CpuError, CpuIo, CpuModel, Exit, GuestMemory, Vcpu, Vm, VmConfig};
 use cpu_kvm::{KvmVm, Probe};
+use disk::Disk;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Bus, BusDevice, BusError};
@@ -21,7 +22,10 @@ use crate::devices::power::{self, Power};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::Serial;
 use crate::devices::{pin, port};
-use crate::memory::{self, Dma, IOAPIC_LEN, IOAPIC_START, MemoryError};
+use crate::nvme::Controller;
+use crate::memory::{self, Dma, IOAPIC_LEN, IOAPIC_START, MemoryError, PCI_ECAM_LEN, PCI_ECAM_START};
+use crate::pci::root::{ConfigPorts, Ecam, PciError};
+use crate::pci::Root;
 use crate::state::Persist;
 
 /// Local APIC ids are eight bits, and 255 is broadcast.
@@ -88,7 +92,9 @@ pub enum MachineError {
     Cpu(#[from] CpuError),
     #[error(transparent)]
     Bus(#[from] BusError),
-    #[error("the host gives no thread for a CPU: {0}")]
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    #[error("the host gives no thread for a CPU or a device: {0}")]
     Thread(std::io::Error),
     #[error("the machine was started already")]
     Started,
@@ -98,7 +104,7 @@ impl Classified for MachineError {
     fn kind(&self) -> Kind {
         match self {
             MachineError::Cpus(_) | MachineError::Memory(MemoryError::Size(_)) => Kind::Invalid,
-            MachineError::Memory(_) | MachineError::Thread(_) => Kind::Capacity,
+            MachineError::Memory(_) | MachineError::Thread(_) | MachineError::Pci(_) => Kind::Capacity,
             MachineError::Cpu(CpuError::NoVirtualization(_)) => Kind::Unsupported,
             MachineError::Cpu(CpuError::State(_)) => Kind::Invalid,
             MachineError::Started => Kind::Conflict,
@@ -158,6 +164,7 @@ pub struct Machine {
     pub ioapic: Arc<IoApic>,
     pub serial: Arc<Serial>,
     pub power: Arc<Power>,
+    pub pci: Arc<Root>,
     /// Everything with a state, in the order in which it is restored.
     pub devices: Vec<Arc<dyn Persist>>,
     vcpus: Vec<SharedVcpu>,
@@ -211,6 +218,9 @@ impl Machine {
         for (base, len, device) in board {
             pio.insert(base, len, device)?;
         }
+        let pci = Root::new(mmio.clone(), ioapic.clone(), control.clone());
+        mmio.insert(PCI_ECAM_START, PCI_ECAM_LEN, Arc::new(Ecam(pci.clone())))?;
+        pio.insert(port::PCI_CONFIG, 8, Arc::new(ConfigPorts(pci.clone())))?;
         if config.debug_exit {
             pio.insert(port::DEBUG_EXIT, 1, DebugExit::new(control.clone()))?;
         }
@@ -242,10 +252,41 @@ impl Machine {
             ioapic,
             serial,
             power,
+            pci,
             devices,
             vcpus,
             threads: Vec::new(),
         })
+    }
+
+    /// Adds an NVMe controller with a namespace for each disk; `identity` makes its serial number.
+    ///
+    /// # Errors
+    /// Where there is no slot or no thread for it.
+    pub fn add_nvme(&mut self, disks: Vec<Arc<dyn Disk>>, identity: u64) -> Result<(), MachineError> {
+        let number = self.devices.iter().filter(|device| device.identity().starts_with("nvme")).count();
+        let name = format!("nvme{number}");
+        let (dma, vm) = (self.dma.clone(), self.vm.clone());
+        let controller =
+            Controller::new(name, dma, vm, disks, self.config.cpus, identity).map_err(MachineError::Thread)?;
+        self.pci.attach(controller.clone())?;
+        self.devices.push(controller);
+        Ok(())
+    }
+
+    /// Stops the CPUs and all I/O; false where the machine has ended.
+    pub fn pause(&self) -> bool {
+        let paused = self.control.pause();
+        if paused {
+            self.devices.iter().for_each(|device| device.quiesce());
+        }
+        paused
+    }
+
+    /// Ends [`Machine::pause`]; false where the machine has ended.
+    pub fn resume(&self) -> bool {
+        self.devices.iter().for_each(|device| device.wake());
+        self.control.resume()
     }
 
     /// Changes the state that the first CPU starts in.
@@ -313,7 +354,7 @@ impl Machine {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.serial.close();
+        self.devices.iter().for_each(|device| device.close());
         outcome
     }
 
@@ -348,6 +389,9 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.control.end(Outcome::Killed);
         self.wait();
+        // Buses hold devices and devices their bus: only this lets go of them.
+        self.mmio.clear();
+        self.pio.clear();
     }
 }
 

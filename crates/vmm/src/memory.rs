@@ -11,6 +11,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use cpu::{GuestMemory, Vm};
 use vm_memory::{
@@ -55,7 +56,7 @@ pub enum MemoryError {
 /// # Errors
 /// [`MemoryError::Size`], or [`MemoryError::Map`] where the host refuses.
 pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
-    if !(16 << 20..=16 << 40).contains(&size) || size % 4096 != 0 {
+    if !(16 << 20..=16 << 40).contains(&size) || !size.is_multiple_of(4096) {
         return Err(MemoryError::Size(size));
     }
     let low = size.min(LOW_RAM_END);
@@ -183,6 +184,20 @@ impl Dma {
         let mut bytes = [0; 4];
         self.read(address, &mut bytes)?;
         Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Writes four bytes at once, after everything written before: what a guest polls on.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`] where they are not aligned RAM.
+    pub fn store_u32(&self, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let outside = MemoryError::Outside { address, len: 4 };
+        let Ok(bytes) = <[u8; 4]>::try_from(bytes) else { return Err(outside) };
+        self.memory
+            .store(u32::from_le_bytes(bytes).to_le(), GuestAddress(address), Ordering::Release)
+            .map_err(|_| outside)?;
+        self.vm.memory_written(address, 4);
+        Ok(())
     }
 
     /// A range as host memory, for system calls that fill or drain it; call [`Dma::written`] after filling.

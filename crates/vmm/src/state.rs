@@ -35,6 +35,12 @@ pub enum StateError {
 pub trait Persist: Send + Sync {
     /// The name its state is filed under.
     fn identity(&self) -> String;
+    /// Begins no more I/O and returns when none is in flight. For devices with threads of their own.
+    fn quiesce(&self) {}
+    /// Ends [`Persist::quiesce`].
+    fn wake(&self) {}
+    /// Ends the device's threads, with everything written out. It is not used again.
+    fn close(&self) {}
     fn save(&self) -> Result<Saved, StateError>;
     /// Gives a freshly made device, of the same configuration, a saved state.
     fn restore(&self, saved: &Saved) -> Result<(), StateError>;

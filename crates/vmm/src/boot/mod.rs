@@ -12,10 +12,12 @@ mod entry;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
 use cpu::{CpuError, CpuModel, GuestMemory};
+use disk::{Disk, RawDisk};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -324,6 +326,13 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     let mut machine = Machine::new(config.machine.clone(), Box::new(std::io::stdout()))?;
     if let Some(note) = &machine.cpu_note {
         eprintln!("berth: {note}");
+    }
+    if !config.disks.is_empty() {
+        let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
+        for disk in &config.disks {
+            disks.push(Arc::new(RawDisk::open(&disk.path, disk.read_only)?));
+        }
+        machine.add_nvme(disks, 0)?;
     }
     let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
     let command_line = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());

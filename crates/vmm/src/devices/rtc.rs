@@ -61,7 +61,7 @@ impl State {
         if self.ram[REGISTER_B] & B_BINARY != 0 {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 

@@ -282,6 +282,15 @@ impl Persist for Serial {
     fn identity(&self) -> String {
         self.name.clone()
     }
+    /// Waits until all output is written. Later output is dropped.
+    fn close(&self) {
+        self.queue.lock().closed = true;
+        self.queue.changed.notify_all();
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            let _ = writer.join();
+        }
+    }
     fn save(&self) -> Result<Saved, StateError> {
         Saved::of(self.identity(), 1, &*self.lock())
     }

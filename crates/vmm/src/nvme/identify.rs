@@ -1,0 +1,118 @@
+//! The identify data structures (NVMe Base 1.4, 5.15) and log pages (5.14).
+
+use disk::Disk;
+
+pub const LEN: usize = 4096;
+/// Largest transfer, as a power of two of pages: 512 KiB.
+pub const MAX_TRANSFER_SHIFT: u8 = 7;
+pub const VERSION: u32 = 0x0001_0400;
+/// Asynchronous event requests kept at once, less one.
+pub const EVENT_REQUESTS: u8 = 3;
+
+const BLOCK_SHIFT: u32 = 9;
+
+/// Twelve hexadecimal digits that name the controller.
+pub fn serial(identity: u64) -> String {
+    format!("BERTH{identity:015X}")
+}
+
+fn text(field: &mut [u8], value: &str) {
+    field.fill(b' ');
+    for (to, from) in field.iter_mut().zip(value.bytes()) {
+        *to = from;
+    }
+}
+
+pub fn controller(identity: u64, namespaces: u32) -> Vec<u8> {
+    let mut data = vec![0u8; LEN];
+    data[0..2].copy_from_slice(&super::VENDOR.to_le_bytes());
+    data[2..4].copy_from_slice(&super::VENDOR.to_le_bytes());
+    text(&mut data[4..24], &serial(identity));
+    text(&mut data[24..64], "Berth NVMe disk");
+    text(&mut data[64..72], "1");
+    data[77] = MAX_TRANSFER_SHIFT;
+    data[78] = 1;
+    data[80..84].copy_from_slice(&VERSION.to_le_bytes());
+    // An I/O controller.
+    data[111] = 1;
+    data[259] = EVENT_REQUESTS;
+    // One read-only firmware slot.
+    data[260] = 0b11;
+    // Warning and critical temperature, kelvin.
+    data[266..268].copy_from_slice(&343u16.to_le_bytes());
+    data[268..270].copy_from_slice(&353u16.to_le_bytes());
+    data[512] = 0x66;
+    data[513] = 0x44;
+    data[516..520].copy_from_slice(&namespaces.to_le_bytes());
+    // Dataset management and write zeroes.
+    data[520..522].copy_from_slice(&0x0cu16.to_le_bytes());
+    // A volatile write cache; a flush may name all namespaces.
+    data[525] = 0b111;
+    let name = format!("nqn.2014-08.org.nvmexpress:uuid:{}", uuid_text(identity, 0));
+    data[768..768 + name.len()].copy_from_slice(name.as_bytes());
+    data
+}
+
+pub fn namespace(disk: &dyn Disk, identity: u64, number: u32) -> Vec<u8> {
+    let mut data = vec![0u8; LEN];
+    let blocks = disk.len() >> BLOCK_SHIFT;
+    for at in [0, 8, 16] {
+        data[at..at + 8].copy_from_slice(&blocks.to_le_bytes());
+    }
+    data[99] = u8::from(disk.read_only());
+    data[104..120].copy_from_slice(&uuid(identity, number));
+    // The one format: 512-byte blocks without metadata.
+    data[128..132].copy_from_slice(&(BLOCK_SHIFT << 16).to_le_bytes());
+    data
+}
+
+/// The list of a namespace's identifiers: its UUID.
+pub fn descriptors(identity: u64, number: u32) -> Vec<u8> {
+    let mut data = vec![0u8; LEN];
+    data[0] = 3;
+    data[1] = 16;
+    data[4..20].copy_from_slice(&uuid(identity, number));
+    data
+}
+
+/// Namespace numbers above `after`.
+pub fn active(count: u32, after: u32) -> Vec<u8> {
+    let mut data = vec![0u8; LEN];
+    for (slot, number) in data.chunks_exact_mut(4).zip(after.saturating_add(1)..=count) {
+        slot.copy_from_slice(&number.to_le_bytes());
+    }
+    data
+}
+
+/// SMART and health.
+pub fn health() -> Vec<u8> {
+    let mut data = vec![0u8; 512];
+    data[1..3].copy_from_slice(&300u16.to_le_bytes());
+    data[3] = 100;
+    data[4] = 10;
+    data
+}
+
+/// Firmware slots.
+pub fn firmware() -> Vec<u8> {
+    let mut data = vec![0u8; 512];
+    data[0] = 1;
+    text(&mut data[8..16], "1");
+    data
+}
+
+/// A stable name-based identifier in the form of a version 8 UUID (RFC 9562, 5.8).
+fn uuid(identity: u64, number: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[0..8].copy_from_slice(&identity.to_be_bytes());
+    bytes[8..12].copy_from_slice(b"brth");
+    bytes[12..16].copy_from_slice(&number.to_be_bytes());
+    bytes[6] = bytes[6] & 0xf | 0x80;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    bytes
+}
+
+fn uuid_text(identity: u64, number: u32) -> String {
+    let hex: String = uuid(identity, number).iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}

@@ -1,0 +1,448 @@
+//! An NVMe controller (NVM Express Base 1.4): Debian's kernels have the driver built in, so a disk behind it
+//! needs no initrd. One controller, one namespace per disk, one pair of I/O queues per CPU.
+//!
+//! ```text
+//!   CPU thread: doorbell ─▶ list of queues ─▶ worker: fetch one command, list the queue again where it has more
+//!                                               └─▶ disk, guest memory ─▶ completion ─▶ MSI-X
+//! ```
+//!
+//! Lock order: the controller's lock, then whatever [`Dma::written`] takes in the CPU back end. Interrupts are
+//! sent without it.
+
+mod admin;
+mod command;
+mod identify;
+mod io;
+mod prp;
+mod state;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use cpu::Vm;
+use disk::Disk;
+use serde::{Deserialize, Serialize};
+
+use self::command::{Answer, Command, Completion, Status};
+use self::state::{CC_ENABLE, CC_SHUTDOWN, QUEUE_LIMIT, State};
+use crate::bus::{get, put};
+use crate::memory::Dma;
+use crate::pci::function::FunctionState;
+use crate::pci::{Function, FunctionBuilder, Msix, PciDevice};
+use crate::state::{Persist, Saved, StateError};
+
+/// Red Hat, whose device 0x0010 is the generic NVMe controller.
+pub const VENDOR: u16 = 0x1b36;
+const DEVICE: u16 = 0x0010;
+const CLASS: u32 = 0x01_0802;
+
+const REGISTERS_LEN: u64 = 0x4000;
+const DOORBELLS: u64 = 0x1000;
+const MSIX_BAR: u8 = 4;
+/// Bytes of the largest transfer.
+pub(crate) const MAX_TRANSFER: u64 = prp::PAGE << identify::MAX_TRANSFER_SHIFT;
+/// I/O queue pairs, at most; the doorbells of so many fit into the BAR.
+const IO_QUEUE_LIMIT: u32 = 64;
+const WORKERS: usize = 4;
+
+/// Entries of a queue less one, contiguous queues, 10 s to become ready, NVM command set, 4 KiB pages.
+const CAPABILITIES: u64 = (QUEUE_LIMIT as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
+
+struct Inner {
+    state: State,
+    /// Commands with a worker.
+    in_flight: usize,
+    /// A reset waits for those.
+    resetting: bool,
+    /// The guest asked for shutdown and its flush is to be done.
+    shutting_down: bool,
+    paused: bool,
+    closed: bool,
+}
+
+pub(crate) struct Shared {
+    dma: Dma,
+    function: Function,
+    disks: Vec<Arc<dyn Disk>>,
+    identity: u64,
+    io_queues: u16,
+    inner: Mutex<Inner>,
+    /// Work has come, or the workers shall end.
+    work: Condvar,
+    /// The last command in flight is done.
+    idle: Condvar,
+}
+
+/// See the module.
+pub struct Controller {
+    name: String,
+    shared: Arc<Shared>,
+    workers: Mutex<Vec<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedController {
+    function: FunctionState,
+    state: State,
+    shutting_down: bool,
+    /// Bytes of each disk, which must be the same ones.
+    disks: Vec<u64>,
+}
+
+impl Controller {
+    /// A controller called `name` (`nvme0`) for a machine of `cpus`, with a namespace for each of `disks`.
+    /// `identity` makes its serial number and identifiers.
+    ///
+    /// # Errors
+    /// Where the host gives no threads.
+    pub fn new(
+        name: impl Into<String>,
+        dma: Dma,
+        vm: Arc<dyn Vm>,
+        disks: Vec<Arc<dyn Disk>>,
+        cpus: u32,
+        identity: u64,
+    ) -> std::io::Result<Arc<Controller>> {
+        let name = name.into();
+        let io_queues = cpus.clamp(1, IO_QUEUE_LIMIT) as u16;
+        let function = FunctionBuilder::new(VENDOR, DEVICE, CLASS, 2)
+            .subsystem(VENDOR, DEVICE)
+            .bar(0, REGISTERS_LEN)
+            .msix(vm, io_queues + 1, MSIX_BAR)
+            .build();
+        let inner = Inner {
+            state: State::new(io_queues),
+            in_flight: 0,
+            resetting: false,
+            shutting_down: false,
+            paused: false,
+            closed: false,
+        };
+        let shared = Arc::new(Shared {
+            dma,
+            function,
+            disks,
+            identity,
+            io_queues,
+            inner: Mutex::new(inner),
+            work: Condvar::new(),
+            idle: Condvar::new(),
+        });
+        let controller = Controller { name, shared, workers: Mutex::default() };
+        for number in 0..WORKERS {
+            let shared = controller.shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("{}-{number}", controller.name))
+                .spawn(move || shared.work())?;
+            controller.workers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        }
+        Ok(Arc::new(controller))
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vectors(&self) -> u16 {
+        self.function.msix().map_or(0, Msix::vectors)
+    }
+
+    /// The answer to "number of queues": both counts less one.
+    fn queue_counts(&self) -> u32 {
+        let count = u32::from(self.io_queues) - 1;
+        count << 16 | count
+    }
+
+    fn notify(&self, vector: Option<u16>) {
+        if let (Some(vector), Some(msix)) = (vector, self.function.msix()) {
+            msix.notify(vector);
+        }
+    }
+
+    fn flush_all(&self) -> Result<(), Status> {
+        let mut result = Ok(());
+        for disk in &self.disks {
+            if let Err(error) = disk.flush() {
+                tracing::warn!("{error}");
+                result = Err(Status::WRITE_FAULT);
+            }
+        }
+        result
+    }
+
+    /// A worker's life.
+    fn work(&self) {
+        let mut buffer = Vec::new();
+        let mut inner = self.lock();
+        loop {
+            if inner.closed {
+                return;
+            }
+            if inner.paused || inner.resetting {
+                inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            if std::mem::take(&mut inner.shutting_down) {
+                inner.in_flight += 1;
+                drop(inner);
+                let _ = self.flush_all();
+                inner = self.lock();
+                inner.state.shutdown = 2;
+                self.land(&mut inner);
+                continue;
+            }
+            let Some((queue, command)) = inner.state.fetch(&self.dma) else {
+                inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            if inner.state.serve(queue) {
+                self.work.notify_one();
+            }
+            inner.in_flight += 1;
+            drop(inner);
+            let answer = self.run(queue, &command, &mut buffer);
+            inner = self.lock();
+            let vector = match answer {
+                Some(Answer { status, result }) if !inner.resetting => {
+                    let completion = Completion { result, queue, head: 0, command: command.id, status };
+                    inner.state.complete(&self.dma, completion)
+                }
+                _ => None,
+            };
+            self.land(&mut inner);
+            if vector.is_some() {
+                drop(inner);
+                self.notify(vector);
+                inner = self.lock();
+            }
+        }
+    }
+
+    fn run(&self, queue: u16, command: &Command, buffer: &mut Vec<u8>) -> Option<Answer> {
+        // Fused operations are not offered.
+        if command.flags & 3 != 0 {
+            return Some(Status::INVALID_FIELD.into());
+        }
+        match queue {
+            0 => admin::run(self, command),
+            _ => Some(io::run(self, command, buffer)),
+        }
+    }
+
+    /// One command less in flight; the last one lets a waiting reset happen.
+    fn land(&self, inner: &mut Inner) {
+        inner.in_flight -= 1;
+        if inner.in_flight == 0 {
+            self.finish_reset(inner);
+            self.idle.notify_all();
+        }
+    }
+
+    fn finish_reset(&self, inner: &mut Inner) {
+        if std::mem::take(&mut inner.resetting) {
+            inner.shutting_down = false;
+            inner.state.clear_queues();
+            if inner.state.configuration & CC_ENABLE != 0 {
+                inner.state.enable();
+            }
+            self.work.notify_all();
+        }
+    }
+
+    fn configure(&self, value: u32) {
+        let mut inner = self.lock();
+        let before = std::mem::replace(&mut inner.state.configuration, value);
+        if before & CC_ENABLE != 0 && value & CC_ENABLE == 0 {
+            inner.resetting = true;
+            if inner.in_flight == 0 {
+                self.finish_reset(&mut inner);
+            }
+        } else if before & CC_ENABLE == 0 && value & CC_ENABLE != 0 && !inner.resetting {
+            inner.state.enable();
+        }
+        if value & CC_SHUTDOWN != 0 && before & CC_SHUTDOWN == 0 {
+            inner.state.shutdown = 1;
+            inner.shutting_down = true;
+            self.work.notify_one();
+        }
+    }
+
+    fn ring(&self, offset: u64, value: u32) {
+        let index = offset / 4;
+        let Ok(queue) = u16::try_from(index / 2) else { return };
+        let vector = {
+            let mut inner = self.lock();
+            let state = &mut inner.state;
+            if !state.ready || state.fatal {
+                return;
+            }
+            if index.is_multiple_of(2) {
+                match state.submission(queue) {
+                    Some(submission) if value < submission.size => submission.tail = value,
+                    _ => return,
+                }
+                if state.serve(queue) {
+                    self.work.notify_one();
+                }
+                None
+            } else {
+                match state.completion(queue) {
+                    Some(completion) if value < completion.size => completion.head = value,
+                    _ => return,
+                }
+                let vector = state.deliver(&self.dma, queue);
+                let waiting: Vec<u16> = (0..=self.io_queues)
+                    .filter(|number| state.submission(*number).is_some_and(|s| s.completion == queue))
+                    .collect();
+                for number in waiting {
+                    if state.serve(number) {
+                        self.work.notify_one();
+                    }
+                }
+                vector
+            }
+        };
+        self.notify(vector);
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        let inner = self.lock();
+        let state = &inner.state;
+        match offset {
+            0x00 => CAPABILITIES as u32,
+            0x04 => (CAPABILITIES >> 32) as u32,
+            0x08 => identify::VERSION,
+            0x14 => state.configuration,
+            0x1c => u32::from(state.ready) | u32::from(state.fatal) << 1 | u32::from(state.shutdown) << 2,
+            0x24 => state.admin_sizes,
+            0x28 => state.admin_submission as u32,
+            0x2c => (state.admin_submission >> 32) as u32,
+            0x30 => state.admin_completion as u32,
+            0x34 => (state.admin_completion >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    fn set_register(&self, offset: u64, value: u32) {
+        let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
+        let low = |old: u64| old >> 32 << 32 | u64::from(value);
+        if offset == 0x14 {
+            return self.configure(value);
+        }
+        let state = &mut self.lock().state;
+        match offset {
+            0x24 => state.admin_sizes = value & 0x0fff_0fff,
+            0x28 => state.admin_submission = low(state.admin_submission),
+            0x2c => state.admin_submission = high(state.admin_submission),
+            0x30 => state.admin_completion = low(state.admin_completion),
+            0x34 => state.admin_completion = high(state.admin_completion),
+            _ => {}
+        }
+    }
+}
+
+impl PciDevice for Controller {
+    fn function(&self) -> &Function {
+        &self.shared.function
+    }
+
+    fn read_bar(&self, _: u8, offset: u64, data: &mut [u8]) {
+        let value = match (offset, data.len()) {
+            (DOORBELLS.., _) => 0,
+            (_, 8) if offset.is_multiple_of(8) => {
+                u64::from(self.shared.register(offset)) | u64::from(self.shared.register(offset + 4)) << 32
+            }
+            (_, len) => {
+                let shift = offset % 4 * 8;
+                let word = u64::from(self.shared.register(offset & !3)) >> shift;
+                if shift + len as u64 * 8 <= 32 { word } else { 0 }
+            }
+        };
+        put(data, value);
+    }
+
+    fn write_bar(&self, _: u8, offset: u64, data: &[u8]) {
+        let value = get(data);
+        match (offset, data.len()) {
+            (DOORBELLS.., 4) if offset.is_multiple_of(4) => self.shared.ring(offset - DOORBELLS, value as u32),
+            (DOORBELLS.., _) => {}
+            (_, 4) if offset.is_multiple_of(4) => self.shared.set_register(offset, value as u32),
+            (_, 8) if offset.is_multiple_of(8) => {
+                self.shared.set_register(offset, value as u32);
+                self.shared.set_register(offset + 4, (value >> 32) as u32);
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Persist for Controller {
+    fn identity(&self) -> String {
+        self.name.clone()
+    }
+
+    fn quiesce(&self) {
+        let mut inner = self.shared.lock();
+        inner.paused = true;
+        while inner.in_flight > 0 {
+            inner = self.shared.idle.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn wake(&self) {
+        self.shared.lock().paused = false;
+        self.shared.work.notify_all();
+    }
+
+    fn close(&self) {
+        self.shared.lock().closed = true;
+        self.shared.work.notify_all();
+        let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
+        for worker in workers {
+            let _ = worker.join();
+        }
+        let _ = self.shared.flush_all();
+    }
+
+    fn save(&self) -> Result<Saved, StateError> {
+        let inner = self.shared.lock();
+        if inner.in_flight > 0 {
+            let reason = "I/O is in flight; quiesce it first".into();
+            return Err(StateError::Busy { device: self.identity(), reason });
+        }
+        let saved = SavedController {
+            function: self.shared.function.save(),
+            state: inner.state.clone(),
+            shutting_down: inner.shutting_down,
+            disks: self.shared.disks.iter().map(|disk| disk.len()).collect(),
+        };
+        Saved::of(self.identity(), 1, &saved)
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let content: SavedController = saved.get(&self.identity(), 1)?;
+        if !self.shared.disks.iter().map(|disk| disk.len()).eq(content.disks) {
+            return Err(saved.damaged("its disks have other sizes"));
+        }
+        if !content.state.is_sound(usize::from(self.shared.io_queues) + 1) {
+            return Err(saved.damaged("its queues cannot be"));
+        }
+        self.shared.function.restore(content.function).map_err(|reason| saved.damaged(reason))?;
+        let mut inner = self.shared.lock();
+        inner.state = content.state;
+        inner.shutting_down = content.shutting_down;
+        self.shared.work.notify_all();
+        Ok(())
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests;
