@@ -76,7 +76,8 @@ impl Bus {
     /// Takes every range away.
     pub fn clear(&self) {
         // Dropped outside of the lock: a device may look at the bus while it goes.
-        let ranges = std::mem::take(&mut *self.ranges.write().unwrap_or_else(PoisonError::into_inner));
+        let ranges =
+            std::mem::take(&mut *self.ranges.write().unwrap_or_else(PoisonError::into_inner));
         drop(ranges);
     }
 

@@ -22,10 +22,12 @@ use crate::devices::power::{self, Power};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::Serial;
 use crate::devices::{pin, port};
+use crate::memory::{
+    self, Dma, IOAPIC_LEN, IOAPIC_START, MemoryError, PCI_ECAM_LEN, PCI_ECAM_START,
+};
 use crate::nvme::Controller;
-use crate::memory::{self, Dma, IOAPIC_LEN, IOAPIC_START, MemoryError, PCI_ECAM_LEN, PCI_ECAM_START};
-use crate::pci::root::{ConfigPorts, Ecam, PciError};
 use crate::pci::Root;
+use crate::pci::root::{ConfigPorts, Ecam, PciError};
 use crate::state::Persist;
 
 /// Local APIC ids are eight bits, and 255 is broadcast.
@@ -104,7 +106,9 @@ impl Classified for MachineError {
     fn kind(&self) -> Kind {
         match self {
             MachineError::Cpus(_) | MachineError::Memory(MemoryError::Size(_)) => Kind::Invalid,
-            MachineError::Memory(_) | MachineError::Thread(_) | MachineError::Pci(_) => Kind::Capacity,
+            MachineError::Memory(_) | MachineError::Thread(_) | MachineError::Pci(_) => {
+                Kind::Capacity
+            }
             MachineError::Cpu(CpuError::NoVirtualization(_)) => Kind::Unsupported,
             MachineError::Cpu(CpuError::State(_)) => Kind::Invalid,
             MachineError::Started => Kind::Conflict,
@@ -263,12 +267,20 @@ impl Machine {
     ///
     /// # Errors
     /// Where there is no slot or no thread for it.
-    pub fn add_nvme(&mut self, disks: Vec<Arc<dyn Disk>>, identity: u64) -> Result<(), MachineError> {
-        let number = self.devices.iter().filter(|device| device.identity().starts_with("nvme")).count();
+    pub fn add_nvme(
+        &mut self,
+        disks: Vec<Arc<dyn Disk>>,
+        identity: u64,
+    ) -> Result<(), MachineError> {
+        let number = self
+            .devices
+            .iter()
+            .filter(|device| device.identity().starts_with("nvme"))
+            .count();
         let name = format!("nvme{number}");
         let (dma, vm) = (self.dma.clone(), self.vm.clone());
-        let controller =
-            Controller::new(name, dma, vm, disks, self.config.cpus, identity).map_err(MachineError::Thread)?;
+        let controller = Controller::new(name, dma, vm, disks, self.config.cpus, identity)
+            .map_err(MachineError::Thread)?;
         self.pci.attach(controller.clone())?;
         self.devices.push(controller);
         Ok(())

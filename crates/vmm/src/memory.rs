@@ -192,9 +192,15 @@ impl Dma {
     /// [`MemoryError::Outside`] where they are not aligned RAM.
     pub fn store_u32(&self, address: u64, bytes: &[u8]) -> Result<(), MemoryError> {
         let outside = MemoryError::Outside { address, len: 4 };
-        let Ok(bytes) = <[u8; 4]>::try_from(bytes) else { return Err(outside) };
+        let Ok(bytes) = <[u8; 4]>::try_from(bytes) else {
+            return Err(outside);
+        };
         self.memory
-            .store(u32::from_le_bytes(bytes).to_le(), GuestAddress(address), Ordering::Release)
+            .store(
+                u32::from_le_bytes(bytes).to_le(),
+                GuestAddress(address),
+                Ordering::Release,
+            )
             .map_err(|_| outside)?;
         self.vm.memory_written(address, 4);
         Ok(())

@@ -286,7 +286,11 @@ impl Persist for Serial {
     fn close(&self) {
         self.queue.lock().closed = true;
         self.queue.changed.notify_all();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = self
+            .writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(writer) = writer {
             let _ = writer.join();
         }

@@ -85,7 +85,12 @@ fn create_completion(state: &mut State, command: &Command, vectors: u16) -> Answ
     if slot.is_some() {
         return Status::INVALID_QUEUE_ID.into();
     }
-    *slot = Some(CompletionQueue::new(command.prp1, size, vector, command.words[1] & 2 != 0));
+    *slot = Some(CompletionQueue::new(
+        command.prp1,
+        size,
+        vector,
+        command.words[1] & 2 != 0,
+    ));
     Answer::SUCCESS
 }
 
@@ -125,7 +130,12 @@ fn delete_completion(state: &mut State, command: &Command) -> Answer {
     if number == 0 || state.completion(number).is_none() {
         return Status::INVALID_QUEUE_ID.into();
     }
-    if state.submissions.iter().flatten().any(|queue| queue.completion == number) {
+    if state
+        .submissions
+        .iter()
+        .flatten()
+        .any(|queue| queue.completion == number)
+    {
         return Status::INVALID_DELETION.into();
     }
     state.completions[usize::from(number)] = None;
@@ -141,7 +151,9 @@ fn give(shared: &Shared, command: &Command, data: &[u8]) -> Answer {
 fn identify(shared: &Shared, command: &Command) -> Answer {
     let count = shared.disks.len() as u32;
     let number = command.namespace;
-    let disk = number.checked_sub(1).and_then(|index| shared.disks.get(index as usize));
+    let disk = number
+        .checked_sub(1)
+        .and_then(|index| shared.disks.get(index as usize));
     let data = match (command.words[0] & 0xff, disk) {
         (0, Some(disk)) => identify::namespace(&**disk, shared.identity, number),
         // What all namespaces share: nothing of a size.
@@ -157,7 +169,8 @@ fn identify(shared: &Shared, command: &Command) -> Answer {
 }
 
 fn get_log(shared: &Shared, command: &Command) -> Answer {
-    let dwords = u64::from(command.words[0] >> 16) + (u64::from(command.words[1] & 0xffff) << 16) + 1;
+    let dwords =
+        u64::from(command.words[0] >> 16) + (u64::from(command.words[1] & 0xffff) << 16) + 1;
     let len = dwords * 4;
     let offset = u64::from(command.words[2]) | u64::from(command.words[3]) << 32;
     if len > super::MAX_TRANSFER {
@@ -185,7 +198,9 @@ fn set_feature(shared: &Shared, command: &Command) -> Answer {
         return Status(0x10d | 1 << 14).into();
     }
     match feature {
-        FEATURE_QUEUES if command.words[1] & 0xffff != 0xffff && command.words[1] >> 16 != 0xffff => {
+        FEATURE_QUEUES
+            if command.words[1] & 0xffff != 0xffff && command.words[1] >> 16 != 0xffff =>
+        {
             Answer::result(shared.queue_counts())
         }
         FEATURE_WRITE_CACHE => {
@@ -193,7 +208,11 @@ fn set_feature(shared: &Shared, command: &Command) -> Answer {
             Answer::SUCCESS
         }
         feature if FEATURES_KEPT.contains(&feature) => {
-            shared.lock().state.features.insert(feature, command.words[1]);
+            shared
+                .lock()
+                .state
+                .features
+                .insert(feature, command.words[1]);
             Answer::SUCCESS
         }
         _ => Status::INVALID_FIELD.into(),
@@ -206,7 +225,15 @@ fn get_feature(shared: &Shared, command: &Command) -> Answer {
         FEATURE_QUEUES => Answer::result(shared.queue_counts()),
         FEATURE_WRITE_CACHE => Answer::result(1),
         feature if FEATURES_KEPT.contains(&feature) => match select {
-            0 => Answer::result(shared.lock().state.features.get(&feature).copied().unwrap_or(0)),
+            0 => Answer::result(
+                shared
+                    .lock()
+                    .state
+                    .features
+                    .get(&feature)
+                    .copied()
+                    .unwrap_or(0),
+            ),
             _ => Answer::result(0),
         },
         _ => Status::INVALID_FIELD.into(),

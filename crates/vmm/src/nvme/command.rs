@@ -22,7 +22,9 @@ pub struct Command {
 
 impl Command {
     pub fn parse(bytes: &[u8; SQE_LEN as usize]) -> Command {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
         Command {
             opcode: bytes[0],
@@ -83,10 +85,16 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub const SUCCESS: Answer = Answer { status: Status::SUCCESS, result: 0 };
+    pub const SUCCESS: Answer = Answer {
+        status: Status::SUCCESS,
+        result: 0,
+    };
 
     pub fn result(result: u32) -> Answer {
-        Answer { status: Status::SUCCESS, result }
+        Answer {
+            status: Status::SUCCESS,
+            result,
+        }
     }
 }
 

@@ -78,7 +78,10 @@ pub fn descriptors(identity: u64, number: u32) -> Vec<u8> {
 /// Namespace numbers above `after`.
 pub fn active(count: u32, after: u32) -> Vec<u8> {
     let mut data = vec![0u8; LEN];
-    for (slot, number) in data.chunks_exact_mut(4).zip(after.saturating_add(1)..=count) {
+    for (slot, number) in data
+        .chunks_exact_mut(4)
+        .zip(after.saturating_add(1)..=count)
+    {
         slot.copy_from_slice(&number.to_le_bytes());
     }
     data
@@ -113,6 +116,16 @@ fn uuid(identity: u64, number: u32) -> [u8; 16] {
 }
 
 fn uuid_text(identity: u64, number: u32) -> String {
-    let hex: String = uuid(identity, number).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    let hex: String = uuid(identity, number)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    )
 }

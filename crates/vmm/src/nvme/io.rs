@@ -33,7 +33,11 @@ pub(super) fn run(shared: &Shared, command: &Command, buffer: &mut Vec<u8>) -> A
     let result = if command.opcode == FLUSH && command.namespace == BROADCAST {
         shared.flush_all()
     } else {
-        match command.namespace.checked_sub(1).and_then(|index| shared.disks.get(index as usize)) {
+        match command
+            .namespace
+            .checked_sub(1)
+            .and_then(|index| shared.disks.get(index as usize))
+        {
             Some(disk) => one(shared, &**disk, command, buffer),
             None => Err(Status::INVALID_NAMESPACE),
         }
@@ -46,12 +50,23 @@ fn range(disk: &dyn Disk, first: u64, blocks: u64) -> Result<(u64, u64), Status>
     let offset = first.checked_mul(BLOCK).ok_or(Status::OUT_OF_RANGE)?;
     let len = blocks.checked_mul(BLOCK).ok_or(Status::OUT_OF_RANGE)?;
     let end = offset.checked_add(len).ok_or(Status::OUT_OF_RANGE)?;
-    if end <= disk.len() / BLOCK * BLOCK { Ok((offset, len)) } else { Err(Status::OUT_OF_RANGE) }
+    if end <= disk.len() / BLOCK * BLOCK {
+        Ok((offset, len))
+    } else {
+        Err(Status::OUT_OF_RANGE)
+    }
 }
 
-fn one(shared: &Shared, disk: &dyn Disk, command: &Command, buffer: &mut Vec<u8>) -> Result<(), Status> {
+fn one(
+    shared: &Shared,
+    disk: &dyn Disk,
+    command: &Command,
+    buffer: &mut Vec<u8>,
+) -> Result<(), Status> {
     match command.opcode {
-        FLUSH => disk.flush().map_err(|error| failed(&error, Status::WRITE_FAULT)),
+        FLUSH => disk
+            .flush()
+            .map_err(|error| failed(&error, Status::WRITE_FAULT)),
         READ | WRITE => {
             let (offset, len) = range(disk, command.first_block(), command.blocks())?;
             if len > MAX_TRANSFER {
@@ -63,24 +78,29 @@ fn one(shared: &Shared, disk: &dyn Disk, command: &Command, buffer: &mut Vec<u8>
             }
             let data = &mut buffer[..len as usize];
             if command.opcode == READ {
-                disk.read_at(offset, data).map_err(|error| failed(&error, Status::READ_ERROR))?;
+                disk.read_at(offset, data)
+                    .map_err(|error| failed(&error, Status::READ_ERROR))?;
                 return prp::scatter(&shared.dma, &pieces, data);
             }
             if disk.read_only() {
                 return Err(Status::WRITE_PROTECTED);
             }
             prp::gather(&shared.dma, &pieces, data)?;
-            disk.write_at(offset, data).map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+            disk.write_at(offset, data)
+                .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
             if command.words[2] & FORCE_UNIT_ACCESS != 0 {
-                disk.flush().map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.flush()
+                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
             }
             Ok(())
         }
         WRITE_ZEROES => {
             let (offset, len) = range(disk, command.first_block(), command.blocks())?;
-            disk.write_zeroes(offset, len).map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+            disk.write_zeroes(offset, len)
+                .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
             if command.words[2] & FORCE_UNIT_ACCESS != 0 {
-                disk.flush().map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.flush()
+                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
             }
             Ok(())
         }
@@ -96,7 +116,8 @@ fn one(shared: &Shared, disk: &dyn Disk, command: &Command, buffer: &mut Vec<u8>
                 let blocks = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
                 let first = u64::from_le_bytes(entry[8..16].try_into().unwrap_or_default());
                 let (offset, len) = range(disk, first, u64::from(blocks))?;
-                disk.discard(offset, len).map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.discard(offset, len)
+                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
             }
             Ok(())
         }

@@ -128,13 +128,21 @@ impl Controller {
             work: Condvar::new(),
             idle: Condvar::new(),
         });
-        let controller = Controller { name, shared, workers: Mutex::default() };
+        let controller = Controller {
+            name,
+            shared,
+            workers: Mutex::default(),
+        };
         for number in 0..WORKERS {
             let shared = controller.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("{}-{number}", controller.name))
                 .spawn(move || shared.work())?;
-            controller.workers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+            controller
+                .workers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(thread);
         }
         Ok(Arc::new(controller))
     }
@@ -181,7 +189,10 @@ impl Shared {
                 return;
             }
             if inner.paused || inner.resetting {
-                inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                inner = self
+                    .work
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             if std::mem::take(&mut inner.shutting_down) {
@@ -194,7 +205,10 @@ impl Shared {
                 continue;
             }
             let Some((queue, command)) = inner.state.fetch(&self.dma) else {
-                inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                inner = self
+                    .work
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             if inner.state.serve(queue) {
@@ -206,7 +220,13 @@ impl Shared {
             inner = self.lock();
             let vector = match answer {
                 Some(Answer { status, result }) if !inner.resetting => {
-                    let completion = Completion { result, queue, head: 0, command: command.id, status };
+                    let completion = Completion {
+                        result,
+                        queue,
+                        head: 0,
+                        command: command.id,
+                        status,
+                    };
                     inner.state.complete(&self.dma, completion)
                 }
                 _ => None,
@@ -271,7 +291,9 @@ impl Shared {
 
     fn ring(&self, offset: u64, value: u32) {
         let index = offset / 4;
-        let Ok(queue) = u16::try_from(index / 2) else { return };
+        let Ok(queue) = u16::try_from(index / 2) else {
+            return;
+        };
         let vector = {
             let mut inner = self.lock();
             let state = &mut inner.state;
@@ -294,7 +316,11 @@ impl Shared {
                 }
                 let vector = state.deliver(&self.dma, queue);
                 let waiting: Vec<u16> = (0..=self.io_queues)
-                    .filter(|number| state.submission(*number).is_some_and(|s| s.completion == queue))
+                    .filter(|number| {
+                        state
+                            .submission(*number)
+                            .is_some_and(|s| s.completion == queue)
+                    })
                     .collect();
                 for number in waiting {
                     if state.serve(number) {
@@ -315,7 +341,11 @@ impl Shared {
             0x04 => (CAPABILITIES >> 32) as u32,
             0x08 => identify::VERSION,
             0x14 => state.configuration,
-            0x1c => u32::from(state.ready) | u32::from(state.fatal) << 1 | u32::from(state.shutdown) << 2,
+            0x1c => {
+                u32::from(state.ready)
+                    | u32::from(state.fatal) << 1
+                    | u32::from(state.shutdown) << 2
+            }
             0x24 => state.admin_sizes,
             0x28 => state.admin_submission as u32,
             0x2c => (state.admin_submission >> 32) as u32,
@@ -352,12 +382,17 @@ impl PciDevice for Controller {
         let value = match (offset, data.len()) {
             (DOORBELLS.., _) => 0,
             (_, 8) if offset.is_multiple_of(8) => {
-                u64::from(self.shared.register(offset)) | u64::from(self.shared.register(offset + 4)) << 32
+                u64::from(self.shared.register(offset))
+                    | u64::from(self.shared.register(offset + 4)) << 32
             }
             (_, len) => {
                 let shift = offset % 4 * 8;
                 let word = u64::from(self.shared.register(offset & !3)) >> shift;
-                if shift + len as u64 * 8 <= 32 { word } else { 0 }
+                if shift + len as u64 * 8 <= 32 {
+                    word
+                } else {
+                    0
+                }
             }
         };
         put(data, value);
@@ -366,7 +401,9 @@ impl PciDevice for Controller {
     fn write_bar(&self, _: u8, offset: u64, data: &[u8]) {
         let value = get(data);
         match (offset, data.len()) {
-            (DOORBELLS.., 4) if offset.is_multiple_of(4) => self.shared.ring(offset - DOORBELLS, value as u32),
+            (DOORBELLS.., 4) if offset.is_multiple_of(4) => {
+                self.shared.ring(offset - DOORBELLS, value as u32)
+            }
             (DOORBELLS.., _) => {}
             (_, 4) if offset.is_multiple_of(4) => self.shared.set_register(offset, value as u32),
             (_, 8) if offset.is_multiple_of(8) => {
@@ -387,7 +424,11 @@ impl Persist for Controller {
         let mut inner = self.shared.lock();
         inner.paused = true;
         while inner.in_flight > 0 {
-            inner = self.shared.idle.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            inner = self
+                .shared
+                .idle
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -399,7 +440,8 @@ impl Persist for Controller {
     fn close(&self) {
         self.shared.lock().closed = true;
         self.shared.work.notify_all();
-        let workers = std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
+        let workers =
+            std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
         for worker in workers {
             let _ = worker.join();
         }
@@ -410,7 +452,10 @@ impl Persist for Controller {
         let inner = self.shared.lock();
         if inner.in_flight > 0 {
             let reason = "I/O is in flight; quiesce it first".into();
-            return Err(StateError::Busy { device: self.identity(), reason });
+            return Err(StateError::Busy {
+                device: self.identity(),
+                reason,
+            });
         }
         let saved = SavedController {
             function: self.shared.function.save(),
@@ -423,13 +468,25 @@ impl Persist for Controller {
 
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
         let content: SavedController = saved.get(&self.identity(), 1)?;
-        if !self.shared.disks.iter().map(|disk| disk.len()).eq(content.disks) {
+        if !self
+            .shared
+            .disks
+            .iter()
+            .map(|disk| disk.len())
+            .eq(content.disks)
+        {
             return Err(saved.damaged("its disks have other sizes"));
         }
-        if !content.state.is_sound(usize::from(self.shared.io_queues) + 1) {
+        if !content
+            .state
+            .is_sound(usize::from(self.shared.io_queues) + 1)
+        {
             return Err(saved.damaged("its queues cannot be"));
         }
-        self.shared.function.restore(content.function).map_err(|reason| saved.damaged(reason))?;
+        self.shared
+            .function
+            .restore(content.function)
+            .map_err(|reason| saved.damaged(reason))?;
         let mut inner = self.shared.lock();
         inner.state = content.state;
         inner.shutting_down = content.shutting_down;

@@ -49,8 +49,11 @@ pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Vec<(u64, u64)>,
         let wanted = left.div_ceil(PAGE);
         let room = (PAGE - list % PAGE) / 8;
         let mut bytes = vec![0; wanted.min(room) as usize * 8];
-        dma.read(list, &mut bytes).map_err(|_| Status::DATA_TRANSFER)?;
-        let mut entries = bytes.chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()));
+        dma.read(list, &mut bytes)
+            .map_err(|_| Status::DATA_TRANSFER)?;
+        let mut entries = bytes
+            .chunks_exact(8)
+            .map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()));
         // The last slot of a page points to the next list where more than it could name is wanted.
         let chained = wanted > room;
         for _ in 0..wanted.min(room) - u64::from(chained) {
@@ -74,8 +77,11 @@ pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Vec<(u64, u64)>,
 /// Copies guest memory into `data`.
 pub fn gather(dma: &Dma, pieces: &[(u64, u64)], mut data: &mut [u8]) -> Result<(), Status> {
     for (address, len) in pieces {
-        let (piece, rest) = data.split_at_mut_checked(*len as usize).ok_or(Status::INTERNAL)?;
-        dma.read(*address, piece).map_err(|_| Status::DATA_TRANSFER)?;
+        let (piece, rest) = data
+            .split_at_mut_checked(*len as usize)
+            .ok_or(Status::INTERNAL)?;
+        dma.read(*address, piece)
+            .map_err(|_| Status::DATA_TRANSFER)?;
         data = rest;
     }
     Ok(())
@@ -84,8 +90,11 @@ pub fn gather(dma: &Dma, pieces: &[(u64, u64)], mut data: &mut [u8]) -> Result<(
 /// Copies `data` into guest memory.
 pub fn scatter(dma: &Dma, pieces: &[(u64, u64)], mut data: &[u8]) -> Result<(), Status> {
     for (address, len) in pieces {
-        let (piece, rest) = data.split_at_checked(*len as usize).ok_or(Status::INTERNAL)?;
-        dma.write(*address, piece).map_err(|_| Status::DATA_TRANSFER)?;
+        let (piece, rest) = data
+            .split_at_checked(*len as usize)
+            .ok_or(Status::INTERNAL)?;
+        dma.write(*address, piece)
+            .map_err(|_| Status::DATA_TRANSFER)?;
         data = rest;
     }
     Ok(())
@@ -99,20 +108,35 @@ mod tests {
     use std::sync::Arc;
 
     fn command(prp1: u64, prp2: u64) -> Command {
-        Command { opcode: 2, flags: 0, id: 1, namespace: 1, prp1, prp2, words: [0; 6] }
+        Command {
+            opcode: 2,
+            flags: 0,
+            id: 1,
+            namespace: 1,
+            prp1,
+            prp2,
+            words: [0; 6],
+        }
     }
 
     fn dma() -> Dma {
-        Dma::new(Arc::new(crate::memory::allocate(16 << 20).unwrap()), Arc::new(Recorder::default()))
+        Dma::new(
+            Arc::new(crate::memory::allocate(16 << 20).unwrap()),
+            Arc::new(Recorder::default()),
+        )
     }
 
     #[test]
     fn one_page_two_pages_and_a_list() {
         let dma = dma();
         assert_eq!(pieces(&dma, &command(0x1ffc, 0), 4).unwrap(), [(0x1ffc, 4)]);
-        assert_eq!(pieces(&dma, &command(0x1800, 0x9000), 4096).unwrap(), [(0x1800, 0x800), (0x9000, 0x800)]);
+        assert_eq!(
+            pieces(&dma, &command(0x1800, 0x9000), 4096).unwrap(),
+            [(0x1800, 0x800), (0x9000, 0x800)]
+        );
         for (slot, page) in [0x2_0000u64, 0x2_1000, 0x5_0000].into_iter().enumerate() {
-            dma.write(0x8000 + slot as u64 * 8, &page.to_le_bytes()).unwrap();
+            dma.write(0x8000 + slot as u64 * 8, &page.to_le_bytes())
+                .unwrap();
         }
         assert_eq!(
             pieces(&dma, &command(0x1000, 0x8000), 4 * 4096).unwrap(),
@@ -125,7 +149,10 @@ mod tests {
         let dma = dma();
         dma.write(0x8ff8, &0x8000u64.to_le_bytes()).unwrap();
         assert!(pieces(&dma, &command(0x1000, 0x8ff8), 8 << 20).is_err());
-        assert_eq!(pieces(&dma, &command(0x1000, !0xfff), 8 << 20), Err(Status::DATA_TRANSFER));
+        assert_eq!(
+            pieces(&dma, &command(0x1000, !0xfff), 8 << 20),
+            Err(Status::DATA_TRANSFER)
+        );
     }
 
     proptest! {

@@ -61,7 +61,11 @@ pub struct State {
 impl State {
     pub fn new(io_queues: u16) -> State {
         let count = usize::from(io_queues) + 1;
-        State { submissions: vec![None; count], completions: vec![None; count], ..State::default() }
+        State {
+            submissions: vec![None; count],
+            completions: vec![None; count],
+            ..State::default()
+        }
     }
 
     /// What a disabled controller keeps: the admin queue registers alone.
@@ -91,8 +95,17 @@ impl State {
             self.fatal = true;
             return;
         }
-        self.submissions[0] = Some(SubmissionQueue::new(self.admin_submission, submission_size, 0));
-        self.completions[0] = Some(CompletionQueue::new(self.admin_completion, completion_size, 0, true));
+        self.submissions[0] = Some(SubmissionQueue::new(
+            self.admin_submission,
+            submission_size,
+            0,
+        ));
+        self.completions[0] = Some(CompletionQueue::new(
+            self.admin_completion,
+            completion_size,
+            0,
+            true,
+        ));
         self.ready = true;
     }
 
@@ -106,12 +119,17 @@ impl State {
 
     /// Lists a queue for service where it has commands and room for their completions; true where it was added.
     pub fn serve(&mut self, queue: u16) -> bool {
-        let Some(submission) = self.submission(queue) else { return false };
+        let Some(submission) = self.submission(queue) else {
+            return false;
+        };
         if submission.listed || submission.head == submission.tail {
             return false;
         }
         let completion = submission.completion;
-        if self.completion(completion).is_none_or(|completion| !completion.waiting.is_empty()) {
+        if self
+            .completion(completion)
+            .is_none_or(|completion| !completion.waiting.is_empty())
+        {
             return false;
         }
         if let Some(submission) = self.submission(queue) {
@@ -124,13 +142,17 @@ impl State {
     /// Takes the next command of a listed queue: queue, command and the new head.
     pub fn fetch(&mut self, dma: &Dma) -> Option<(u16, Command)> {
         while let Some(queue) = self.list.pop_front() {
-            let Some(submission) = self.submission(queue) else { continue };
+            let Some(submission) = self.submission(queue) else {
+                continue;
+            };
             submission.listed = false;
             if submission.head == submission.tail {
                 continue;
             }
             let mut bytes = [0; SQE_LEN as usize];
-            let at = submission.base.wrapping_add(u64::from(submission.head) * SQE_LEN);
+            let at = submission
+                .base
+                .wrapping_add(u64::from(submission.head) * SQE_LEN);
             if dma.read(at, &mut bytes).is_err() {
                 self.fatal = true;
                 self.list.clear();
@@ -157,11 +179,16 @@ impl State {
         let completion = self.completion(queue)?;
         let mut any = false;
         while (completion.tail + 1) % completion.size != completion.head {
-            let Some(next) = completion.waiting.pop_front() else { break };
-            let at = completion.base.wrapping_add(u64::from(completion.tail) * CQE_LEN);
+            let Some(next) = completion.waiting.pop_front() else {
+                break;
+            };
+            let at = completion
+                .base
+                .wrapping_add(u64::from(completion.tail) * CQE_LEN);
             let bytes = next.bytes(completion.phase);
             // The guest looks at the phase bit: it is written last.
-            if dma.write(at, &bytes[..12]).is_err() || dma.store_u32(at + 12, &bytes[12..]).is_err() {
+            if dma.write(at, &bytes[..12]).is_err() || dma.store_u32(at + 12, &bytes[12..]).is_err()
+            {
                 self.fatal = true;
                 return None;
             }
@@ -181,23 +208,43 @@ impl State {
         self.submissions.len() == queues
             && self.completions.len() == queues
             && self.event_requests.len() <= usize::from(super::identify::EVENT_REQUESTS) + 1
-            && self.submissions.iter().flatten().all(|queue| {
-                size(queue.size) && queue.head < queue.size && queue.tail < queue.size
-            })
-            && self.completions.iter().flatten().all(|queue| {
-                size(queue.size) && queue.head < queue.size && queue.tail < queue.size
-            })
+            && self
+                .submissions
+                .iter()
+                .flatten()
+                .all(|queue| size(queue.size) && queue.head < queue.size && queue.tail < queue.size)
+            && self
+                .completions
+                .iter()
+                .flatten()
+                .all(|queue| size(queue.size) && queue.head < queue.size && queue.tail < queue.size)
     }
 }
 
 impl SubmissionQueue {
     pub fn new(base: u64, size: u32, completion: u16) -> SubmissionQueue {
-        SubmissionQueue { base, size, head: 0, tail: 0, completion, listed: false }
+        SubmissionQueue {
+            base,
+            size,
+            head: 0,
+            tail: 0,
+            completion,
+            listed: false,
+        }
     }
 }
 
 impl CompletionQueue {
     pub fn new(base: u64, size: u32, vector: u16, interrupts: bool) -> CompletionQueue {
-        CompletionQueue { base, size, head: 0, tail: 0, phase: true, vector, interrupts, waiting: VecDeque::new() }
+        CompletionQueue {
+            base,
+            size,
+            head: 0,
+            tail: 0,
+            phase: true,
+            vector,
+            interrupts,
+            waiting: VecDeque::new(),
+        }
     }
 }

@@ -25,12 +25,24 @@ struct Rig {
 
 fn rig() -> Rig {
     let vm = Arc::new(Recorder::default());
-    let dma = Dma::new(Arc::new(crate::memory::allocate(16 << 20).unwrap()), vm.clone());
+    let dma = Dma::new(
+        Arc::new(crate::memory::allocate(16 << 20).unwrap()),
+        vm.clone(),
+    );
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 20).unwrap();
     let disk: Arc<dyn Disk> = Arc::new(disk::RawDisk::open(file.path(), false).unwrap());
-    let controller = Controller::new("nvme0", dma.clone(), vm.clone(), vec![disk.clone()], 2, 7).unwrap();
-    Rig { vm, dma, controller, disk, tails: [0; 2], heads: [0; 2], _file: file }
+    let controller =
+        Controller::new("nvme0", dma.clone(), vm.clone(), vec![disk.clone()], 2, 7).unwrap();
+    Rig {
+        vm,
+        dma,
+        controller,
+        disk,
+        tails: [0; 2],
+        heads: [0; 2],
+        _file: file,
+    }
 }
 
 impl Rig {
@@ -63,7 +75,9 @@ impl Rig {
         for (index, word) in words.iter().enumerate() {
             entry[40 + index * 4..44 + index * 4].copy_from_slice(&word.to_le_bytes());
         }
-        self.dma.write(base + u64::from(self.tails[queue]) * 64, &entry).unwrap();
+        self.dma
+            .write(base + u64::from(self.tails[queue]) * 64, &entry)
+            .unwrap();
         self.tails[queue] = (self.tails[queue] + 1) % 32;
         self.set(DOORBELLS + queue as u64 * 8, self.tails[queue]);
     }
@@ -77,7 +91,10 @@ impl Rig {
             if word >> 16 & 1 == 1 {
                 self.heads[queue] += 1;
                 self.set(DOORBELLS + queue as u64 * 8 + 4, self.heads[queue]);
-                return ((word >> 17) as u16 & 0x7ff, self.dma.read_u32(base).unwrap());
+                return (
+                    (word >> 17) as u16 & 0x7ff,
+                    self.dma.read_u32(base).unwrap(),
+                );
             }
             assert!(Instant::now() < deadline, "no completion came");
             std::thread::yield_now();
@@ -91,8 +108,16 @@ impl Rig {
 
     fn with_io(&mut self) {
         self.enable();
-        assert_eq!(self.admin(0x05, 0, CQ, [31 << 16 | 1, 1 << 16 | 3, 0, 0, 0, 0]).0, 0);
-        assert_eq!(self.admin(0x01, 0, SQ, [31 << 16 | 1, 1 << 16 | 1, 0, 0, 0, 0]).0, 0);
+        assert_eq!(
+            self.admin(0x05, 0, CQ, [31 << 16 | 1, 1 << 16 | 3, 0, 0, 0, 0])
+                .0,
+            0
+        );
+        assert_eq!(
+            self.admin(0x01, 0, SQ, [31 << 16 | 1, 1 << 16 | 1, 0, 0, 0, 0])
+                .0,
+            0
+        );
     }
 
     fn io(&mut self, opcode: u8, prp: [u64; 2], words: [u32; 6]) -> u16 {
@@ -110,11 +135,18 @@ fn a_driver_identifies_makes_queues_writes_and_reads_back() {
     rig.dma.read(DATA + 24, &mut model).unwrap();
     assert_eq!(&model, b"Berth");
     assert_eq!(rig.admin(0x06, 1, DATA, [0; 6]).0, 0);
-    assert_eq!(rig.dma.read_u32(DATA).unwrap(), 8192, "4 MiB are 8192 blocks");
+    assert_eq!(
+        rig.dma.read_u32(DATA).unwrap(),
+        8192,
+        "4 MiB are 8192 blocks"
+    );
     let content: Vec<u8> = (0..8192u32).map(|n| (n * 7) as u8).collect();
     rig.dma.write(DATA, &content).unwrap();
     assert_eq!(rig.io(1, [DATA, DATA + 4096], [100, 0, 15, 0, 0, 0]), 0);
-    assert_eq!(rig.io(2, [DATA + 0x1_0200, DATA + 0x2_0000], [108, 0, 7, 0, 0, 0]), 0);
+    assert_eq!(
+        rig.io(2, [DATA + 0x1_0200, DATA + 0x2_0000], [108, 0, 7, 0, 0, 0]),
+        0
+    );
     let mut back = vec![0; 3584];
     rig.dma.read(DATA + 0x1_0200, &mut back).unwrap();
     assert_eq!(back, content[4096..4096 + 3584]);
@@ -138,16 +170,38 @@ fn what_a_driver_may_not_ask_is_refused() {
     assert_eq!(rig.io(2, [DATA, 0], [8192, 0, 0, 0, 0, 0]), 0x80);
     assert_eq!(rig.io(2, [DATA, 0], [u32::MAX, u32::MAX, 0, 0, 0, 0]), 0x80);
     assert_eq!(rig.io(2, [1 << 40, 0], [0; 6]), 0x04);
-    assert_eq!(rig.io(2, [DATA, 0], [0, 0, 2047, 0, 0, 0]), 0x02, "larger than the largest transfer");
+    assert_eq!(
+        rig.io(2, [DATA, 0], [0, 0, 2047, 0, 0, 0]),
+        0x02,
+        "larger than the largest transfer"
+    );
     assert_eq!(rig.io(0x55, [0; 2], [0; 6]), 0x01);
     rig.submit(1, 2, 2, [DATA, 0], [0; 6]);
     assert_eq!(rig.completed(1).0, 0x0b);
-    assert_eq!(rig.admin(0x05, 0, CQ, [31 << 16 | 1, 3, 0, 0, 0, 0]).0, 0x101, "the number is taken");
-    assert_eq!(rig.admin(0x05, 0, CQ, [31 << 16 | 9, 3, 0, 0, 0, 0]).0, 0x101);
+    assert_eq!(
+        rig.admin(0x05, 0, CQ, [31 << 16 | 1, 3, 0, 0, 0, 0]).0,
+        0x101,
+        "the number is taken"
+    );
+    assert_eq!(
+        rig.admin(0x05, 0, CQ, [31 << 16 | 9, 3, 0, 0, 0, 0]).0,
+        0x101
+    );
     assert_eq!(rig.admin(0x05, 0, CQ, [2, 3, 0, 0, 0, 0]).0, 0x102);
-    assert_eq!(rig.admin(0x05, 0, CQ, [31 << 16 | 2, 99 << 16 | 3, 0, 0, 0, 0]).0, 0x108);
-    assert_eq!(rig.admin(0x04, 0, 0, [1, 0, 0, 0, 0, 0]).0, 0x10c, "a submission queue still uses it");
-    assert_eq!(rig.admin(0x09, 0, 0, [7, 0x003f_003f, 0, 0, 0, 0]), (0, 0x0001_0001));
+    assert_eq!(
+        rig.admin(0x05, 0, CQ, [31 << 16 | 2, 99 << 16 | 3, 0, 0, 0, 0])
+            .0,
+        0x108
+    );
+    assert_eq!(
+        rig.admin(0x04, 0, 0, [1, 0, 0, 0, 0, 0]).0,
+        0x10c,
+        "a submission queue still uses it"
+    );
+    assert_eq!(
+        rig.admin(0x09, 0, 0, [7, 0x003f_003f, 0, 0, 0, 0]),
+        (0, 0x0001_0001)
+    );
 }
 
 #[test]
@@ -181,12 +235,17 @@ fn completions_wait_for_room_and_a_reset_ends_everything() {
 fn a_completion_interrupts_by_its_vector() {
     let mut rig = rig();
     let mut capability = [0];
-    rig.controller.function().config_bytes(0x34, &mut capability);
+    rig.controller
+        .function()
+        .config_bytes(0x34, &mut capability);
     let root = crate::pci::root::tests::board().root;
     root.attach(rig.controller.clone()).unwrap();
     let ecam = crate::pci::root::Ecam(root);
     use crate::bus::BusDevice;
-    ecam.write((1 << 15) + u64::from(capability[0]) + 2, &0x8000u16.to_le_bytes());
+    ecam.write(
+        (1 << 15) + u64::from(capability[0]) + 2,
+        &0x8000u16.to_le_bytes(),
+    );
     let controller = rig.controller.clone();
     let msix = controller.function().msix().unwrap();
     assert!(msix.enabled());
@@ -195,7 +254,10 @@ fn a_completion_interrupts_by_its_vector() {
     rig.completed(0);
     let deadline = Instant::now() + Duration::from_secs(10);
     // The vector is still masked in the table: the interrupt shows as pending.
-    while !serde_json::to_string(&msix.save()).unwrap().contains("\"pending\":true") {
+    while !serde_json::to_string(&msix.save())
+        .unwrap()
+        .contains("\"pending\":true")
+    {
         assert!(Instant::now() < deadline);
         std::thread::yield_now();
     }

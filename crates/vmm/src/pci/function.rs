@@ -71,7 +71,10 @@ pub struct FunctionBuilder {
 impl FunctionBuilder {
     /// `class` is base class, sub-class and programming interface, as 0x010802.
     pub fn new(vendor: u16, device: u16, class: u32, revision: u8) -> FunctionBuilder {
-        let mut config = Config { bytes: vec![0; CONFIG_LEN], writable: vec![0; CONFIG_LEN] };
+        let mut config = Config {
+            bytes: vec![0; CONFIG_LEN],
+            writable: vec![0; CONFIG_LEN],
+        };
         config.bytes[0..2].copy_from_slice(&vendor.to_le_bytes());
         config.bytes[2..4].copy_from_slice(&device.to_le_bytes());
         config.bytes[8..12].copy_from_slice(&(class << 8 | u32::from(revision)).to_le_bytes());
@@ -80,7 +83,13 @@ impl FunctionBuilder {
         config.writable[COMMAND + 1] = 0b100;
         config.writable[0x0c] = 0xff;
         config.writable[INTERRUPT_LINE] = 0xff;
-        FunctionBuilder { config, bars: Vec::new(), next_capability: FIRST_CAPABILITY, last_link: CAPABILITIES, msix: None }
+        FunctionBuilder {
+            config,
+            bars: Vec::new(),
+            next_capability: FIRST_CAPABILITY,
+            last_link: CAPABILITIES,
+            msix: None,
+        }
     }
 
     pub fn subsystem(mut self, vendor: u16, device: u16) -> FunctionBuilder {
@@ -100,7 +109,12 @@ impl FunctionBuilder {
     /// # Panics
     /// For any other length or index: both are the device's constants.
     pub fn bar(mut self, index: u8, len: u64) -> FunctionBuilder {
-        assert!(len.is_power_of_two() && (4096..=1 << 30).contains(&len) && index <= 4 && index.is_multiple_of(2));
+        assert!(
+            len.is_power_of_two()
+                && (4096..=1 << 30).contains(&len)
+                && index <= 4
+                && index.is_multiple_of(2)
+        );
         let at = BARS + usize::from(index) * 4;
         self.config.bytes[at] = 0b100;
         self.config.writable[at..at + 8].copy_from_slice(&(!(len - 1)).to_le_bytes());
@@ -110,7 +124,12 @@ impl FunctionBuilder {
 
     /// Adds a capability of `content` after its two-byte header; `writable` are its changeable bits. Gives the
     /// builder and where the capability begins.
-    pub fn capability(mut self, id: u8, content: &[u8], writable: &[u8]) -> (FunctionBuilder, usize) {
+    pub fn capability(
+        mut self,
+        id: u8,
+        content: &[u8],
+        writable: &[u8],
+    ) -> (FunctionBuilder, usize) {
         let at = self.next_capability;
         let end = at + 2 + content.len();
         assert!(end <= 256, "capabilities must fit into the first 256 bytes");
@@ -130,7 +149,9 @@ impl FunctionBuilder {
         let mut content = (vectors - 1).to_le_bytes().to_vec();
         content.extend(u32::from(bar).to_le_bytes());
         content.extend((msix::PENDING_AT as u32 | u32::from(bar)).to_le_bytes());
-        let (mut builder, at) = self.bar(bar, msix::BAR_LEN).capability(CAPABILITY_MSIX, &content, &[0, 0xc0]);
+        let (mut builder, at) =
+            self.bar(bar, msix::BAR_LEN)
+                .capability(CAPABILITY_MSIX, &content, &[0, 0xc0]);
         builder.msix = Some((table, bar, at));
         builder
     }
@@ -282,9 +303,15 @@ impl Function {
         {
             let mut config = self.lock();
             let same = state.config.len() == 256
-                && state.config.iter().zip(&config.bytes).zip(&config.writable).enumerate().all(
-                    |(at, ((new, old), mask))| at == STATUS || at == INTERRUPT_LINE || (new ^ old) & !mask == 0,
-                );
+                && state
+                    .config
+                    .iter()
+                    .zip(&config.bytes)
+                    .zip(&config.writable)
+                    .enumerate()
+                    .all(|(at, ((new, old), mask))| {
+                        at == STATUS || at == INTERRUPT_LINE || (new ^ old) & !mask == 0
+                    });
             if !same {
                 return Err("the configuration space is another device's");
             }

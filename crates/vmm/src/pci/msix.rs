@@ -45,9 +45,21 @@ impl Msix {
     /// For none or more than [`LIMIT`].
     pub fn new(vm: Arc<dyn Vm>, vectors: u16) -> Msix {
         assert!((1..=LIMIT).contains(&vectors));
-        let masked = Entry { address: 0, data: 0, control: VECTOR_MASKED, pending: false };
-        let state = MsixState { entries: vec![masked; usize::from(vectors)], enabled: false, masked: false };
-        Msix { vm, state: Mutex::new(state) }
+        let masked = Entry {
+            address: 0,
+            data: 0,
+            control: VECTOR_MASKED,
+            pending: false,
+        };
+        let state = MsixState {
+            entries: vec![masked; usize::from(vectors)],
+            enabled: false,
+            masked: false,
+        };
+        Msix {
+            vm,
+            state: Mutex::new(state),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, MsixState> {
@@ -77,7 +89,9 @@ impl Msix {
             let mut state = self.lock();
             let open = state.enabled && !state.masked;
             match state.entries.get_mut(usize::from(vector)) {
-                Some(entry) if open && entry.control & VECTOR_MASKED == 0 => Some((entry.address, entry.data)),
+                Some(entry) if open && entry.control & VECTOR_MASKED == 0 => {
+                    Some((entry.address, entry.data))
+                }
                 Some(entry) => {
                     entry.pending = true;
                     None
@@ -122,10 +136,17 @@ impl Msix {
             if at >= PENDING_AT {
                 let first = ((at - PENDING_AT) * 8) as usize;
                 return (0..32)
-                    .filter(|bit| state.entries.get(first + bit).is_some_and(|entry| entry.pending))
+                    .filter(|bit| {
+                        state
+                            .entries
+                            .get(first + bit)
+                            .is_some_and(|entry| entry.pending)
+                    })
                     .fold(0, |word, bit| word | 1 << bit);
             }
-            let Some(entry) = state.entries.get((at / 16) as usize) else { return 0 };
+            let Some(entry) = state.entries.get((at / 16) as usize) else {
+                return 0;
+            };
             match at % 16 {
                 0 => entry.address as u32,
                 4 => (entry.address >> 32) as u32,
@@ -135,7 +156,9 @@ impl Msix {
         };
         let value = match data.len() {
             4 if offset.is_multiple_of(4) => u64::from(word(offset)),
-            8 if offset.is_multiple_of(8) => u64::from(word(offset)) | u64::from(word(offset + 4)) << 32,
+            8 if offset.is_multiple_of(8) => {
+                u64::from(word(offset)) | u64::from(word(offset + 4)) << 32
+            }
             _ => 0,
         };
         put(data, value);
@@ -145,13 +168,18 @@ impl Msix {
         let value = get(data);
         let messages = {
             let mut state = self.lock();
-            let Some(entry) = state.entries.get_mut((offset / 16) as usize) else { return };
+            let Some(entry) = state.entries.get_mut((offset / 16) as usize) else {
+                return;
+            };
             match (offset % 16, data.len()) {
                 (0, 4) => entry.address = entry.address >> 32 << 32 | value & !3,
                 (0, 8) => entry.address = value & !3,
                 (4, 4) => entry.address = entry.address & 0xffff_ffff | value << 32,
                 (8, 4) => entry.data = value as u32,
-                (8, 8) => (entry.data, entry.control) = (value as u32, (value >> 32) as u32 & VECTOR_MASKED),
+                (8, 8) => {
+                    (entry.data, entry.control) =
+                        (value as u32, (value >> 32) as u32 & VECTOR_MASKED)
+                }
                 (12, 4) => entry.control = value as u32 & VECTOR_MASKED,
                 _ => {}
             }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use super::{FunctionBuilder, Function, PciDevice};
+use super::{Function, FunctionBuilder, PciDevice};
 use crate::bus::{Bus, BusDevice, get, put};
 use crate::control::{Control, Outcome};
 use crate::devices::ioapic::IoApic;
@@ -80,7 +80,10 @@ impl Root {
     pub fn new(mmio: Arc<Bus>, ioapic: Arc<IoApic>, control: Arc<Control>) -> Arc<Root> {
         // Red Hat's PCI Express host bridge, which every guest knows to leave alone.
         let bridge = HostBridge(FunctionBuilder::new(0x1b36, 0x0008, 0x06_0000, 0).build());
-        let slot = Arc::new(Slot { device: Arc::new(bridge), mapped: Mutex::default() });
+        let slot = Arc::new(Slot {
+            device: Arc::new(bridge),
+            mapped: Mutex::default(),
+        });
         Arc::new(Root {
             mmio,
             ioapic,
@@ -116,12 +119,19 @@ impl Root {
             let gsi = pin::PCI[number % 4];
             function.connect(self.ioapic.line(gsi), gsi);
         }
-        slots.push(Arc::new(Slot { device, mapped: Mutex::default() }));
+        slots.push(Arc::new(Slot {
+            device,
+            mapped: Mutex::default(),
+        }));
         Ok(number)
     }
 
     fn slot(&self, number: usize) -> Option<Arc<Slot>> {
-        self.slots.read().unwrap_or_else(PoisonError::into_inner).get(number).cloned()
+        self.slots
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(number)
+            .cloned()
     }
 
     /// Brings the memory bus in line with what the function decodes.
@@ -129,7 +139,9 @@ impl Root {
         let wanted = slot.device.function().decoded();
         let mut mapped = slot.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         mapped.retain(|(index, base)| {
-            let keep = wanted.iter().any(|(bar, address)| bar.index == *index && address == base);
+            let keep = wanted
+                .iter()
+                .any(|(bar, address)| bar.index == *index && address == base);
             if !keep {
                 self.mmio.remove(*base);
             }
@@ -139,7 +151,10 @@ impl Root {
             if mapped.iter().any(|(index, _)| *index == bar.index) {
                 continue;
             }
-            let range = Arc::new(BarRange { device: slot.device.clone(), bar: bar.index });
+            let range = Arc::new(BarRange {
+                device: slot.device.clone(),
+                bar: bar.index,
+            });
             match self.mmio.insert(address, bar.len, range) {
                 Ok(()) => mapped.push((bar.index, address)),
                 // The guest put it over another device: neither hardware nor we decode that.
@@ -150,7 +165,11 @@ impl Root {
 
     /// After a restore of devices' configuration spaces.
     pub fn remap_all(&self) {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let slots = self
+            .slots
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         slots.iter().for_each(|slot| self.remap(slot));
     }
 
@@ -181,11 +200,13 @@ pub struct Ecam(pub Arc<Root>);
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let (slot, function) = ((offset >> 15) as usize & 31, (offset >> 12) as usize & 7);
-        self.0.read_config(slot, function, offset as usize & 0xfff, data);
+        self.0
+            .read_config(slot, function, offset as usize & 0xfff, data);
     }
     fn write(&self, offset: u64, data: &[u8]) {
         let (slot, function) = ((offset >> 15) as usize & 31, (offset >> 12) as usize & 7);
-        self.0.write_config(slot, function, offset as usize & 0xfff, data);
+        self.0
+            .write_config(slot, function, offset as usize & 0xfff, data);
     }
 }
 
@@ -195,28 +216,53 @@ pub struct ConfigPorts(pub Arc<Root>);
 impl ConfigPorts {
     /// Slot, function and register, where the address port selects any on bus 0.
     fn target(&self, offset: u64) -> Option<(usize, usize, usize)> {
-        let address = *self.0.address.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = *self
+            .0
+            .address
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let selected = address & 0x8000_0000 != 0 && address >> 16 & 0xff == 0;
         let register = (address & 0xfc) as usize + (offset - 4) as usize;
-        selected.then_some(((address >> 11 & 31) as usize, (address >> 8 & 7) as usize, register))
+        selected.then_some((
+            (address >> 11 & 31) as usize,
+            (address >> 8 & 7) as usize,
+            register,
+        ))
     }
 }
 
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if offset == 0 && data.len() == 4 {
-            put(data, u64::from(*self.0.address.lock().unwrap_or_else(PoisonError::into_inner)));
+            put(
+                data,
+                u64::from(
+                    *self
+                        .0
+                        .address
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner),
+                ),
+            );
             return;
         }
         match self.target(offset.max(4)) {
-            Some((slot, function, register)) if offset >= 4 => self.0.read_config(slot, function, register, data),
+            Some((slot, function, register)) if offset >= 4 => {
+                self.0.read_config(slot, function, register, data)
+            }
             _ => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, data.len()) {
-            (0, 4) => *self.0.address.lock().unwrap_or_else(PoisonError::into_inner) = get(data) as u32,
+            (0, 4) => {
+                *self
+                    .0
+                    .address
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = get(data) as u32
+            }
             // Bit 2 resets, as in every PC's reset control register.
             (1, 1) if data[0] & 4 != 0 => self.0.control.end(Outcome::Reset),
             (4.., _) => {
@@ -260,8 +306,11 @@ pub(crate) mod tests {
     }
 
     fn scratch(board: &Board) -> usize {
-        let function =
-            FunctionBuilder::new(0x1234, 1, 0xff_0000, 0).interrupt_pin().bar(0, 0x4000).msix(board.vm.clone(), 2, 4).build();
+        let function = FunctionBuilder::new(0x1234, 1, 0xff_0000, 0)
+            .interrupt_pin()
+            .bar(0, 0x4000)
+            .msix(board.vm.clone(), 2, 4)
+            .build();
         board.root.attach(Arc::new(Scratch(function))).unwrap()
     }
 
@@ -276,7 +325,10 @@ pub(crate) mod tests {
         assert_eq!(u32::from_le_bytes(word), 0x0001_1234);
         ecam.read(at(0x10), &mut word);
         let base = u32::from_le_bytes(word) & !0xf;
-        assert!(!board.mmio.read(u64::from(base), &mut [0]), "nothing decodes yet");
+        assert!(
+            !board.mmio.read(u64::from(base), &mut [0]),
+            "nothing decodes yet"
+        );
         ecam.write(at(0x10), &[0xff; 4]);
         ecam.read(at(0x10), &mut word);
         assert_eq!(u32::from_le_bytes(word), 0xffff_c004);
@@ -285,7 +337,9 @@ pub(crate) mod tests {
         let mut byte = [0];
         assert!(board.mmio.read(0xd000_0010, &mut byte) && byte == [1]);
         ecam.write(at(0x14), &1u32.to_le_bytes());
-        assert!(board.mmio.read(0x1_d000_0010, &mut byte) && !board.mmio.read(0xd000_0010, &mut byte));
+        assert!(
+            board.mmio.read(0x1_d000_0010, &mut byte) && !board.mmio.read(0xd000_0010, &mut byte)
+        );
         ecam.write(at(0x04), &[0, 0]);
         assert!(!board.mmio.read(0x1_d000_0010, &mut byte));
     }
