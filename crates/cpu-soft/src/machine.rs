@@ -137,6 +137,7 @@ impl Mailbox {
             requests: AtomicU32::new(0),
             sipi_vector: AtomicU32::new(0),
             alarm: AtomicU64::new(0),
+            apic: crate::system::apic::Shared::default(),
             attention: AttentionPointer::default(),
             sleeper: Sleeper::default(),
         }

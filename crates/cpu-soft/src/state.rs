@@ -207,6 +207,8 @@ pub struct Mailbox {
     pub sipi_vector: AtomicU32,
     /// Host TSC at which the CPU wants to be rung (0: never). Written by its own CPU through [`Mailbox::set_alarm`].
     pub alarm: AtomicU64,
+    /// What senders of interrupts must know of this CPU's APIC.
+    pub apic: crate::system::apic::Shared,
     pub(crate) attention: crate::machine::AttentionPointer,
     pub(crate) sleeper: crate::machine::Sleeper,
 }
@@ -257,6 +259,7 @@ impl Frame {
     /// A CPU with everything zero but what must not be: RFLAGS 2, MXCSR 0x1f80, x87 untouched, XCR0 1, buffers empty.
     /// The caller sets a start state ([`cpu::Vcpu::restore`]).
     pub fn new(id: u32, machine: Arc<Machine>, mailbox: Arc<Mailbox>) -> Box<Frame> {
+        let system = System::new(&machine, id);
         let cpu = Cpu {
             gpr: [0; 16],
             rip: 0,
@@ -295,7 +298,7 @@ impl Frame {
             machine,
             mailbox,
             id,
-            system: System::default(),
+            system,
         };
         let mut frame = Box::<Frame>::new_uninit();
         let at = frame.as_mut_ptr();

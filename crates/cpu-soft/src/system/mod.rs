@@ -3,18 +3,67 @@
 //! The run loop calls:
 //! - [`execute`] for every instruction in 64-bit mode that is not translated (rip at the instruction on entry; on success
 //!   at the next one or the target; on `Err` nothing has changed, except REP progress);
-//! - [`interpret`] for one instruction in 16-bit, 32-bit or compatibility mode (fetch, decode, execute);
+//! - [`interpret`] for one instruction in 16-bit, 32-bit or compatibility mode (fetch, decode, execute), and in any mode
+//!   while RFLAGS.TF is set: it raises the single-step trap itself;
 //! - [`deliver`] for faults, [`poll_interrupts`] between blocks when `attention` was raised or IF was set.
+//!
+//! After STI and MOV SS, [`Cpu::interrupt_shadow`] is set: the next [`poll_interrupts`] only clears it, and raises
+//! `attention` again. **The run loop must then execute at least one instruction before it polls again**: `sti; hlt`
+//! loses its interrupt otherwise.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use cpu::x86::Activity;
 use iced_x86::Instruction;
 
-use crate::state::{Cpu, Fault, Flow};
+use crate::machine::Machine;
+use crate::state::{Cpu, Fault, Flow, flag, request};
 
+pub mod apic;
+mod branch;
+mod control;
+pub mod cpuid;
+pub mod cr;
+mod exceptions;
+pub mod fpu;
+pub mod interp;
+pub mod msr;
 pub mod paging;
+mod save;
+pub mod segment;
+mod stack;
+mod strings;
+
+pub use save::{restore, save};
 
 /// State of the system side that translated code never touches.
-#[derive(Default)]
-pub struct System {}
+pub struct System {
+    pub activity: Activity,
+    pub apic: apic::Apic,
+    pub msr: msr::Msrs,
+    pub cpuid: Arc<cpuid::Cpuid>,
+    pub nmi_pending: bool,
+    /// From the delivery of an NMI to the next IRET.
+    pub nmi_masked: bool,
+    /// Code of instructions run natively one by one; made when first needed.
+    pub(crate) stubs: Option<interp::native::Stubs>,
+}
+
+impl System {
+    /// The system side of CPU `id`.
+    pub fn new(machine: &Machine, id: u32) -> System {
+        System {
+            activity: if id == 0 { Activity::Running } else { Activity::WaitForSipi },
+            apic: apic::Apic::new(id),
+            msr: msr::Msrs::default(),
+            cpuid: Arc::new(cpuid::Cpuid::new(machine.model, machine.vcpus, crate::clock::tsc_hz())),
+            nmi_pending: false,
+            nmi_masked: false,
+            stubs: None,
+        }
+    }
+}
 
 /// A fault came up while a double fault was delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,43 +71,112 @@ pub struct TripleFault;
 
 /// Executes one decoded instruction.
 pub fn execute(cpu: &mut Cpu, instruction: &Instruction) -> Result<Flow, Fault> {
-    let _ = (cpu, instruction);
+    if instruction.is_invalid() {
+        return Err(Fault::UD);
+    }
+    if let Some(flow) = control::execute(cpu, instruction)? {
+        return Ok(flow);
+    }
+    if let Some(flow) = strings::execute(cpu, instruction)? {
+        return Ok(flow);
+    }
+    if let Some(flow) = interp::integer::execute(cpu, instruction)? {
+        return Ok(flow);
+    }
+    if let Some(flow) = fpu::execute(cpu, instruction)? {
+        return Ok(flow);
+    }
+    if let Some(flow) = interp::native::execute(cpu, instruction)? {
+        return Ok(flow);
+    }
+    tracing::warn!("instruction not known at {:#x}: {:?}", cpu.rip, instruction.code());
     Err(Fault::UD)
 }
 
-/// Executes the instruction at rip outside 64-bit mode.
+/// Executes the instruction at rip, whatever the mode.
 pub fn interpret(cpu: &mut Cpu) -> Result<Flow, Fault> {
-    let _ = cpu;
-    Err(Fault::UD)
+    let stepping = cpu.rflags & flag::TF != 0;
+    let instruction = interp::fetch(cpu)?;
+    let flow = execute(cpu, &instruction)?;
+    // MOV SS and STI hold the trap back for one instruction, as they do interrupts.
+    if stepping && !cpu.interrupt_shadow && !matches!(instruction.mnemonic(), iced_x86::Mnemonic::Int | iced_x86::Mnemonic::Int3) {
+        cpu.dr[6] |= 1 << 14;
+        return Err(Fault::DB);
+    }
+    Ok(flow)
 }
 
 /// Delivers an exception through the guest's IDT.
 pub fn deliver(cpu: &mut Cpu, fault: Fault) -> Result<(), TripleFault> {
-    let _ = (cpu, fault);
-    Err(TripleFault)
+    exceptions::deliver(cpu, fault)
 }
 
 /// Takes the mailbox in, and delivers the highest pending interrupt where RFLAGS.IF and the shadow allow.
 /// Sets [`Cpu::interrupt_waits`] where one waits for IF. `Ok(true)`: something was delivered (or INIT/SIPI taken).
 pub fn poll_interrupts(cpu: &mut Cpu) -> Result<bool, TripleFault> {
-    let _ = cpu;
+    let requests = apic::take_mail(cpu);
+    apic::tick(cpu);
+    let mut restarted = false;
+    if requests & request::INIT != 0 {
+        save::initialize(cpu);
+        cpu.system.activity = if cpu.id == 0 { Activity::Running } else { Activity::WaitForSipi };
+        restarted = true;
+    }
+    if requests & request::SIPI != 0 && cpu.system.activity == Activity::WaitForSipi {
+        let vector = cpu.mailbox.sipi_vector.load(Ordering::SeqCst) as u8;
+        save::initialize(cpu);
+        save::start_up(cpu, vector);
+        restarted = true;
+    }
+    if requests & request::NMI != 0 {
+        cpu.system.nmi_pending = true;
+    }
+    if restarted || cpu.system.activity == Activity::WaitForSipi {
+        return Ok(restarted);
+    }
+    if cpu.interrupt_shadow {
+        cpu.interrupt_shadow = false;
+        if apic::waits(cpu) || cpu.system.nmi_pending {
+            cpu.attention.store(1, Ordering::SeqCst);
+        }
+        return Ok(false);
+    }
+    if cpu.system.nmi_pending && !cpu.system.nmi_masked {
+        cpu.system.nmi_pending = false;
+        cpu.system.nmi_masked = true;
+        exceptions::deliver_interrupt(cpu, 2)?;
+        return Ok(true);
+    }
+    if cpu.rflags & flag::IF != 0
+        && let Some(vector) = apic::accept(cpu)
+    {
+        exceptions::deliver_interrupt(cpu, vector)?;
+        cpu.interrupt_waits = u32::from(apic::waits(cpu));
+        return Ok(true);
+    }
+    cpu.interrupt_waits = u32::from(apic::waits(cpu));
     Ok(false)
 }
 
 /// True where a halted CPU has a reason to wake (after the mailbox was taken in).
 pub fn wakes(cpu: &Cpu) -> bool {
-    let _ = cpu;
-    false
+    apic::wakes(cpu)
+}
+
+/// Sends an interrupt message of a device to the CPUs it names.
+pub fn signal_msi(machine: &Machine, address: u64, data: u32) {
+    match apic::Message::from_msi(address, data) {
+        Some(message) => _ = apic::send(machine, message, None),
+        None => tracing::debug!("message {data:#x} to {address:#x} is no interrupt"),
+    }
 }
 
 /// Local APIC in xAPIC mode; false: not its page.
 pub(crate) fn apic_read(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> bool {
-    let _ = (cpu, gpa, out);
-    false
+    apic::page_read(cpu, gpa, out)
 }
 
 /// As [`apic_read`].
 pub(crate) fn apic_write(cpu: &mut Cpu, gpa: u64, data: &[u8]) -> bool {
-    let _ = (cpu, gpa, data);
-    false
+    apic::page_write(cpu, gpa, data)
 }
