@@ -137,7 +137,10 @@ fn addressed(mailbox: &Mailbox, id: u32, message: Message) -> bool {
 fn post(mailbox: &Mailbox, message: Message) {
     match message.mode {
         0 | 1 => {
-            let (word, bit) = (usize::from(message.vector / 64), 1u64 << (message.vector % 64));
+            let (word, bit) = (
+                usize::from(message.vector / 64),
+                1u64 << (message.vector % 64),
+            );
             if message.level {
                 mailbox.apic.level[word].fetch_or(bit, Ordering::SeqCst);
             } else {
@@ -151,7 +154,9 @@ fn post(mailbox: &Mailbox, message: Message) {
         4 => _ = mailbox.requests.fetch_or(request::NMI, Ordering::SeqCst),
         5 => _ = mailbox.requests.fetch_or(request::INIT, Ordering::SeqCst),
         6 => {
-            mailbox.sipi_vector.store(u32::from(message.vector), Ordering::SeqCst);
+            mailbox
+                .sipi_vector
+                .store(u32::from(message.vector), Ordering::SeqCst);
             mailbox.requests.fetch_or(request::SIPI, Ordering::SeqCst);
         }
         7 => mailbox.apic.external.store(true, Ordering::SeqCst),
@@ -237,13 +242,21 @@ impl Apic {
     }
 
     fn logical_id(&self) -> u32 {
-        if self.x2apic() { (self.id >> 4) << 16 | 1 << (self.id & 15) } else { self.ldr }
+        if self.x2apic() {
+            (self.id >> 4) << 16 | 1 << (self.id & 15)
+        } else {
+            self.ldr
+        }
     }
 
     /// Processor priority (SDM vol. 3, 11.8.3.1).
     fn ppr(&self) -> u32 {
         let isr = highest(&self.isr).map_or(0, u32::from);
-        if self.tpr & 0xf0 >= isr & 0xf0 { self.tpr & 0xff } else { isr & 0xf0 }
+        if self.tpr & 0xf0 >= isr & 0xf0 {
+            self.tpr & 0xff
+        } else {
+            isr & 0xf0
+        }
     }
 
     /// CR8.
@@ -302,7 +315,8 @@ impl Apic {
     /// Host TSC ticks of the whole count.
     fn period(&self) -> u64 {
         let ticks = u128::from(self.timer_initial) * u128::from(self.divisor());
-        (ticks * u128::from(crate::clock::tsc_hz()) / u128::from(TIMER_HZ)).min(u128::from(u64::MAX / 4)) as u64
+        (ticks * u128::from(crate::clock::tsc_hz()) / u128::from(TIMER_HZ))
+            .min(u128::from(u64::MAX / 4)) as u64
     }
 
     fn current_count(&self) -> u32 {
@@ -347,7 +361,15 @@ impl Apic {
 
     /// Registers in the saved form: one word per 16-byte slot.
     pub fn save(&mut self) -> Vec<u32> {
-        let mut slots: Vec<u32> = (0..64).map(|r| if r == reg::TIMER_CURRENT { 0 } else { self.read(r).unwrap_or(0) }).collect();
+        let mut slots: Vec<u32> = (0..64)
+            .map(|r| {
+                if r == reg::TIMER_CURRENT {
+                    0
+                } else {
+                    self.read(r).unwrap_or(0)
+                }
+            })
+            .collect();
         slots[reg::TIMER_CURRENT as usize] = self.current_count();
         slots[reg::ICR_HIGH as usize] = (self.icr >> 32) as u32;
         slots[reg::DFR as usize] = self.dfr;
@@ -359,10 +381,20 @@ impl Apic {
     pub fn restore(&mut self, slots: &[u32], base: u64, tsc_deadline: u64, tsc_offset: u64) {
         let at = |r: u32| slots.get(r as usize).copied().unwrap_or(0);
         self.base = base;
-        (self.tpr, self.ldr, self.dfr, self.svr) = (at(reg::TPR) & 0xff, at(reg::LDR), at(reg::DFR), at(reg::SVR) & 0x1ff);
+        (self.tpr, self.ldr, self.dfr, self.svr) = (
+            at(reg::TPR) & 0xff,
+            at(reg::LDR),
+            at(reg::DFR),
+            at(reg::SVR) & 0x1ff,
+        );
         for i in 0..4 {
-            let pair = |first: u32| u64::from(at(first + 2 * i)) | u64::from(at(first + 2 * i + 1)) << 32;
-            (self.isr[i as usize], self.tmr[i as usize], self.irr[i as usize]) = (pair(reg::ISR), pair(reg::TMR), pair(reg::IRR));
+            let pair =
+                |first: u32| u64::from(at(first + 2 * i)) | u64::from(at(first + 2 * i + 1)) << 32;
+            (
+                self.isr[i as usize],
+                self.tmr[i as usize],
+                self.irr[i as usize],
+            ) = (pair(reg::ISR), pair(reg::TMR), pair(reg::IRR));
         }
         self.esr = at(reg::ESR);
         self.icr = u64::from(at(reg::ICR)) | u64::from(at(reg::ICR_HIGH)) << 32;
@@ -387,14 +419,19 @@ impl Apic {
 }
 
 fn highest(set: &[u64; 4]) -> Option<u8> {
-    set.iter().enumerate().rev().find(|(_, w)| **w != 0).map(|(i, w)| (i as u32 * 64 + 63 - w.leading_zeros()) as u8)
+    set.iter()
+        .enumerate()
+        .rev()
+        .find(|(_, w)| **w != 0)
+        .map(|(i, w)| (i as u32 * 64 + 63 - w.leading_zeros()) as u8)
 }
 
 /// Tells senders how this CPU is addressed.
 pub fn publish(cpu: &Cpu) {
     let apic = &cpu.system.apic;
     let cluster = apic.dfr >> 28 == 0;
-    let word = u64::from(apic.logical_id()) | u64::from(cluster) << 32 | u64::from(apic.x2apic()) << 33;
+    let word =
+        u64::from(apic.logical_id()) | u64::from(cluster) << 32 | u64::from(apic.x2apic()) << 33;
     cpu.mailbox.apic.destination.store(word, Ordering::SeqCst);
 }
 
@@ -415,7 +452,8 @@ pub fn set_task_priority(cpu: &mut Cpu, class: u64) {
 /// Sets the alarm for the timer.
 pub fn arm(cpu: &mut Cpu) {
     let at = cpu.system.apic.timer_at;
-    cpu.mailbox.set_alarm(if at == u64::MAX { 0 } else { at.max(1) });
+    cpu.mailbox
+        .set_alarm(if at == u64::MAX { 0 } else { at.max(1) });
 }
 
 /// WRMSR to IA32_TSC_DEADLINE: ignored unless the timer is in that mode.
@@ -424,7 +462,11 @@ pub fn set_deadline(cpu: &mut Cpu, value: u64) {
         return;
     }
     cpu.system.apic.tsc_deadline = value;
-    cpu.system.apic.timer_at = if value == 0 { u64::MAX } else { value.wrapping_sub(cpu.tsc_offset) };
+    cpu.system.apic.timer_at = if value == 0 {
+        u64::MAX
+    } else {
+        value.wrapping_sub(cpu.tsc_offset)
+    };
     tick(cpu);
     arm(cpu);
     reconsider(cpu);
@@ -481,7 +523,9 @@ pub fn take_mail(cpu: &mut Cpu) -> u32 {
         while bits != 0 {
             let bit = bits.trailing_zeros();
             bits &= bits - 1;
-            cpu.system.apic.request((word as u32 * 64 + bit) as u8, level >> bit & 1 != 0);
+            cpu.system
+                .apic
+                .request((word as u32 * 64 + bit) as u8, level >> bit & 1 != 0);
         }
     }
     if cpu.mailbox.requests.load(Ordering::SeqCst) & OURS == 0 {
@@ -504,7 +548,9 @@ pub fn take_mail_for_save(cpu: &mut Cpu) {
     if requests & request::NMI != 0 {
         cpu.system.nmi_pending = true;
     }
-    cpu.mailbox.requests.fetch_or(requests & (request::INIT | request::SIPI), Ordering::SeqCst);
+    cpu.mailbox
+        .requests
+        .fetch_or(requests & (request::INIT | request::SIPI), Ordering::SeqCst);
 }
 
 /// The interrupt to deliver now, already acknowledged; the caller has looked at RFLAGS.IF.
@@ -532,14 +578,17 @@ pub fn wakes(cpu: &Cpu) -> bool {
         Activity::WaitForSipi => false,
         Activity::Running => true,
         Activity::Halted => {
-            (cpu.system.nmi_pending && !cpu.system.nmi_masked) || (cpu.rflags & flag::IF != 0 && waits(cpu))
+            (cpu.system.nmi_pending && !cpu.system.nmi_masked)
+                || (cpu.rflags & flag::IF != 0 && waits(cpu))
         }
     }
 }
 
 /// The xAPIC page; false: the address is not in it.
 pub fn page_read(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> bool {
-    let Some(offset) = page_offset(cpu, gpa) else { return false };
+    let Some(offset) = page_offset(cpu, gpa) else {
+        return false;
+    };
     if matches!(offset >> 4, reg::TIMER_CURRENT) {
         tick(cpu);
     }
@@ -553,7 +602,9 @@ pub fn page_read(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> bool {
 
 /// As [`page_read`]. Only aligned writes of four bytes do something, as on hardware.
 pub fn page_write(cpu: &mut Cpu, gpa: u64, data: &[u8]) -> bool {
-    let Some(offset) = page_offset(cpu, gpa) else { return false };
+    let Some(offset) = page_offset(cpu, gpa) else {
+        return false;
+    };
     if let Ok(bytes) = <[u8; 4]>::try_from(data)
         && offset & 15 == 0
     {
@@ -564,7 +615,8 @@ pub fn page_write(cpu: &mut Cpu, gpa: u64, data: &[u8]) -> bool {
 
 fn page_offset(cpu: &Cpu, gpa: u64) -> Option<u32> {
     let apic = &cpu.system.apic;
-    (apic.enabled() && !apic.x2apic() && gpa & !0xfff == apic.base & super::paging::ADDRESS).then_some(gpa as u32 & 0xfff)
+    (apic.enabled() && !apic.x2apic() && gpa & !0xfff == apic.base & super::paging::ADDRESS)
+        .then_some(gpa as u32 & 0xfff)
 }
 
 fn write(cpu: &mut Cpu, register: u32, value: u32) {
@@ -604,7 +656,11 @@ fn write(cpu: &mut Cpu, register: u32, value: u32) {
             }
             apic.timer_initial = value;
             apic.timer_start = host_tsc();
-            apic.timer_at = if value == 0 { u64::MAX } else { apic.timer_start.saturating_add(apic.period()) };
+            apic.timer_at = if value == 0 {
+                u64::MAX
+            } else {
+                apic.timer_start.saturating_add(apic.period())
+            };
             arm(cpu);
         }
         reg::TIMER_DIVIDE => apic.timer_divide = value & 0xb,
@@ -662,7 +718,11 @@ fn send_command(cpu: &mut Cpu) {
         cpu.system.apic.esr_latched |= ESR_SEND_ILLEGAL;
         return;
     }
-    let destination = if x2apic { (icr >> 32) as u32 } else { (icr >> 56) as u32 };
+    let destination = if x2apic {
+        (icr >> 32) as u32
+    } else {
+        (icr >> 56) as u32
+    };
     let everyone = if x2apic { u32::MAX } else { 0xff };
     let mut message = Message {
         destination,
@@ -723,7 +783,13 @@ pub fn msr_write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<(), Fault> {
             reconsider(cpu);
             Ok(())
         }
-        reg::TPR | reg::EOI | reg::SVR | reg::ESR | reg::LVT_TIMER..=reg::LVT_ERROR | reg::TIMER_INITIAL | reg::TIMER_DIVIDE => {
+        reg::TPR
+        | reg::EOI
+        | reg::SVR
+        | reg::ESR
+        | reg::LVT_TIMER..=reg::LVT_ERROR
+        | reg::TIMER_INITIAL
+        | reg::TIMER_DIVIDE => {
             write(cpu, register, value);
             Ok(())
         }

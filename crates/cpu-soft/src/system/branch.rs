@@ -91,7 +91,14 @@ pub fn sysexit(cpu: &mut Cpu, wide: bool) -> Result<Flow, Fault> {
         return Err(Fault::GP);
     }
     let code = selector.wrapping_add(if wide { 32 } else { 16 }) | 3;
-    cpu.segments[CS] = segment::flat(code, if wide { flat::CODE64_USER } else { flat::CODE32_USER });
+    cpu.segments[CS] = segment::flat(
+        code,
+        if wide {
+            flat::CODE64_USER
+        } else {
+            flat::CODE32_USER
+        },
+    );
     cpu.segments[SS] = segment::flat(code.wrapping_add(8), flat::DATA_USER);
     cpu.rip = if wide { rip } else { rip & 0xffff_ffff };
     cpu.gpr[RSP] = if wide { rsp } else { rsp & 0xffff_ffff };
@@ -124,7 +131,12 @@ pub fn far_jump(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
     if !protected(cpu) || virtual_8086(cpu) {
         return real_jump(cpu, selector, target);
     }
-    let Transfer { code, selector, target, .. } = resolve(cpu, selector, target, false)?;
+    let Transfer {
+        code,
+        selector,
+        target,
+        ..
+    } = resolve(cpu, selector, target, false)?;
     go(cpu, code, selector, target)
 }
 
@@ -190,7 +202,11 @@ fn resolve(cpu: &mut Cpu, selector: u16, target: u64, call: bool) -> Result<Tran
     let descriptor = segment::read_descriptor(cpu, selector)?;
     if descriptor.is_code() {
         check_code(cpu, descriptor, error)?;
-        let allowed = if descriptor.conforming() { descriptor.dpl() <= cpu.cpl } else { rpl <= cpu.cpl && descriptor.dpl() == cpu.cpl };
+        let allowed = if descriptor.conforming() {
+            descriptor.dpl() <= cpu.cpl
+        } else {
+            rpl <= cpu.cpl && descriptor.dpl() == cpu.cpl
+        };
         if !allowed {
             return Err(Fault::gp(error));
         }
@@ -198,7 +214,14 @@ fn resolve(cpu: &mut Cpu, selector: u16, target: u64, call: bool) -> Result<Tran
             return Err(Fault::with_error(11, error));
         }
         let selector = selector & !3 | u16::from(cpu.cpl);
-        return Ok(Transfer { code: descriptor, selector, target, gate_bytes: None, parameters: 0, inner: false });
+        return Ok(Transfer {
+            code: descriptor,
+            selector,
+            target,
+            gate_bytes: None,
+            parameters: 0,
+            inner: false,
+        });
     }
     // A call gate; task gates and TSSes are not there in IA-32e mode, nor here.
     let gate_bytes = match (descriptor.is_segment(), descriptor.kind(), long_mode(cpu)) {
@@ -250,13 +273,21 @@ fn resolve(cpu: &mut Cpu, selector: u16, target: u64, call: bool) -> Result<Tran
 
 fn check_code(cpu: &Cpu, code: Descriptor, error: u32) -> Result<(), Fault> {
     let both = attribute::LONG | attribute::BIG;
-    if long_mode(cpu) && code.attributes() & both == both { Err(Fault::gp(error)) } else { Ok(()) }
+    if long_mode(cpu) && code.attributes() & both == both {
+        Err(Fault::gp(error))
+    } else {
+        Ok(())
+    }
 }
 
 /// Loads CS and rip, the privilege being the selector's RPL.
 fn go(cpu: &mut Cpu, code: Descriptor, selector: u16, target: u64) -> Result<Flow, Fault> {
     let to64 = long_mode(cpu) && code.attributes() & attribute::LONG != 0;
-    let fits = if to64 { canonical(target) } else { target <= u64::from(code.limit()) };
+    let fits = if to64 {
+        canonical(target)
+    } else {
+        target <= u64::from(code.limit())
+    };
     if !fits {
         return Err(Fault::GP);
     }
@@ -273,7 +304,11 @@ fn inner_call(cpu: &mut Cpu, transfer: Transfer, bytes: usize, next: u64) -> Res
     let (old_ss, old_rsp, old_cs) = (cpu.segments[SS], cpu.gpr[RSP], cpu.segments[CS]);
     let invalid = Fault::with_error(10, u32::from(cpu.tr.selector & !3));
     let read = |cpu: &mut Cpu, offset: u64, len: u64| {
-        if offset + len - 1 > u64::from(cpu.tr.limit) { Err(invalid) } else { Ok(cpu.tr.base.wrapping_add(offset)) }
+        if offset + len - 1 > u64::from(cpu.tr.limit) {
+            Err(invalid)
+        } else {
+            Ok(cpu.tr.base.wrapping_add(offset))
+        }
     };
     let (new_ss, mut stack) = if long_mode(cpu) {
         let at = read(cpu, 4 + u64::from(ring) * 8, 8)?;

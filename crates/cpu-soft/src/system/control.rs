@@ -21,21 +21,29 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         M::Syscall => return branch::syscall(cpu, next).map(Some),
         M::Sysret | M::Sysretq => return branch::sysret(cpu, i.mnemonic() == M::Sysretq).map(Some),
         M::Sysenter => return branch::sysenter(cpu).map(Some),
-        M::Sysexit | M::Sysexitq => return branch::sysexit(cpu, i.mnemonic() == M::Sysexitq).map(Some),
+        M::Sysexit | M::Sysexitq => {
+            return branch::sysexit(cpu, i.mnemonic() == M::Sysexitq).map(Some);
+        }
         M::Iret => return exceptions::iret(cpu, 2).map(Some),
         M::Iretd => return exceptions::iret(cpu, 4).map(Some),
         M::Iretq => return exceptions::iret(cpu, 8).map(Some),
         M::Int => return exceptions::software_interrupt(cpu, i.immediate8(), next).map(Some),
         M::Int3 => return exceptions::software_interrupt(cpu, 3, next).map(Some),
         M::Int1 => return exceptions::icebp(cpu, next).map(Some),
-        M::Into if cpu.rflags & flag::OF != 0 => return exceptions::software_interrupt(cpu, 4, next).map(Some),
+        M::Into if cpu.rflags & flag::OF != 0 => {
+            return exceptions::software_interrupt(cpu, 4, next).map(Some);
+        }
         M::Retf => {
             let bytes = match i.code() {
                 Code::Retfw | Code::Retfw_imm16 => 2,
                 Code::Retfd | Code::Retfd_imm16 => 4,
                 _ => 8,
             };
-            let extra = if i.op_count() > 0 { u64::from(i.immediate16()) } else { 0 };
+            let extra = if i.op_count() > 0 {
+                u64::from(i.immediate16())
+            } else {
+                0
+            };
             return branch::far_return(cpu, bytes, extra).map(Some);
         }
         M::Jmp if is_far(i) => return branch::far_jump(cpu, i).map(Some),
@@ -101,13 +109,20 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 return Err(Fault::UD);
             }
             ring0(cpu)?;
-            std::mem::swap(&mut cpu.segments[crate::state::GS].base, &mut cpu.kernel_gs_base);
+            std::mem::swap(
+                &mut cpu.segments[crate::state::GS].base,
+                &mut cpu.kernel_gs_base,
+            );
             Flow::Continue
         }
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => segment_base(cpu, i)?,
         M::Mov if i.op0_register().is_cr() || i.op1_register().is_cr() => move_control(cpu, i)?,
         M::Mov if i.op0_register().is_dr() || i.op1_register().is_dr() => move_debug(cpu, i)?,
-        M::Mov if i.op0_register().is_segment_register() || i.op1_register().is_segment_register() => move_segment(cpu, i)?,
+        M::Mov
+            if i.op0_register().is_segment_register() || i.op1_register().is_segment_register() =>
+        {
+            move_segment(cpu, i)?
+        }
         M::Pop if i.op0_register().is_segment_register() => {
             let bytes = segment_stack_size(i);
             let mut stack = Stack::current(cpu);
@@ -139,14 +154,22 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         }
         M::Smsw => {
             user_mode_prevented(cpu)?;
-            let size = if i.op0_kind() == OpKind::Memory { 2 } else { i.op0_register().size() };
+            let size = if i.op0_kind() == OpKind::Memory {
+                2
+            } else {
+                i.op0_register().size()
+            };
             operand::write(cpu, i, 0, size, cpu.cr0)?;
             Flow::Continue
         }
         M::Lgdt | M::Lidt => load_table(cpu, i)?,
         M::Sgdt | M::Sidt => {
             user_mode_prevented(cpu)?;
-            let table = if i.mnemonic() == M::Sgdt { cpu.gdtr } else { cpu.idtr };
+            let table = if i.mnemonic() == M::Sgdt {
+                cpu.gdtr
+            } else {
+                cpu.idtr
+            };
             let len = if code64(cpu) { 10 } else { 6 };
             let mut image = [0u8; 10];
             image[..2].copy_from_slice(&table.limit.to_le_bytes());
@@ -159,14 +182,26 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             protected_only(cpu)?;
             ring0(cpu)?;
             let selector = operand::read(cpu, i, 0, 2)? as u16;
-            if i.mnemonic() == M::Lldt { segment::load_ldt(cpu, selector)? } else { segment::load_task(cpu, selector)? }
+            if i.mnemonic() == M::Lldt {
+                segment::load_ldt(cpu, selector)?
+            } else {
+                segment::load_task(cpu, selector)?
+            }
             Flow::Continue
         }
         M::Sldt | M::Str => {
             protected_only(cpu)?;
             user_mode_prevented(cpu)?;
-            let selector = if i.mnemonic() == M::Sldt { cpu.ldtr.selector } else { cpu.tr.selector };
-            let size = if i.op0_kind() == OpKind::Memory { 2 } else { i.op0_register().size() };
+            let selector = if i.mnemonic() == M::Sldt {
+                cpu.ldtr.selector
+            } else {
+                cpu.tr.selector
+            };
+            let size = if i.op0_kind() == OpKind::Memory {
+                2
+            } else {
+                i.op0_register().size()
+            };
             operand::write(cpu, i, 0, size, u64::from(selector))?;
             Flow::Continue
         }
@@ -175,8 +210,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let selector = operand::read(cpu, i, 1, 2)? as u16;
             match segment::inspect(cpu, selector, i.mnemonic() == M::Lsl)? {
                 Some(descriptor) => {
-                    let value =
-                        if i.mnemonic() == M::Lsl { u64::from(descriptor.limit()) } else { descriptor.0 >> 32 & 0x00f0_ff00 };
+                    let value = if i.mnemonic() == M::Lsl {
+                        u64::from(descriptor.limit())
+                    } else {
+                        descriptor.0 >> 32 & 0x00f0_ff00
+                    };
                     operand::write_register(cpu, i.op0_register(), value);
                     cpu.rflags |= flag::ZF;
                 }
@@ -266,7 +304,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             ring0(cpu)?;
             let value = cpu.gpr[RDX] << 32 | cpu.gpr[RAX] & 0xffff_ffff;
             let needs_sse = value & cpuid::XCR0_AVX != 0 && value & cpuid::XCR0_SSE == 0;
-            if cpu.gpr[RCX] as u32 != 0 || value & 1 == 0 || needs_sse || value & !cpu.system.cpuid.xcr0_mask() != 0 {
+            if cpu.gpr[RCX] as u32 != 0
+                || value & 1 == 0
+                || needs_sse
+                || value & !cpu.system.cpuid.xcr0_mask() != 0
+            {
                 return Err(Fault::GP);
             }
             cpu.xcr0 = value;
@@ -317,17 +359,29 @@ pub(super) fn ring0(cpu: &Cpu) -> Result<(), Fault> {
 }
 
 fn protected_only(cpu: &Cpu) -> Result<(), Fault> {
-    if protected(cpu) && !virtual_8086(cpu) { Ok(()) } else { Err(Fault::UD) }
+    if protected(cpu) && !virtual_8086(cpu) {
+        Ok(())
+    } else {
+        Err(Fault::UD)
+    }
 }
 
 /// CR4.UMIP.
 fn user_mode_prevented(cpu: &Cpu) -> Result<(), Fault> {
-    if cpu.cr4 & cr::CR4_UMIP != 0 && cpu.cpl != 0 { Err(Fault::GP) } else { Ok(()) }
+    if cpu.cr4 & cr::CR4_UMIP != 0 && cpu.cpl != 0 {
+        Err(Fault::GP)
+    } else {
+        Ok(())
+    }
 }
 
 fn check_iopl(cpu: &Cpu) -> Result<(), Fault> {
     let iopl = (cpu.rflags & flag::IOPL) >> 12;
-    if !protected(cpu) || u64::from(cpu.cpl) <= iopl { Ok(()) } else { Err(Fault::GP) }
+    if !protected(cpu) || u64::from(cpu.cpl) <= iopl {
+        Ok(())
+    } else {
+        Err(Fault::GP)
+    }
 }
 
 fn set_pair(cpu: &mut Cpu, value: u64) {
@@ -350,8 +404,15 @@ fn pop_flags(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
     let mut stack = Stack::current(cpu);
     let value = stack.pop(cpu, bytes)?;
     stack.commit(cpu);
-    let mut writable =
-        flag::CF | flag::PF | flag::AF | flag::ZF | flag::SF | flag::TF | flag::DF | flag::OF | flag::NT;
+    let mut writable = flag::CF
+        | flag::PF
+        | flag::AF
+        | flag::ZF
+        | flag::SF
+        | flag::TF
+        | flag::DF
+        | flag::OF
+        | flag::NT;
     if bytes > 2 {
         writable |= flag::AC | flag::ID;
     }
@@ -364,7 +425,11 @@ fn pop_flags(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
     let old = cpu.rflags;
     cpu.rflags = (old & !(writable | flag::RF)) | (value & writable) | flag::FIXED;
     let matters = flag::IF | flag::TF | flag::AC;
-    Ok(if (old ^ cpu.rflags) & matters != 0 { Flow::EndBlock } else { Flow::Continue })
+    Ok(if (old ^ cpu.rflags) & matters != 0 {
+        Flow::EndBlock
+    } else {
+        Flow::Continue
+    })
 }
 
 fn segment_base(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
@@ -372,7 +437,11 @@ fn segment_base(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
         return Err(Fault::UD);
     }
     let register = i.op0_register();
-    let which = if matches!(i.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase) { crate::state::FS } else { crate::state::GS };
+    let which = if matches!(i.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase) {
+        crate::state::FS
+    } else {
+        crate::state::GS
+    };
     if matches!(i.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Rdgsbase) {
         let base = cpu.segments[which].base;
         operand::write_register(cpu, register, base);
@@ -459,7 +528,11 @@ pub fn set_cr0(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
 /// MOV to CR3.
 pub fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
     // With PCIDs, bit 63 asks to keep the translations of the new one; a buffer without tags must drop them still.
-    let value = if cpu.cr4 & cr::CR4_PCIDE != 0 { value & !(1 << 63) } else { value };
+    let value = if cpu.cr4 & cr::CR4_PCIDE != 0 {
+        value & !(1 << 63)
+    } else {
+        value
+    };
     if long_mode(cpu) && value >> paging::PHYSICAL_BITS != 0 {
         return Err(Fault::GP);
     }
@@ -478,7 +551,8 @@ pub fn set_cr4(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
         return Err(Fault::GP);
     }
     cpu.cr4 = value;
-    let paging = cr::CR4_PGE | cr::CR4_PAE | cr::CR4_PSE | cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_PCIDE;
+    let paging =
+        cr::CR4_PGE | cr::CR4_PAE | cr::CR4_PSE | cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_PCIDE;
     if (old ^ value) & paging != 0 {
         cpu.flush_tlb();
     }
@@ -500,7 +574,11 @@ pub fn set_efer(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
 
 fn move_debug(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
     let writes = i.op0_register().is_dr();
-    let register = if writes { i.op0_register() } else { i.op1_register() };
+    let register = if writes {
+        i.op0_register()
+    } else {
+        i.op1_register()
+    };
     let mut number = register as usize - Register::DR0 as usize;
     if number > 7 || (matches!(number, 4 | 5) && cpu.cr4 & cr::CR4_DE != 0) {
         return Err(Fault::UD);
@@ -537,7 +615,11 @@ fn move_segment(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
         return load_segment(cpu, i.op0_register(), selector);
     }
     let selector = operand::read_register(cpu, i.op1_register());
-    let size = if i.op0_kind() == OpKind::Memory { 2 } else { i.op0_register().size() };
+    let size = if i.op0_kind() == OpKind::Memory {
+        2
+    } else {
+        i.op0_register().size()
+    };
     operand::write(cpu, i, 0, size, selector)?;
     Ok(Flow::Continue)
 }
@@ -552,7 +634,11 @@ fn load_segment(cpu: &mut Cpu, register: Register, selector: u16) -> Result<Flow
         cpu.interrupt_shadow = true;
     }
     // In 64-bit mode nothing that translated code depends on has changed: FS and GS bases are read where used.
-    Ok(if code64(cpu) { Flow::Continue } else { Flow::EndBlock })
+    Ok(if code64(cpu) {
+        Flow::Continue
+    } else {
+        Flow::EndBlock
+    })
 }
 
 fn segment_stack_size(i: &Instruction) -> usize {
@@ -589,7 +675,11 @@ fn load_table(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
         base &= 0xff_ffff;
     }
     let table = TableRegister { base, limit };
-    if i.mnemonic() == Mnemonic::Lgdt { cpu.gdtr = table } else { cpu.idtr = table }
+    if i.mnemonic() == Mnemonic::Lgdt {
+        cpu.gdtr = table
+    } else {
+        cpu.idtr = table
+    }
     Ok(Flow::Continue)
 }
 
@@ -650,7 +740,11 @@ pub(super) fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> Result<(), Fa
     }
     let bits = cpu.read::<u16>(cpu.tr.base.wrapping_add(at), Rights::Supervisor)?;
     let mask = ((1u16 << size) - 1) << (port % 8);
-    if bits & mask == 0 { Ok(()) } else { Err(Fault::GP) }
+    if bits & mask == 0 {
+        Ok(())
+    } else {
+        Err(Fault::GP)
+    }
 }
 
 /// Reads a port of `size` bytes.
@@ -678,7 +772,11 @@ fn port(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
     let (data, address) = if input { (0, 1) } else { (1, 0) };
     let register = i.op_register(data);
     let size = register.size();
-    let port = if i.op_kind(address) == OpKind::Register { cpu.gpr[RDX] as u16 } else { u16::from(i.immediate8()) };
+    let port = if i.op_kind(address) == OpKind::Register {
+        cpu.gpr[RDX] as u16
+    } else {
+        u16::from(i.immediate8())
+    };
     check_port(cpu, port, size)?;
     if input {
         let value = port_in(cpu, port, size);
@@ -697,13 +795,17 @@ fn random(seed: bool) -> Option<Option<u64>> {
             return None;
         }
         // SAFETY: the instruction exists and touches only its register and the flags.
-        unsafe { std::arch::asm!("rdseed {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack)) };
+        unsafe {
+            std::arch::asm!("rdseed {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack))
+        };
     } else {
         if !std::arch::is_x86_feature_detected!("rdrand") {
             return None;
         }
         // SAFETY: as above.
-        unsafe { std::arch::asm!("rdrand {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack)) };
+        unsafe {
+            std::arch::asm!("rdrand {}", "setc {}", out(reg) value, out(reg_byte) ok, options(nomem, nostack))
+        };
     }
     Some((ok != 0).then_some(value))
 }

@@ -22,7 +22,16 @@ pub const XSAVE_AVX: u32 = 832;
 
 /// Leaf 1 ECX.
 mod f1c {
-    pub const NATIVE: u32 = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23 | 1 << 25 | 1 << 26 | 1 << 30;
+    pub const NATIVE: u32 = 1 << 0
+        | 1 << 1
+        | 1 << 9
+        | 1 << 13
+        | 1 << 19
+        | 1 << 20
+        | 1 << 23
+        | 1 << 25
+        | 1 << 26
+        | 1 << 30;
     pub const NATIVE_V3: u32 = 1 << 12 | AVX | 1 << 22 | 1 << 29;
     pub const AVX: u32 = 1 << 28;
     /// PCID, x2APIC, TSC deadline, hypervisor.
@@ -85,7 +94,11 @@ pub struct Cpuid {
 impl Cpuid {
     pub fn new(model: CpuModel, vcpus: u32, tsc_hz: u64) -> Cpuid {
         let one = __cpuid(1);
-        let seven = if __cpuid(0).eax >= 7 { __cpuid_count(7, 0) } else { __cpuid(0x7fff_ffff) };
+        let seven = if __cpuid(0).eax >= 7 {
+            __cpuid_count(7, 0)
+        } else {
+            __cpuid(0x7fff_ffff)
+        };
         let extended = __cpuid(0x8000_0001);
         // The host's operating system must save the upper halves as well.
         let avx_usable = std::arch::is_x86_feature_detected!("avx");
@@ -95,7 +108,11 @@ impl Cpuid {
             && extended.ecx & 1 << 5 != 0;
         let v3 = v3_host && model != CpuModel::X86_64V2;
         let mut leaf1_ecx = one.ecx & f1c::NATIVE | f1c::OURS;
-        let mut leaf7_ebx = if seven.ebx != 0 { seven.ebx & f7b::NATIVE } else { 0 } | f7b::OURS;
+        let mut leaf7_ebx = if seven.ebx != 0 {
+            seven.ebx & f7b::NATIVE
+        } else {
+            0
+        } | f7b::OURS;
         // LAHF/SAHF, PREFETCHW.
         let mut extended_ecx = extended.ecx & (1 << 0 | 1 << 8);
         if v3 {
@@ -105,7 +122,11 @@ impl Cpuid {
         }
         debug_assert!(v3 || leaf1_ecx & f1c::AVX == 0 && leaf7_ebx & f7b::AVX2 == 0);
         let mut brand = [0u8; 48];
-        let name: &[u8] = if v3 { b"Berth software CPU (x86-64-v3)" } else { b"Berth software CPU (x86-64-v2)" };
+        let name: &[u8] = if v3 {
+            b"Berth software CPU (x86-64-v3)"
+        } else {
+            b"Berth software CPU (x86-64-v2)"
+        };
         brand[..name.len()].copy_from_slice(name);
         let rdpid = seven.ecx & 1 << 22;
         Cpuid {
@@ -125,7 +146,11 @@ impl Cpuid {
 
     /// The bits XCR0 may have.
     pub fn xcr0_mask(&self) -> u64 {
-        if self.v3 { XCR0_X87 | XCR0_SSE | XCR0_AVX } else { XCR0_X87 | XCR0_SSE }
+        if self.v3 {
+            XCR0_X87 | XCR0_SSE | XCR0_AVX
+        } else {
+            XCR0_X87 | XCR0_SSE
+        }
     }
 
     pub fn xsave(&self) -> bool {
@@ -148,7 +173,11 @@ impl Cpuid {
             | cr::CR4_PCIDE
             | cr::CR4_SMEP
             | cr::CR4_SMAP;
-        if self.xsave() { known | cr::CR4_OSXSAVE } else { known }
+        if self.xsave() {
+            known | cr::CR4_OSXSAVE
+        } else {
+            known
+        }
     }
 
     /// EAX, EBX, ECX, EDX of one leaf.
@@ -156,7 +185,12 @@ impl Cpuid {
         let id = cpu.id;
         match leaf {
             // "GenuineIntel": Linux takes the crystal frequency and deadline timer from it without measuring.
-            0 => [0x16, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")],
+            0 => [
+                0x16,
+                u32::from_le_bytes(*b"Genu"),
+                u32::from_le_bytes(*b"ntel"),
+                u32::from_le_bytes(*b"ineI"),
+            ],
             1 => {
                 let mut ecx = self.leaf1_ecx;
                 if cpu.cr4 & cr::CR4_OSXSAVE != 0 {
@@ -169,26 +203,61 @@ impl Cpuid {
                 if !cpu.system.apic.enabled() {
                     edx &= !(1 << 9);
                 }
-                [SIGNATURE, id << 24 | (self.vcpus.next_power_of_two() & 0xff) << 16 | 8 << 8, ecx, edx]
+                [
+                    SIGNATURE,
+                    id << 24 | (self.vcpus.next_power_of_two() & 0xff) << 16 | 8 << 8,
+                    ecx,
+                    edx,
+                ]
             }
             // 0xff: caches by leaf 4.
             2 => [0x00fe_ff01, 0, 0, 0],
             4 => self.cache(subleaf),
             // The APIC timer runs in every idle state.
             6 => [1 << 2, 0, 0, 0],
-            7 if subleaf == 0 => [0, self.leaf7_ebx, self.leaf7_ecx, 1 << 4 | 1 << 26 | 1 << 29],
+            7 if subleaf == 0 => [
+                0,
+                self.leaf7_ebx,
+                self.leaf7_ecx,
+                1 << 4 | 1 << 26 | 1 << 29,
+            ],
             0xb => match subleaf {
                 0 => [0, 1, 1 << 8, id],
-                1 => [self.vcpus.next_power_of_two().trailing_zeros(), self.vcpus, 2 << 8 | 1, id],
+                1 => [
+                    self.vcpus.next_power_of_two().trailing_zeros(),
+                    self.vcpus,
+                    2 << 8 | 1,
+                    id,
+                ],
                 n => [0, 0, n & 0xff, id],
             },
             0xd if self.xsave() => match subleaf {
                 0 => {
-                    let size = |mask: u64| if mask & XCR0_AVX != 0 { XSAVE_AVX } else { XSAVE_SSE };
-                    [self.xcr0_mask() as u32, size(cpu.xcr0), size(self.xcr0_mask()), 0]
+                    let size = |mask: u64| {
+                        if mask & XCR0_AVX != 0 {
+                            XSAVE_AVX
+                        } else {
+                            XSAVE_SSE
+                        }
+                    };
+                    [
+                        self.xcr0_mask() as u32,
+                        size(cpu.xcr0),
+                        size(self.xcr0_mask()),
+                        0,
+                    ]
                 }
                 // XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
-                1 => [7, if cpu.xcr0 & XCR0_AVX != 0 { XSAVE_AVX } else { XSAVE_SSE }, 0, 0],
+                1 => [
+                    7,
+                    if cpu.xcr0 & XCR0_AVX != 0 {
+                        XSAVE_AVX
+                    } else {
+                        XSAVE_SSE
+                    },
+                    0,
+                    0,
+                ],
                 2 if self.v3 => [256, 576, 0, 0],
                 _ => [0; 4],
             },
@@ -208,7 +277,12 @@ impl Cpuid {
             // SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
             0x8000_0001 => {
                 let rdtscp = if self.rdtscp { 1 << 27 } else { 0 };
-                [0, 0, self.extended_ecx, 1 << 11 | 1 << 20 | 1 << 26 | 1 << 29 | rdtscp]
+                [
+                    0,
+                    0,
+                    self.extended_ecx,
+                    1 << 11 | 1 << 20 | 1 << 26 | 1 << 29 | rdtscp,
+                ]
             }
             0x8000_0002..=0x8000_0004 => {
                 let at = (leaf - 0x8000_0002) as usize * 16;
@@ -226,11 +300,22 @@ impl Cpuid {
     }
 
     fn cache(&self, subleaf: u32) -> [u32; 4] {
-        let Some(&[eax, ebx, ecx, edx]) = self.caches.get(subleaf as usize) else { return [0; 4] };
+        let Some(&[eax, ebx, ecx, edx]) = self.caches.get(subleaf as usize) else {
+            return [0; 4];
+        };
         let level = eax >> 5 & 7;
-        let sharing = if level >= 3 { self.vcpus.next_power_of_two() - 1 } else { 0 };
+        let sharing = if level >= 3 {
+            self.vcpus.next_power_of_two() - 1
+        } else {
+            0
+        };
         let cores = (self.vcpus.next_power_of_two() - 1).min(63);
-        [eax & 0x3fff | sharing.min(0xfff) << 14 | cores << 26, ebx, ecx, edx]
+        [
+            eax & 0x3fff | sharing.min(0xfff) << 14 | cores << 26,
+            ebx,
+            ecx,
+            edx,
+        ]
     }
 }
 
@@ -240,7 +325,11 @@ const SIGNATURE: u32 = 0x0008_06f8;
 fn host_caches() -> Vec<[u32; 4]> {
     let zero = __cpuid(0);
     let amd = zero.ebx == u32::from_le_bytes(*b"Auth");
-    let leaf = if amd && __cpuid(0x8000_0000).eax >= 0x8000_001d { 0x8000_001d } else { 4 };
+    let leaf = if amd && __cpuid(0x8000_0000).eax >= 0x8000_001d {
+        0x8000_001d
+    } else {
+        4
+    };
     let mut found = Vec::new();
     if leaf != 4 || zero.eax >= 4 {
         for subleaf in 0..8 {

@@ -50,7 +50,9 @@ fn deliver_from(cpu: &mut Cpu, fault: Fault, source: Source) -> Result<(), Tripl
                 cpu.interrupt_shadow = false;
                 return Ok(());
             }
-            Err(_) if source == Source::Exception && current.vector == 8 => return Err(TripleFault),
+            Err(_) if source == Source::Exception && current.vector == 8 => {
+                return Err(TripleFault);
+            }
             Err(next) => {
                 let nested = source == Source::Exception;
                 source = Source::Exception;
@@ -65,7 +67,11 @@ fn combine(first: Fault, second: Fault) -> Fault {
     let contributory = |v: u8| matches!(v, 0 | 10 | 11 | 12 | 13);
     let double = (contributory(first.vector) && contributory(second.vector))
         || (first.vector == 14 && (second.vector == 14 || contributory(second.vector)));
-    if double { Fault::with_error(8, 0) } else { second }
+    if double {
+        Fault::with_error(8, 0)
+    } else {
+        second
+    }
 }
 
 /// INT n and INT3: on an error nothing has changed.
@@ -84,7 +90,13 @@ pub fn icebp(cpu: &mut Cpu, return_rip: u64) -> Result<Flow, Fault> {
 }
 
 /// Goes through one gate. On `Err` no architectural state has changed.
-fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_rip: u64) -> Result<(), Fault> {
+fn enter(
+    cpu: &mut Cpu,
+    vector: u8,
+    error: Option<u32>,
+    source: Source,
+    return_rip: u64,
+) -> Result<(), Fault> {
     if !protected(cpu) {
         return enter_real(cpu, vector, return_rip);
     }
@@ -97,7 +109,11 @@ fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_r
         return Err(Fault::gp(gate_error));
     }
     let low = cpu.read::<u64>(cpu.idtr.base.wrapping_add(offset), Rights::Supervisor)?;
-    let high = if wide { cpu.read::<u64>(cpu.idtr.base.wrapping_add(offset + 8), Rights::Supervisor)? } else { 0 };
+    let high = if wide {
+        cpu.read::<u64>(cpu.idtr.base.wrapping_add(offset + 8), Rights::Supervisor)?
+    } else {
+        0
+    };
     let gate = Descriptor(low);
     let (interrupt, bytes) = match (gate.is_segment(), gate.kind(), wide) {
         (false, 0xe, true) => (true, 8),
@@ -137,7 +153,11 @@ fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_r
         return Err(Fault::with_error(11, selector_error));
     }
     let from_v86 = virtual_8086(cpu);
-    let new_cpl = if code.conforming() { cpu.cpl } else { code.dpl() };
+    let new_cpl = if code.conforming() {
+        cpu.cpl
+    } else {
+        code.dpl()
+    };
     if from_v86 && new_cpl != 0 {
         return Err(Fault::gp(selector_error));
     }
@@ -183,42 +203,66 @@ fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_r
         for (slot, word) in frame.chunks_exact_mut(8).zip(words) {
             slot.copy_from_slice(&word.to_le_bytes());
         }
-        let pushed = if error.is_some() { &frame[..] } else { &frame[8..] };
+        let pushed = if error.is_some() {
+            &frame[..]
+        } else {
+            &frame[8..]
+        };
         let at = rsp.wrapping_sub(pushed.len() as u64);
         if !canonical(at) {
             return Err(Fault::ss(ext));
         }
-        let rights = if new_cpl == 3 { Rights::User } else { Rights::Supervisor };
+        let rights = if new_cpl == 3 {
+            Rights::User
+        } else {
+            Rights::Supervisor
+        };
         cpu.write_bytes(at, pushed, rights)?;
         cpu.gpr[RSP] = at;
         if changes {
             cpu.segments[SS] = segment::null(SS, u16::from(new_cpl), new_cpl);
         }
     } else {
-        let rights = if new_cpl == 3 { Rights::User } else { Rights::Supervisor };
+        let rights = if new_cpl == 3 {
+            Rights::User
+        } else {
+            Rights::Supervisor
+        };
         let mut new_ss = old_ss;
         let mut stack = if changes {
             let wide_tss = cpu.tr.attributes & 8 != 0;
             let (pointer, selector) = if wide_tss {
                 let at = 4 + u64::from(new_cpl) * 8;
-                (task_pointer(cpu, at, 4)?, task_pointer(cpu, at + 4, 2)? as u16)
+                (
+                    task_pointer(cpu, at, 4)?,
+                    task_pointer(cpu, at + 4, 2)? as u16,
+                )
             } else {
                 let at = 2 + u64::from(new_cpl) * 4;
-                (task_pointer(cpu, at, 2)?, task_pointer(cpu, at + 2, 2)? as u16)
+                (
+                    task_pointer(cpu, at, 2)?,
+                    task_pointer(cpu, at + 2, 2)? as u16,
+                )
             };
             let invalid = Fault::with_error(10, u32::from(selector & !3) + ext);
             if selector & !3 == 0 || (selector & 3) as u8 != new_cpl {
                 return Err(invalid);
             }
             // The checks of the new stack's segment are those of ring `new_cpl`; what they find is an invalid TSS.
-            new_ss = segment::check(cpu, SS, selector, new_cpl).map_err(|f| if f.vector == 13 { invalid } else { f })?;
+            new_ss = segment::check(cpu, SS, selector, new_cpl)
+                .map_err(|f| if f.vector == 13 { invalid } else { f })?;
             Stack::new(&new_ss, pointer, rights, false)
         } else {
             Stack::new(&old_ss, old_rsp, rights, false)
         };
         if changes {
             if from_v86 {
-                for which in [crate::state::GS, crate::state::FS, crate::state::DS, crate::state::ES] {
+                for which in [
+                    crate::state::GS,
+                    crate::state::FS,
+                    crate::state::DS,
+                    crate::state::ES,
+                ] {
                     stack.push(cpu, bytes, u64::from(cpu.segments[which].selector))?;
                 }
             }
@@ -234,7 +278,12 @@ fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_r
         cpu.segments[SS] = new_ss;
         stack.commit(cpu);
         if from_v86 {
-            for which in [crate::state::GS, crate::state::FS, crate::state::DS, crate::state::ES] {
+            for which in [
+                crate::state::GS,
+                crate::state::FS,
+                crate::state::DS,
+                crate::state::ES,
+            ] {
                 cpu.segments[which] = segment::null(which, 0, 0);
             }
         }
@@ -252,7 +301,14 @@ fn enter(cpu: &mut Cpu, vector: u8, error: Option<u32>, source: Source, return_r
 }
 
 fn with_ext(fault: Fault, ext: u32) -> Fault {
-    if fault.vector == 14 { fault } else { Fault { error: fault.error.map(|e| e | ext), ..fault } }
+    if fault.vector == 14 {
+        fault
+    } else {
+        Fault {
+            error: fault.error.map(|e| e | ext),
+            ..fault
+        }
+    }
 }
 
 /// A field of the task-state segment; #TS beyond its limit.
@@ -329,7 +385,15 @@ pub fn iret(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
     }
     let code = segment::mark_accessed(cpu, selector, code)?;
 
-    let mut writable = flag::CF | flag::PF | flag::AF | flag::ZF | flag::SF | flag::TF | flag::DF | flag::OF | flag::NT;
+    let mut writable = flag::CF
+        | flag::PF
+        | flag::AF
+        | flag::ZF
+        | flag::SF
+        | flag::TF
+        | flag::DF
+        | flag::OF
+        | flag::NT;
     if bytes > 2 {
         writable |= flag::RF | flag::AC | flag::ID;
     }
@@ -375,9 +439,17 @@ pub(super) fn return_code(cpu: &mut Cpu, selector: u16) -> Result<(Descriptor, u
     let error = u32::from(selector & !3);
     let rpl = (selector & 3) as u8;
     let code = segment::read_descriptor(cpu, selector)?;
-    let wrong_ring = if code.conforming() { code.dpl() > rpl } else { code.dpl() != rpl };
+    let wrong_ring = if code.conforming() {
+        code.dpl() > rpl
+    } else {
+        code.dpl() != rpl
+    };
     let both = attribute::LONG | attribute::BIG;
-    if !code.is_code() || rpl < cpu.cpl || wrong_ring || (long_mode(cpu) && code.attributes() & both == both) {
+    if !code.is_code()
+        || rpl < cpu.cpl
+        || wrong_ring
+        || (long_mode(cpu) && code.attributes() & both == both)
+    {
         return Err(Fault::gp(error));
     }
     if !code.present() {
@@ -410,7 +482,13 @@ fn iret_real(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
     Ok(Flow::EndBlock)
 }
 
-fn iret_to_v86(cpu: &mut Cpu, mut stack: Stack, rip: u64, selector: u16, flags: u64) -> Result<Flow, Fault> {
+fn iret_to_v86(
+    cpu: &mut Cpu,
+    mut stack: Stack,
+    rip: u64,
+    selector: u16,
+    flags: u64,
+) -> Result<Flow, Fault> {
     let rsp = stack.pop(cpu, 4)?;
     let mut selectors = [0u16; 5];
     for slot in &mut selectors {
@@ -421,9 +499,21 @@ fn iret_to_v86(cpu: &mut Cpu, mut stack: Stack, rip: u64, selector: u16, flags: 
     cpu.rip = rip & 0xffff;
     cpu.gpr[RSP] = rsp;
     use crate::state::{DS, ES, FS, GS};
-    for (which, selector) in [(CS, selector), (SS, selectors[0]), (ES, selectors[1]), (DS, selectors[2]), (FS, selectors[3]), (GS, selectors[4])] {
-        cpu.segments[which] =
-            cpu::x86::Segment { base: u64::from(selector) << 4, limit: 0xffff, selector, attributes: 0xf3, unusable: false };
+    for (which, selector) in [
+        (CS, selector),
+        (SS, selectors[0]),
+        (ES, selectors[1]),
+        (DS, selectors[2]),
+        (FS, selectors[3]),
+        (GS, selectors[4]),
+    ] {
+        cpu.segments[which] = cpu::x86::Segment {
+            base: u64::from(selector) << 4,
+            limit: 0xffff,
+            selector,
+            attributes: 0xf3,
+            unusable: false,
+        };
     }
     cpu.system.nmi_masked = false;
     Ok(Flow::EndBlock)

@@ -64,13 +64,22 @@ pub fn check(cpu: &Cpu, i: &Instruction) -> Result<(), Fault> {
     }
     let features = i.cpuid_features();
     let has = |f: CpuidFeature| features.contains(&f);
-    if has(CpuidFeature::FPU) || has(CpuidFeature::FPU287) || has(CpuidFeature::FPU387) || i.mnemonic() == Mnemonic::Fisttp {
+    if has(CpuidFeature::FPU)
+        || has(CpuidFeature::FPU287)
+        || has(CpuidFeature::FPU387)
+        || i.mnemonic() == Mnemonic::Fisttp
+    {
         if em || ts {
             return Err(Fault::NM);
         }
         let waits = !matches!(
             i.mnemonic(),
-            Mnemonic::Fnclex | Mnemonic::Fninit | Mnemonic::Fnsave | Mnemonic::Fnstcw | Mnemonic::Fnstenv | Mnemonic::Fnstsw
+            Mnemonic::Fnclex
+                | Mnemonic::Fninit
+                | Mnemonic::Fnsave
+                | Mnemonic::Fnstcw
+                | Mnemonic::Fnstenv
+                | Mnemonic::Fnstsw
         );
         return if waits { pending_x87() } else { Ok(()) };
     }
@@ -84,15 +93,23 @@ pub fn check(cpu: &Cpu, i: &Instruction) -> Result<(), Fault> {
         };
     }
     let vex = !matches!(i.encoding(), iced_x86::EncodingKind::Legacy);
-    let vector = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register())
-        || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr)
+    let vector = (0..i.op_count())
+        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register())
+        || matches!(
+            i.mnemonic(),
+            Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
+        )
         || matches!(i.mnemonic(), Mnemonic::Vzeroall | Mnemonic::Vzeroupper);
     if !vector {
         return Ok(());
     }
     if vex {
-        let enabled = cpu.xcr0 & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) == cpuid::XCR0_SSE | cpuid::XCR0_AVX;
-        if cpu.cr4 & cr::CR4_OSXSAVE == 0 || !enabled || i.encoding() == iced_x86::EncodingKind::EVEX {
+        let enabled =
+            cpu.xcr0 & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) == cpuid::XCR0_SSE | cpuid::XCR0_AVX;
+        if cpu.cr4 & cr::CR4_OSXSAVE == 0
+            || !enabled
+            || i.encoding() == iced_x86::EncodingKind::EVEX
+        {
             return Err(Fault::UD);
         }
     } else if em || cpu.cr4 & cr::CR4_OSFXSR == 0 {
@@ -105,8 +122,14 @@ pub fn check(cpu: &Cpu, i: &Instruction) -> Result<(), Fault> {
 fn pending_x87() -> Result<(), Fault> {
     let status: u16;
     // SAFETY: FNSTSW waits for nothing and changes nothing.
-    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
-    if status & 0x80 != 0 { Err(Fault::MF) } else { Ok(()) }
+    unsafe {
+        std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags))
+    };
+    if status & 0x80 != 0 {
+        Err(Fault::MF)
+    } else {
+        Ok(())
+    }
 }
 
 /// The state instructions; `Ok(None)`: none of them.
@@ -165,10 +188,20 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
 
 /// FXSAVE and its kin: EM and TS both raise #NM.
 fn allowed(cpu: &Cpu) -> Result<(), Fault> {
-    if cpu.cr0 & (cr::CR0_EM | cr::CR0_TS) != 0 { Err(Fault::NM) } else { Ok(()) }
+    if cpu.cr0 & (cr::CR0_EM | cr::CR0_TS) != 0 {
+        Err(Fault::NM)
+    } else {
+        Ok(())
+    }
 }
 
-fn aligned(cpu: &mut Cpu, i: &Instruction, len: usize, alignment: u64, write: bool) -> Result<u64, Fault> {
+fn aligned(
+    cpu: &mut Cpu,
+    i: &Instruction,
+    len: usize,
+    alignment: u64,
+    write: bool,
+) -> Result<u64, Fault> {
     let at = operand::linear(cpu, i, len, write)?;
     if at & (alignment - 1) != 0 {
         return Err(Fault::GP);
@@ -227,11 +260,19 @@ fn xsave_allowed(cpu: &Cpu) -> Result<(), Fault> {
     if cpu.cr4 & cr::CR4_OSXSAVE == 0 {
         return Err(Fault::UD);
     }
-    if cpu.cr0 & cr::CR0_TS != 0 { Err(Fault::NM) } else { Ok(()) }
+    if cpu.cr0 & cr::CR0_TS != 0 {
+        Err(Fault::NM)
+    } else {
+        Ok(())
+    }
 }
 
 fn area_len(components: u64) -> usize {
-    if components & cpuid::XCR0_AVX != 0 { cpuid::XSAVE_AVX as usize } else { LEGACY + HEADER }
+    if components & cpuid::XCR0_AVX != 0 {
+        cpuid::XSAVE_AVX as usize
+    } else {
+        LEGACY + HEADER
+    }
 }
 
 /// XSAVE, XSAVEOPT, XSAVEC. With x87, SSE and AVX alone the compacted form has the same offsets as the standard one.
@@ -299,7 +340,11 @@ fn restore(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
     let mut mxcsr = None;
     if compacted {
         if components & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) != 0 {
-            mxcsr = Some(if present & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) != 0 { word(area, 24) } else { 0x1f80 });
+            mxcsr = Some(if present & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) != 0 {
+                word(area, 24)
+            } else {
+                0x1f80
+            });
         }
     } else if components & (cpuid::XCR0_SSE | cpuid::XCR0_AVX) != 0 {
         mxcsr = Some(word(area, 24));
@@ -317,7 +362,11 @@ fn restore(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
 /// Loads `components`: from `area` those in `present`, the others to their initial state.
 fn apply_xsave(cpu: &mut Cpu, area: &[u8], components: u64, present: u64) {
     if components & cpuid::XCR0_X87 != 0 {
-        let x87 = if present & cpuid::XCR0_X87 != 0 { without_pointers(area) } else { initial_x87() };
+        let x87 = if present & cpuid::XCR0_X87 != 0 {
+            without_pointers(area)
+        } else {
+            initial_x87()
+        };
         host_restore(&x87);
     }
     if components & cpuid::XCR0_SSE != 0 {
@@ -333,7 +382,11 @@ fn apply_xsave(cpu: &mut Cpu, area: &[u8], components: u64, present: u64) {
         let has = present & cpuid::XCR0_AVX != 0;
         for (n, ymm) in cpu.ymm.iter_mut().enumerate() {
             let at = LEGACY + HEADER + n * 16;
-            (ymm[2], ymm[3]) = if has { (long(area, at), long(area, at + 8)) } else { (0, 0) };
+            (ymm[2], ymm[3]) = if has {
+                (long(area, at), long(area, at + 8))
+            } else {
+                (0, 0)
+            };
         }
     }
 }
@@ -352,9 +405,17 @@ pub fn restore_state(cpu: &mut Cpu, saved: &[u8]) {
     let mut area = [0u8; cpuid::XSAVE_AVX as usize];
     let len = saved.len().min(area.len());
     area[..len].copy_from_slice(&saved[..len]);
-    let present = if len >= LEGACY + HEADER { long(&area, LEGACY) } else { 0 };
+    let present = if len >= LEGACY + HEADER {
+        long(&area, LEGACY)
+    } else {
+        0
+    };
     let mxcsr = word(&area, 24);
-    cpu.mxcsr = if present & cpuid::XCR0_SSE != 0 && mxcsr & !MXCSR_MASK == 0 { mxcsr } else { 0x1f80 };
+    cpu.mxcsr = if present & cpuid::XCR0_SSE != 0 && mxcsr & !MXCSR_MASK == 0 {
+        mxcsr
+    } else {
+        0x1f80
+    };
     let all = cpuid::XCR0_X87 | cpuid::XCR0_SSE | cpuid::XCR0_AVX;
     apply_xsave(cpu, &area, all, present);
 }

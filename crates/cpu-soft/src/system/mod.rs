@@ -54,10 +54,18 @@ impl System {
     /// The system side of CPU `id`.
     pub fn new(machine: &Machine, id: u32) -> System {
         System {
-            activity: if id == 0 { Activity::Running } else { Activity::WaitForSipi },
+            activity: if id == 0 {
+                Activity::Running
+            } else {
+                Activity::WaitForSipi
+            },
             apic: apic::Apic::new(id),
             msr: msr::Msrs::default(),
-            cpuid: Arc::new(cpuid::Cpuid::new(machine.model, machine.vcpus, crate::clock::tsc_hz())),
+            cpuid: Arc::new(cpuid::Cpuid::new(
+                machine.model,
+                machine.vcpus,
+                crate::clock::tsc_hz(),
+            )),
             nmi_pending: false,
             nmi_masked: false,
             stubs: None,
@@ -89,7 +97,11 @@ pub fn execute(cpu: &mut Cpu, instruction: &Instruction) -> Result<Flow, Fault> 
     if let Some(flow) = interp::native::execute(cpu, instruction)? {
         return Ok(flow);
     }
-    tracing::warn!("instruction not known at {:#x}: {:?}", cpu.rip, instruction.code());
+    tracing::warn!(
+        "instruction not known at {:#x}: {:?}",
+        cpu.rip,
+        instruction.code()
+    );
     Err(Fault::UD)
 }
 
@@ -99,7 +111,13 @@ pub fn interpret(cpu: &mut Cpu) -> Result<Flow, Fault> {
     let instruction = interp::fetch(cpu)?;
     let flow = execute(cpu, &instruction)?;
     // MOV SS and STI hold the trap back for one instruction, as they do interrupts.
-    if stepping && !cpu.interrupt_shadow && !matches!(instruction.mnemonic(), iced_x86::Mnemonic::Int | iced_x86::Mnemonic::Int3) {
+    if stepping
+        && !cpu.interrupt_shadow
+        && !matches!(
+            instruction.mnemonic(),
+            iced_x86::Mnemonic::Int | iced_x86::Mnemonic::Int3
+        )
+    {
         cpu.dr[6] |= 1 << 14;
         return Err(Fault::DB);
     }
@@ -119,7 +137,11 @@ pub fn poll_interrupts(cpu: &mut Cpu) -> Result<bool, TripleFault> {
     let mut restarted = false;
     if requests & request::INIT != 0 {
         save::initialize(cpu);
-        cpu.system.activity = if cpu.id == 0 { Activity::Running } else { Activity::WaitForSipi };
+        cpu.system.activity = if cpu.id == 0 {
+            Activity::Running
+        } else {
+            Activity::WaitForSipi
+        };
         restarted = true;
     }
     if requests & request::SIPI != 0 && cpu.system.activity == Activity::WaitForSipi {

@@ -171,7 +171,10 @@ pub fn read(cpu: &mut Cpu, msr: u32) -> Result<u64, Fault> {
 
 /// WRMSR.
 pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
-    let canonical_only = matches!(msr, SYSENTER_ESP | SYSENTER_EIP | LSTAR | CSTAR | FS_BASE | GS_BASE | KERNEL_GS_BASE);
+    let canonical_only = matches!(
+        msr,
+        SYSENTER_ESP | SYSENTER_EIP | LSTAR | CSTAR | FS_BASE | GS_BASE | KERNEL_GS_BASE
+    );
     if canonical_only && !canonical(value) {
         return Err(Fault::GP);
     }
@@ -209,8 +212,16 @@ pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
         // Branch records are not kept; the bits are.
         DEBUGCTL if value & !0x3 == 0 => m.debugctl = value,
         0x200..=0x20f => m.mtrr_variable[(msr - 0x200) as usize] = value,
-        MTRR_DEF_TYPE if value & !0xcff == 0 && memory_type(value & 0xff) => m.mtrr_def_type = value,
-        PAT if value.to_le_bytes().iter().all(|t| memory_type(u64::from(*t)) || *t == 7) => m.pat = value,
+        MTRR_DEF_TYPE if value & !0xcff == 0 && memory_type(value & 0xff) => {
+            m.mtrr_def_type = value
+        }
+        PAT if value
+            .to_le_bytes()
+            .iter()
+            .all(|t| memory_type(u64::from(*t)) || *t == 7) =>
+        {
+            m.pat = value
+        }
         TSC_DEADLINE => {
             apic::set_deadline(cpu, value);
             return Ok(Flow::Continue);
@@ -218,7 +229,11 @@ pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
         0x800..=0x8ff => {
             apic::msr_write(cpu, msr, value)?;
             // Only a waiting interrupt needs the run loop.
-            return Ok(if cpu.interrupt_waits != 0 || cpu.mailbox.has_mail() { Flow::EndBlock } else { Flow::Continue });
+            return Ok(if cpu.interrupt_waits != 0 || cpu.mailbox.has_mail() {
+                Flow::EndBlock
+            } else {
+                Flow::Continue
+            });
         }
         EFER => {
             super::control::set_efer(cpu, value)?;
@@ -241,7 +256,14 @@ pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
             write_system_time(cpu);
         }
         _ => match fixed_mtrr(msr) {
-            Some(i) if value.to_le_bytes().iter().all(|t| memory_type(u64::from(*t))) => m.mtrr_fixed[i] = value,
+            Some(i)
+                if value
+                    .to_le_bytes()
+                    .iter()
+                    .all(|t| memory_type(u64::from(*t))) =>
+            {
+                m.mtrr_fixed[i] = value
+            }
             _ => {
                 tracing::debug!("wrmsr {msr:#x} = {value:#x} at {:#x}: refused", cpu.rip);
                 return Err(Fault::GP);
@@ -279,7 +301,11 @@ fn tsc_scale(hz: u64) -> (u32, i8) {
         shift += 1;
     }
     // From the unrounded frequency, so that the shift costs no precision.
-    let scaled = if shift < 0 { u128::from(hz) } else { u128::from(hz) << shift };
+    let scaled = if shift < 0 {
+        u128::from(hz)
+    } else {
+        u128::from(hz) << shift
+    };
     let numerator = (1_000_000_000u128 << 32) << if shift < 0 { -i32::from(shift) } else { 0 };
     ((numerator / scaled) as u32, shift)
 }
@@ -287,7 +313,10 @@ fn tsc_scale(hz: u64) -> (u32, i8) {
 /// Nanoseconds of the paravirtual clock now.
 pub fn clock_now(cpu: &Cpu) -> u64 {
     let ticks = host_tsc().wrapping_sub(clock_zero());
-    cpu.system.msr.clock_offset.wrapping_add((u128::from(ticks) * 1_000_000_000 / u128::from(tsc_hz())) as u64)
+    cpu.system
+        .msr
+        .clock_offset
+        .wrapping_add((u128::from(ticks) * 1_000_000_000 / u128::from(tsc_hz())) as u64)
 }
 
 /// Fills the page of the paravirtual clock (Documentation/virt/kvm/x86/msr.rst of Linux): 32 bytes. The TSC is
@@ -312,7 +341,9 @@ fn write_system_time(cpu: &mut Cpu) {
 
 /// The time of day at which the paravirtual clock was zero: version, seconds, nanoseconds.
 fn write_wall_clock(cpu: &mut Cpu, at: u64) {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     let zero = now.saturating_sub(std::time::Duration::from_nanos(clock_now(cpu)));
     let at = at & !3;
     let version = cpu.physical_read::<u32>(at).wrapping_add(1) | 1;
@@ -351,7 +382,10 @@ pub fn save(cpu: &mut Cpu) -> Vec<(u32, u64)> {
         .chain(0x200..=0x20f)
         .chain([KERNEL_GS_BASE, TSC_AUX, KVM_WALL_CLOCK, KVM_SYSTEM_TIME])
         .collect();
-    let mut saved: Vec<(u32, u64)> = numbers.into_iter().filter_map(|n| read(cpu, n).ok().map(|v| (n, v))).collect();
+    let mut saved: Vec<(u32, u64)> = numbers
+        .into_iter()
+        .filter_map(|n| read(cpu, n).ok().map(|v| (n, v)))
+        .collect();
     saved.push((SAVED_CLOCK, clock_now(cpu)));
     saved.sort_unstable();
     saved
@@ -386,9 +420,16 @@ mod tests {
     fn a_second_of_ticks_is_a_second_of_nanoseconds() {
         for hz in [999_000_000u64, 1_000_000_000, 2_596_140_000, 5_100_000_000] {
             let (mul, shift) = tsc_scale(hz);
-            let ticks = if shift < 0 { u128::from(hz) >> -shift } else { u128::from(hz) << shift };
+            let ticks = if shift < 0 {
+                u128::from(hz) >> -shift
+            } else {
+                u128::from(hz) << shift
+            };
             let nanoseconds = (ticks * u128::from(mul)) >> 32;
-            assert!(nanoseconds.abs_diff(1_000_000_000) < 5, "{hz}: {nanoseconds}");
+            assert!(
+                nanoseconds.abs_diff(1_000_000_000) < 5,
+                "{hz}: {nanoseconds}"
+            );
         }
     }
 }

@@ -87,7 +87,11 @@ impl Permissions {
     fn error(&self, bits: u32) -> u32 {
         bits | if self.write { error::WRITE } else { 0 }
             | if self.user { error::USER } else { 0 }
-            | if self.fetch && (self.no_execute || self.smep) { error::FETCH } else { 0 }
+            | if self.fetch && (self.no_execute || self.smep) {
+                error::FETCH
+            } else {
+                0
+            }
     }
 
     /// Whether a page with these combined rights may be used so.
@@ -114,7 +118,12 @@ impl Permissions {
 /// A non-canonical address is a general protection fault.
 pub fn walk(cpu: &mut Cpu, va: u64, access: Access, rights: Rights) -> Result<Translation, Fault> {
     if cpu.cr0 & cr::CR0_PG == 0 {
-        return Ok(Translation { gpa: va & 0xffff_ffff, writable: true, global: false, user: true });
+        return Ok(Translation {
+            gpa: va & 0xffff_ffff,
+            writable: true,
+            global: false,
+            user: true,
+        });
     }
     let permissions = Permissions::of(cpu, access, rights);
     loop {
@@ -143,7 +152,9 @@ pub fn peek(cpu: &mut Cpu, va: u64) -> Option<u64> {
         return Some(va & 0xffff_ffff);
     }
     if cpu.efer & cr::EFER_LMA == 0 {
-        return walk(cpu, va, Access::Read, Rights::Supervisor).ok().map(|t| t.gpa);
+        return walk(cpu, va, Access::Read, Rights::Supervisor)
+            .ok()
+            .map(|t| t.gpa);
     }
     if !canonical(va) {
         return None;
@@ -184,25 +195,39 @@ fn mark64(cpu: &mut Cpu, gpa: u64, old: u64, bits: u64) -> bool {
     if old & bits == bits {
         return true;
     }
-    let Some(at) = cpu.machine.ram_at(gpa) else { return true };
+    let Some(at) = cpu.machine.ram_at(gpa) else {
+        return true;
+    };
     cpu.note_store(gpa, u64::MAX);
     // SAFETY: as in `load64`.
-    unsafe { AtomicU64::from_ptr(at.cast()) }.compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    unsafe { AtomicU64::from_ptr(at.cast()) }
+        .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)
+        .is_ok()
 }
 
 fn mark32(cpu: &mut Cpu, gpa: u64, old: u32, bits: u32) -> bool {
     if old & bits == bits {
         return true;
     }
-    let Some(at) = cpu.machine.ram_at(gpa) else { return true };
+    let Some(at) = cpu.machine.ram_at(gpa) else {
+        return true;
+    };
     cpu.note_store(gpa, u64::MAX);
     // SAFETY: as in `load32`.
-    unsafe { AtomicU32::from_ptr(at.cast()) }.compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    unsafe { AtomicU32::from_ptr(at.cast()) }
+        .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)
+        .is_ok()
 }
 
 /// Levels of eight-byte entries from the table that `top` bits index. `Ok(None)`: an entry changed, walk again;
 /// `Err`: the error code's bits.
-fn walk_wide(cpu: &mut Cpu, va: u64, permissions: &Permissions, root: u64, top: u32) -> Result<Option<Translation>, u32> {
+fn walk_wide(
+    cpu: &mut Cpu,
+    va: u64,
+    permissions: &Permissions,
+    root: u64,
+    top: u32,
+) -> Result<Option<Translation>, u32> {
     let mut table = root;
     let mut shift = top;
     let (mut user, mut write, mut nx) = (true, true, false);
@@ -277,7 +302,11 @@ fn walk_pae(cpu: &mut Cpu, va: u64, permissions: &Permissions) -> Result<Option<
 }
 
 /// Two levels of four-byte entries, 4 MiB pages with CR4.PSE.
-fn walk_narrow(cpu: &mut Cpu, va: u64, permissions: &Permissions) -> Result<Option<Translation>, u32> {
+fn walk_narrow(
+    cpu: &mut Cpu,
+    va: u64,
+    permissions: &Permissions,
+) -> Result<Option<Translation>, u32> {
     let directory_at = (cpu.cr3 & 0xffff_f000) + (va >> 22) * 4;
     let directory = load32(cpu, directory_at);
     if directory & 1 == 0 {
@@ -304,7 +333,11 @@ fn walk_narrow(cpu: &mut Cpu, va: u64, permissions: &Permissions) -> Result<Opti
     if !large && !mark32(cpu, directory_at, directory, entry::ACCESSED as u32) {
         return Ok(None);
     }
-    let dirty = if permissions.write { entry::DIRTY as u32 } else { 0 };
+    let dirty = if permissions.write {
+        entry::DIRTY as u32
+    } else {
+        0
+    };
     if !mark32(cpu, at, value, entry::ACCESSED as u32 | dirty) {
         return Ok(None);
     }

@@ -47,10 +47,18 @@ pub fn save(cpu: &mut Cpu) -> CpuState {
 /// The reverse of [`save`]; an error says what cannot be used.
 pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
     if state.version > VERSION {
-        return Err(format!("it has version {}, this program knows up to {VERSION}", state.version));
+        return Err(format!(
+            "it has version {}, this program knows up to {VERSION}",
+            state.version
+        ));
     }
-    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0 || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0 {
-        return Err(format!("it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})", state.cr4, state.xcr0));
+    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0
+        || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0
+    {
+        return Err(format!(
+            "it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})",
+            state.cr4, state.xcr0
+        ));
     }
     cpu.system.activity = state.activity;
     cpu.gpr = state.gpr;
@@ -68,7 +76,12 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
         cpu.cpl = (state.segments[CS].selector & 3) as u8;
     }
     (cpu.ldtr, cpu.tr, cpu.gdtr, cpu.idtr) = (state.ldtr, state.tr, state.gdtr, state.idtr);
-    (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4) = (state.cr0 | super::cr::CR0_ET, state.cr2, state.cr3, state.cr4);
+    (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4) = (
+        state.cr0 | super::cr::CR0_ET,
+        state.cr2,
+        state.cr3,
+        state.cr4,
+    );
     cpu.efer = state.efer;
     cpu.xcr0 = state.xcr0 | cpuid::XCR0_X87;
     cpu.dr = state.dr;
@@ -76,15 +89,25 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
         (cpu.dr[6], cpu.dr[7]) = (0xffff_0ff0, 0x400);
     }
     // A counter of zero is a machine that starts, not one saved: it gets the host's, which is the fast case.
-    cpu.tsc_offset = if state.tsc == 0 { 0 } else { state.tsc.wrapping_sub(host_tsc()) };
+    cpu.tsc_offset = if state.tsc == 0 {
+        0
+    } else {
+        state.tsc.wrapping_sub(host_tsc())
+    };
     msr::restore(cpu, &state.msrs);
     fpu::restore_state(cpu, &state.xsave);
     if state.apic.is_empty() {
         cpu.system.apic.reset();
     } else {
-        let base = if state.apic_base == 0 { cpu.system.apic.base } else { state.apic_base };
+        let base = if state.apic_base == 0 {
+            cpu.system.apic.base
+        } else {
+            state.apic_base
+        };
         let offset = cpu.tsc_offset;
-        cpu.system.apic.restore(&state.apic, base, state.tsc_deadline, offset);
+        cpu.system
+            .apic
+            .restore(&state.apic, base, state.tsc_deadline, offset);
     }
     apic::publish(cpu);
     apic::arm(cpu);
@@ -98,17 +121,37 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
 
 /// The state after INIT (SDM vol. 3, table 10-1): real mode at the reset vector; vector registers and x87 stay.
 pub fn initialize(cpu: &mut Cpu) {
-    let data = Segment { base: 0, limit: 0xffff, selector: 0, attributes: 0x93, unusable: false };
+    let data = Segment {
+        base: 0,
+        limit: 0xffff,
+        selector: 0,
+        attributes: 0x93,
+        unusable: false,
+    };
     cpu.gpr = [0; 16];
     // Family 6, model 0x8f.
     cpu.gpr[RDX] = 0x0008_06f8;
     cpu.rip = 0xfff0;
     cpu.rflags = flag::FIXED;
     cpu.segments = [data; 6];
-    cpu.segments[CS] = Segment { base: 0xffff_0000, selector: 0xf000, attributes: 0x9b, ..data };
-    cpu.ldtr = Segment { attributes: 2 | attribute::PRESENT, ..data };
-    cpu.tr = Segment { attributes: 0xb | attribute::PRESENT, ..data };
-    cpu.gdtr = TableRegister { base: 0, limit: 0xffff };
+    cpu.segments[CS] = Segment {
+        base: 0xffff_0000,
+        selector: 0xf000,
+        attributes: 0x9b,
+        ..data
+    };
+    cpu.ldtr = Segment {
+        attributes: 2 | attribute::PRESENT,
+        ..data
+    };
+    cpu.tr = Segment {
+        attributes: 0xb | attribute::PRESENT,
+        ..data
+    };
+    cpu.gdtr = TableRegister {
+        base: 0,
+        limit: 0xffff,
+    };
     cpu.idtr = cpu.gdtr;
     // CD, NW, ET.
     cpu.cr0 = 0x6000_0010;

@@ -52,13 +52,23 @@ impl Descriptor {
     }
     pub fn limit(self) -> u32 {
         let raw = (self.0 & 0xffff) as u32 | (self.0 >> 32) as u32 & 0xf_0000;
-        if self.attributes() & GRANULARITY != 0 { raw << 12 | 0xfff } else { raw }
+        if self.attributes() & GRANULARITY != 0 {
+            raw << 12 | 0xfff
+        } else {
+            raw
+        }
     }
     pub fn base(self) -> u32 {
         (self.0 >> 16) as u32 & 0xff_ffff | (self.0 >> 32) as u32 & 0xff00_0000
     }
     pub fn segment(self, selector: u16) -> Segment {
-        Segment { base: u64::from(self.base()), limit: self.limit(), selector, attributes: self.attributes(), unusable: false }
+        Segment {
+            base: u64::from(self.base()),
+            limit: self.limit(),
+            selector,
+            attributes: self.attributes(),
+            unusable: false,
+        }
     }
 }
 
@@ -105,7 +115,13 @@ pub fn stack_size(cpu: &Cpu) -> usize {
 
 /// A flat segment for SYSCALL and its kin.
 pub fn flat(selector: u16, attributes: u16) -> Segment {
-    Segment { base: 0, limit: u32::MAX, selector, attributes, unusable: false }
+    Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attributes,
+        unusable: false,
+    }
 }
 
 /// The linear address of a descriptor; `Err`: beyond the table's limit.
@@ -140,11 +156,17 @@ pub fn read_system_descriptor(cpu: &mut Cpu, selector: u16) -> Result<(Descripto
 }
 
 /// Sets the accessed bit in the table, where it is not set yet.
-pub fn mark_accessed(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> Result<Descriptor, Fault> {
+pub fn mark_accessed(
+    cpu: &mut Cpu,
+    selector: u16,
+    descriptor: Descriptor,
+) -> Result<Descriptor, Fault> {
     if descriptor.attributes() & ACCESSED != 0 {
         return Ok(descriptor);
     }
-    let Some(at) = locate(cpu, selector, 8) else { return Ok(descriptor) };
+    let Some(at) = locate(cpu, selector, 8) else {
+        return Ok(descriptor);
+    };
     let byte = (descriptor.0 >> 40) as u8;
     cpu.write::<u8>(at + 5, byte | 1, Rights::Supervisor)?;
     Ok(Descriptor(descriptor.0 | 1 << 40))
@@ -188,7 +210,10 @@ pub fn check(cpu: &mut Cpu, which: usize, selector: u16, cpl: u8) -> Result<Segm
     let descriptor = read_descriptor(cpu, selector)?;
     let attributes = descriptor.attributes();
     if which == SS {
-        if attributes & (S | CODE | WRITABLE) != S | WRITABLE || rpl != cpl || descriptor.dpl() != cpl {
+        if attributes & (S | CODE | WRITABLE) != S | WRITABLE
+            || rpl != cpl
+            || descriptor.dpl() != cpl
+        {
             return Err(Fault::gp(error));
         }
         if !descriptor.present() {
@@ -212,7 +237,13 @@ pub fn check(cpu: &mut Cpu, which: usize, selector: u16, cpl: u8) -> Result<Segm
 /// A null segment: unusable, except that 64-bit stacks work with one.
 pub fn null(which: usize, selector: u16, cpl: u8) -> Segment {
     let attributes = if which == SS { u16::from(cpl) << 5 } else { 0 };
-    Segment { base: 0, limit: 0, selector, attributes, unusable: true }
+    Segment {
+        base: 0,
+        limit: 0,
+        selector,
+        attributes,
+        unusable: true,
+    }
 }
 
 /// After a return to an outer ring, data segments that ring may not use become null (SDM vol. 2, IRET).
@@ -222,7 +253,10 @@ pub fn drop_privileged(cpu: &mut Cpu) {
         let dpl = (segment.attributes >> 5 & 3) as u8;
         let code_conforming = segment.attributes & (CODE | CONFORMING) == CODE | CONFORMING;
         if !segment.unusable && dpl < cpu.cpl && !code_conforming {
-            cpu.segments[which] = Segment { base: segment.base, ..null(which, 0, cpu.cpl) };
+            cpu.segments[which] = Segment {
+                base: segment.base,
+                ..null(which, 0, cpu.cpl)
+            };
             if which < FS {
                 cpu.segments[which].base = 0;
             }
@@ -235,7 +269,11 @@ pub fn linear(cpu: &Cpu, which: usize, offset: u64, len: usize, write: bool) -> 
     let fault = if which == SS { Fault::ss(0) } else { Fault::GP };
     let segment = &cpu.segments[which];
     if code64(cpu) {
-        let at = if which >= FS { segment.base.wrapping_add(offset) } else { offset };
+        let at = if which >= FS {
+            segment.base.wrapping_add(offset)
+        } else {
+            offset
+        };
         let last = at.wrapping_add(len as u64 - 1);
         if !super::paging::canonical(at) || !super::paging::canonical(last) {
             return Err(fault);
@@ -248,7 +286,11 @@ pub fn linear(cpu: &Cpu, which: usize, offset: u64, len: usize, write: bool) -> 
             return Err(fault);
         }
         let code = segment.attributes & CODE != 0;
-        let allowed = if write { !code && segment.attributes & WRITABLE != 0 } else { !code || segment.attributes & WRITABLE != 0 };
+        let allowed = if write {
+            !code && segment.attributes & WRITABLE != 0
+        } else {
+            !code || segment.attributes & WRITABLE != 0
+        };
         if !allowed {
             return Err(fault);
         }
@@ -256,7 +298,11 @@ pub fn linear(cpu: &Cpu, which: usize, offset: u64, len: usize, write: bool) -> 
     let last = offset + len as u64 - 1;
     let limit = u64::from(segment.limit);
     let inside = if segment.attributes & (CODE | CONFORMING | S) == CONFORMING | S {
-        let top = if segment.attributes & BIG != 0 { 0xffff_ffff } else { 0xffff };
+        let top = if segment.attributes & BIG != 0 {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
         offset > limit && last <= top
     } else {
         last <= limit
@@ -269,7 +315,9 @@ pub fn linear(cpu: &Cpu, which: usize, offset: u64, len: usize, write: bool) -> 
 
 /// VERR and VERW: whether `selector` may be read (or written) at the current privilege.
 pub fn verify(cpu: &mut Cpu, selector: u16, write: bool) -> Result<bool, Fault> {
-    let Some(descriptor) = visible(cpu, selector)? else { return Ok(false) };
+    let Some(descriptor) = visible(cpu, selector)? else {
+        return Ok(false);
+    };
     let attributes = descriptor.attributes();
     if attributes & S == 0 {
         return Ok(false);
@@ -289,7 +337,9 @@ pub fn verify(cpu: &mut Cpu, selector: u16, write: bool) -> Result<bool, Fault> 
 
 /// LAR and LSL: the descriptor, where its type and the privilege allow them.
 pub fn inspect(cpu: &mut Cpu, selector: u16, for_limit: bool) -> Result<Option<Descriptor>, Fault> {
-    let Some(descriptor) = visible(cpu, selector)? else { return Ok(None) };
+    let Some(descriptor) = visible(cpu, selector)? else {
+        return Ok(None);
+    };
     if !descriptor.is_segment() {
         let valid = match descriptor.kind() {
             2 | 9 | 11 => true,
@@ -320,7 +370,11 @@ fn visible(cpu: &mut Cpu, selector: u16) -> Result<Option<Descriptor>, Fault> {
 /// LLDT.
 pub fn load_ldt(cpu: &mut Cpu, selector: u16) -> Result<(), Fault> {
     if selector & !3 == 0 {
-        cpu.ldtr = Segment { selector, unusable: true, ..Segment::default() };
+        cpu.ldtr = Segment {
+            selector,
+            unusable: true,
+            ..Segment::default()
+        };
         return Ok(());
     }
     let (descriptor, high) = table_entry(cpu, selector)?;

@@ -25,12 +25,22 @@ impl Stack {
         } else {
             0xffff
         };
-        Stack { segment: *segment, pointer, mask, rights }
+        Stack {
+            segment: *segment,
+            pointer,
+            mask,
+            rights,
+        }
     }
 
     /// The running code's own stack.
     pub fn current(cpu: &Cpu) -> Stack {
-        Stack::new(&cpu.segments[SS], cpu.gpr[RSP], Rights::Current, code64(cpu))
+        Stack::new(
+            &cpu.segments[SS],
+            cpu.gpr[RSP],
+            Rights::Current,
+            code64(cpu),
+        )
     }
 
     pub fn pointer(&self) -> u64 {
@@ -49,9 +59,14 @@ impl Stack {
         }
         let last = offset + bytes as u64 - 1;
         let limit = u64::from(self.segment.limit);
-        let down = self.segment.attributes & (attribute::CODE | attribute::CONFORMING | attribute::S)
+        let down = self.segment.attributes
+            & (attribute::CODE | attribute::CONFORMING | attribute::S)
             == attribute::CONFORMING | attribute::S;
-        let inside = if down { offset > limit && last <= self.mask } else { last <= limit };
+        let inside = if down {
+            offset > limit && last <= self.mask
+        } else {
+            last <= limit
+        };
         if !inside {
             return Err(Fault::ss(0));
         }
@@ -78,6 +93,10 @@ impl Stack {
 
     /// Makes the pointer the CPU's.
     pub fn commit(&self, cpu: &mut Cpu) {
-        cpu.gpr[RSP] = if self.mask == 0xffff_ffff { self.pointer & self.mask } else { self.pointer };
+        cpu.gpr[RSP] = if self.mask == 0xffff_ffff {
+            self.pointer & self.mask
+        } else {
+            self.pointer
+        };
     }
 }

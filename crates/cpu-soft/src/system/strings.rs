@@ -113,7 +113,10 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             }
             n => n,
         };
-        if op.end_on.is_some_and(|zf| zf == (cpu.rflags & flag::ZF != 0)) {
+        if op
+            .end_on
+            .is_some_and(|zf| zf == (cpu.rflags & flag::ZF != 0))
+        {
             break;
         }
         since_look += done;
@@ -133,11 +136,19 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
 fn advance(cpu: &mut Cpu, register: usize, mask: u64, delta: u64) {
     let moved = cpu.gpr[register].wrapping_add(delta) & mask;
     // A 32-bit address size clears the upper half, as every 32-bit write does.
-    cpu.gpr[register] = if mask == 0xffff { cpu.gpr[register] & !mask | moved } else { moved };
+    cpu.gpr[register] = if mask == 0xffff {
+        cpu.gpr[register] & !mask | moved
+    } else {
+        moved
+    };
 }
 
 fn step(cpu: &Cpu, op: Op) -> u64 {
-    if cpu.rflags & flag::DF != 0 { (op.size as u64).wrapping_neg() } else { op.size as u64 }
+    if cpu.rflags & flag::DF != 0 {
+        (op.size as u64).wrapping_neg()
+    } else {
+        op.size as u64
+    }
 }
 
 fn source(cpu: &Cpu, op: Op, len: usize) -> Result<u64, Fault> {
@@ -175,7 +186,10 @@ fn one(cpu: &mut Cpu, op: Op) -> Result<Flow, Fault> {
         }
         Kind::Cmps => {
             let (from, to) = (source(cpu, op, size)?, target(cpu, op, size, false)?);
-            let (a, b) = (operand::load(cpu, from, size)?, operand::load(cpu, to, size)?);
+            let (a, b) = (
+                operand::load(cpu, from, size)?,
+                operand::load(cpu, to, size)?,
+            );
             alu::sub(a, b, 0, size).set(cpu);
             advance(cpu, RSI, op.mask, delta);
             advance(cpu, RDI, op.mask, delta);
@@ -210,7 +224,11 @@ fn one(cpu: &mut Cpu, op: Op) -> Result<Flow, Fault> {
 
 fn set_accumulator(cpu: &mut Cpu, size: usize, value: u64) {
     let mask = operand::mask(size);
-    cpu.gpr[RAX] = if size >= 4 { value } else { cpu.gpr[RAX] & !mask | value };
+    cpu.gpr[RAX] = if size >= 4 {
+        value
+    } else {
+        cpu.gpr[RAX] & !mask | value
+    };
 }
 
 /// Elements from `linear` up to the end of its page.
@@ -239,7 +257,10 @@ fn batch(cpu: &mut Cpu, op: Op) -> Result<u64, Fault> {
         n = n.min(in_page(from, op.size)).min(room(cpu.gpr[RSI]));
     }
     let len = (n * size) as usize;
-    if n < 2 || target(cpu, op, len, writes).is_err() || (uses_source && source(cpu, op, len).is_err()) {
+    if n < 2
+        || target(cpu, op, len, writes).is_err()
+        || (uses_source && source(cpu, op, len).is_err())
+    {
         return Ok(0);
     }
     // The source first: its fault comes before the target's.
@@ -252,10 +273,14 @@ fn batch(cpu: &mut Cpu, op: Op) -> Result<u64, Fault> {
         None
     };
     let access = if writes { Access::Write } else { Access::Read };
-    let Place::Ram(to_host) = cpu.place(to, access, Rights::Current)? else { return Ok(0) };
+    let Place::Ram(to_host) = cpu.place(to, access, Rights::Current)? else {
+        return Ok(0);
+    };
     let done = match op.kind {
         Kind::Movs => {
-            let Some(from_host) = from_host else { return Ok(0) };
+            let Some(from_host) = from_host else {
+                return Ok(0);
+            };
             // SAFETY: both ranges lie inside one page of guest RAM each, as `n` was cut to that.
             unsafe { copy_forward(from_host, to_host, len, op.size) };
             n

@@ -46,7 +46,11 @@ pub fn add(a: u64, b: u64, carry: u64, size: usize) -> Outcome {
         | bit(wide >> (size * 8) != 0, flag::CF)
         | bit((a ^ b ^ value) & 0x10 != 0, flag::AF)
         | bit(sign((a ^ value) & (b ^ value), size), flag::OF);
-    Outcome { value, flags, changed: STATUS }
+    Outcome {
+        value,
+        flags,
+        changed: STATUS,
+    }
 }
 
 /// SUB, SBB, CMP.
@@ -57,23 +61,37 @@ pub fn sub(a: u64, b: u64, borrow: u64, size: usize) -> Outcome {
         | bit(u128::from(a) < u128::from(b) + u128::from(borrow), flag::CF)
         | bit((a ^ b ^ value) & 0x10 != 0, flag::AF)
         | bit(sign((a ^ b) & (a ^ value), size), flag::OF);
-    Outcome { value, flags, changed: STATUS }
+    Outcome {
+        value,
+        flags,
+        changed: STATUS,
+    }
 }
 
 /// AND, OR, XOR, TEST: the result's flags, CF and OF clear.
 pub fn logic(value: u64, size: usize) -> Outcome {
     let value = value & mask(size);
-    Outcome { value, flags: common(value, size), changed: STATUS }
+    Outcome {
+        value,
+        flags: common(value, size),
+        changed: STATUS,
+    }
 }
 
 /// INC: CF stays.
 pub fn inc(a: u64, size: usize) -> Outcome {
-    Outcome { changed: STATUS & !flag::CF, ..add(a, 1, 0, size) }
+    Outcome {
+        changed: STATUS & !flag::CF,
+        ..add(a, 1, 0, size)
+    }
 }
 
 /// DEC: CF stays.
 pub fn dec(a: u64, size: usize) -> Outcome {
-    Outcome { changed: STATUS & !flag::CF, ..sub(a, 1, 0, size) }
+    Outcome {
+        changed: STATUS & !flag::CF,
+        ..sub(a, 1, 0, size)
+    }
 }
 
 /// Shifts and rotates.
@@ -93,7 +111,11 @@ pub fn shift(kind: Shift, a: u64, count: u64, carry: bool, size: usize) -> Outco
     let bits = size as u32 * 8;
     let a = a & mask(size);
     let count = (count & if size == 8 { 63 } else { 31 }) as u32;
-    let nothing = Outcome { value: a, flags: 0, changed: 0 };
+    let nothing = Outcome {
+        value: a,
+        flags: 0,
+        changed: 0,
+    };
     if count == 0 {
         return nothing;
     }
@@ -104,33 +126,66 @@ pub fn shift(kind: Shift, a: u64, count: u64, carry: bool, size: usize) -> Outco
             let shifted = if count > 64 { 0 } else { wide << count };
             let value = shifted as u64 & mask(size);
             let cf = shifted >> bits & 1 != 0;
-            let flags = common(value, size) | bit(cf, flag::CF) | bit(cf != sign(value, size), flag::OF);
-            Outcome { value, flags, changed: STATUS }
+            let flags =
+                common(value, size) | bit(cf, flag::CF) | bit(cf != sign(value, size), flag::OF);
+            Outcome {
+                value,
+                flags,
+                changed: STATUS,
+            }
         }
         Shift::Shr => {
             let value = (wide >> count) as u64;
             let cf = wide >> (count - 1) & 1 != 0;
-            let of = if count == 1 { sign(a, size) } else { sign(a, size) && count == 1 };
-            Outcome { value, flags: common(value, size) | bit(cf, flag::CF) | bit(of, flag::OF), changed: STATUS }
+            let of = if count == 1 {
+                sign(a, size)
+            } else {
+                sign(a, size) && count == 1
+            };
+            Outcome {
+                value,
+                flags: common(value, size) | bit(cf, flag::CF) | bit(of, flag::OF),
+                changed: STATUS,
+            }
         }
         Shift::Sar => {
             let signed = i128::from(sign_extend(a, size) as i64);
             let value = (signed >> count) as u64 & mask(size);
             let cf = signed >> (count - 1) & 1 != 0;
-            Outcome { value, flags: common(value, size) | bit(cf, flag::CF), changed: STATUS }
+            Outcome {
+                value,
+                flags: common(value, size) | bit(cf, flag::CF),
+                changed: STATUS,
+            }
         }
         Shift::Rol => {
             let by = count % bits;
-            let value = if by == 0 { a } else { (a << by | a >> (bits - by)) & mask(size) };
+            let value = if by == 0 {
+                a
+            } else {
+                (a << by | a >> (bits - by)) & mask(size)
+            };
             let cf = value & 1 != 0;
-            Outcome { value, flags: bit(cf, flag::CF) | bit(cf != sign(value, size), flag::OF), changed: rotates }
+            Outcome {
+                value,
+                flags: bit(cf, flag::CF) | bit(cf != sign(value, size), flag::OF),
+                changed: rotates,
+            }
         }
         Shift::Ror => {
             let by = count % bits;
-            let value = if by == 0 { a } else { (a >> by | a << (bits - by)) & mask(size) };
+            let value = if by == 0 {
+                a
+            } else {
+                (a >> by | a << (bits - by)) & mask(size)
+            };
             let cf = sign(value, size);
             let of = cf != sign(value << 1, size);
-            Outcome { value, flags: bit(cf, flag::CF) | bit(of, flag::OF), changed: rotates }
+            Outcome {
+                value,
+                flags: bit(cf, flag::CF) | bit(of, flag::OF),
+                changed: rotates,
+            }
         }
         Shift::Rcl | Shift::Rcr => {
             // A rotation of size + 1 bits, CF being the top one.
@@ -145,8 +200,16 @@ pub fn shift(kind: Shift, a: u64, count: u64, carry: bool, size: usize) -> Outco
             let turned = (full << left | full >> (width - left)) & all;
             let value = turned as u64 & mask(size);
             let cf = turned >> bits & 1 != 0;
-            let of = if kind == Shift::Rcl { cf != sign(value, size) } else { sign(value, size) != sign(value << 1, size) };
-            Outcome { value, flags: bit(cf, flag::CF) | bit(of, flag::OF), changed: rotates }
+            let of = if kind == Shift::Rcl {
+                cf != sign(value, size)
+            } else {
+                sign(value, size) != sign(value << 1, size)
+            };
+            Outcome {
+                value,
+                flags: bit(cf, flag::CF) | bit(of, flag::OF),
+                changed: rotates,
+            }
         }
     }
 }
@@ -157,29 +220,48 @@ pub fn double_shift(left: bool, a: u64, b: u64, count: u64, size: usize) -> Outc
     let (a, b) = (a & mask(size), b & mask(size));
     let count = (count & if size == 8 { 63 } else { 31 }) as u32;
     if count == 0 {
-        return Outcome { value: a, flags: 0, changed: 0 };
+        return Outcome {
+            value: a,
+            flags: 0,
+            changed: 0,
+        };
     }
     // 16-bit counts above 16 take their bits from `a` again, as processors do.
     let (value, cf) = if left {
         let wide = u128::from(a) << bits | u128::from(b);
-        let tripled = if size == 2 { wide << 16 | u128::from(a) } else { wide << bits };
+        let tripled = if size == 2 {
+            wide << 16 | u128::from(a)
+        } else {
+            wide << bits
+        };
         let shifted = tripled << count;
         let top = if size == 2 { 48 } else { 3 * bits };
         let (value, cf) = if size == 8 {
             let value = a << count | (b >> (64 - count));
             (value, a >> (64 - count) & 1 != 0)
         } else {
-            ((shifted >> (top - bits)) as u64 & mask(size), shifted >> top & 1 != 0)
+            (
+                (shifted >> (top - bits)) as u64 & mask(size),
+                shifted >> top & 1 != 0,
+            )
         };
         (value, cf)
     } else if size == 8 {
         (a >> count | b << (64 - count), a >> (count - 1) & 1 != 0)
     } else {
-        let wide = u128::from(a) | u128::from(b) << bits | if size == 2 { u128::from(a) << 32 } else { 0 };
-        ((wide >> count) as u64 & mask(size), wide >> (count - 1) & 1 != 0)
+        let wide =
+            u128::from(a) | u128::from(b) << bits | if size == 2 { u128::from(a) << 32 } else { 0 };
+        (
+            (wide >> count) as u64 & mask(size),
+            wide >> (count - 1) & 1 != 0,
+        )
     };
     let of = sign(value ^ a, size);
-    Outcome { value, flags: common(value, size) | bit(cf, flag::CF) | bit(of, flag::OF), changed: STATUS }
+    Outcome {
+        value,
+        flags: common(value, size) | bit(cf, flag::CF) | bit(of, flag::OF),
+        changed: STATUS,
+    }
 }
 
 /// MUL: low half, high half, flags.
@@ -188,7 +270,15 @@ pub fn mul(a: u64, b: u64, size: usize) -> (u64, u64, Outcome) {
     let low = wide as u64 & mask(size);
     let high = (wide >> (size * 8)) as u64 & mask(size);
     let overflow = bit(high != 0, flag::CF | flag::OF);
-    (low, high, Outcome { value: low, flags: common(low, size) | overflow, changed: STATUS })
+    (
+        low,
+        high,
+        Outcome {
+            value: low,
+            flags: common(low, size) | overflow,
+            changed: STATUS,
+        },
+    )
 }
 
 /// IMUL: low half, high half, flags.
@@ -198,7 +288,15 @@ pub fn imul(a: u64, b: u64, size: usize) -> (u64, u64, Outcome) {
     let high = (wide >> (size * 8)) as u64 & mask(size);
     let fits = i128::from(sign_extend(low, size) as i64) == wide;
     let overflow = bit(!fits, flag::CF | flag::OF);
-    (low, high, Outcome { value: low, flags: common(low, size) | overflow, changed: STATUS })
+    (
+        low,
+        high,
+        Outcome {
+            value: low,
+            flags: common(low, size) | overflow,
+            changed: STATUS,
+        },
+    )
 }
 
 /// DIV of `high:low` by `d`: quotient and remainder; `None`: #DE.
@@ -217,7 +315,9 @@ pub fn idiv(high: u64, low: u64, d: u64, size: usize) -> Option<(u64, u64)> {
     let n = n << (128 - 2 * bits) >> (128 - 2 * bits);
     let quotient = n.checked_div(d)?;
     let limit = 1i128 << (bits - 1);
-    (-limit..limit).contains(&quotient).then(|| (quotient as u64 & mask(size), (n % d) as u64 & mask(size)))
+    (-limit..limit)
+        .contains(&quotient)
+        .then(|| (quotient as u64 & mask(size), (n % d) as u64 & mask(size)))
 }
 
 /// CRC32 (polynomial 0x11EDC6F41, reflected) of the low `size` bytes of `data`.

@@ -24,7 +24,9 @@ fn bytes_of(cpu: &Cpu, index: usize) -> [u8; 32] {
 
 fn set_bytes(cpu: &mut Cpu, index: usize, bytes: &[u8; 32]) {
     for (word, slot) in cpu.ymm[index].iter_mut().zip(bytes.chunks_exact(8)) {
-        *word = u64::from_le_bytes([slot[0], slot[1], slot[2], slot[3], slot[4], slot[5], slot[6], slot[7]]);
+        *word = u64::from_le_bytes([
+            slot[0], slot[1], slot[2], slot[3], slot[4], slot[5], slot[6], slot[7],
+        ]);
     }
 }
 
@@ -53,14 +55,23 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
     }
     let count = (width / data_size).min(index_width / index_size);
     let index_bytes = bytes_of(cpu, indexes);
-    let base = if i.memory_base() == Register::None { 0 } else { operand::read_register(cpu, i.memory_base()) };
+    let base = if i.memory_base() == Register::None {
+        0
+    } else {
+        operand::read_register(cpu, i.memory_base())
+    };
     let base = base.wrapping_add(i.memory_displacement64());
-    let address = if i.memory_base() == Register::None { 8 } else { operand::address_size(i) };
+    let address = if i.memory_base() == Register::None {
+        8
+    } else {
+        operand::address_size(i)
+    };
     for n in 0..count {
         let mut mask_bytes = bytes_of(cpu, masks);
         if mask_bytes[(n + 1) * data_size - 1] & 0x80 != 0 {
             let index = sign_extend(element(&index_bytes, n, index_size), index_size);
-            let offset = base.wrapping_add(index.wrapping_mul(u64::from(i.memory_index_scale()))) & mask(address);
+            let offset = base.wrapping_add(index.wrapping_mul(u64::from(i.memory_index_scale())))
+                & mask(address);
             let at = segment::linear(cpu, operand::memory_segment(i), offset, data_size, false)?;
             let value = operand::load(cpu, at, data_size)?;
             let mut data = bytes_of(cpu, destination);
@@ -99,7 +110,12 @@ pub fn masked_store(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Faul
 }
 
 /// VMASKMOVPS/PD and VPMASKMOVD/Q: only selected elements are touched, so only they can fault.
-pub fn masked_move(cpu: &mut Cpu, i: &Instruction, at: u64, len: usize) -> Result<Option<Flow>, Fault> {
+pub fn masked_move(
+    cpu: &mut Cpu,
+    i: &Instruction,
+    at: u64,
+    len: usize,
+) -> Result<Option<Flow>, Fault> {
     use Mnemonic as M;
     let size = match i.mnemonic() {
         M::Vmaskmovps | M::Vpmaskmovd => 4,
@@ -125,13 +141,25 @@ pub fn masked_move(cpu: &mut Cpu, i: &Instruction, at: u64, len: usize) -> Resul
     Ok(Some(Flow::Continue))
 }
 
-fn store_selected(cpu: &mut Cpu, at: u64, size: usize, len: usize, data: &[u8; 32], masks: &[u8; 32]) -> Result<(), Fault> {
+fn store_selected(
+    cpu: &mut Cpu,
+    at: u64,
+    size: usize,
+    len: usize,
+    data: &[u8; 32],
+    masks: &[u8; 32],
+) -> Result<(), Fault> {
     let selected = |n: usize| masks[(n + 1) * size - 1] & 0x80 != 0;
     for n in (0..len / size).filter(|n| selected(*n)) {
         cpu.write_probe(at.wrapping_add((n * size) as u64), size, Rights::Current)?;
     }
     for n in (0..len / size).filter(|n| selected(*n)) {
-        operand::store(cpu, at.wrapping_add((n * size) as u64), size, element(data, n, size))?;
+        operand::store(
+            cpu,
+            at.wrapping_add((n * size) as u64),
+            size,
+            element(data, n, size),
+        )?;
     }
     Ok(())
 }

@@ -34,7 +34,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let size = operand::size(i, 0);
             let a = operand::read(cpu, i, 0, size)?;
             let b = operand::read(cpu, i, 1, size)?;
-            if i.mnemonic() == M::Cmp { alu::sub(a, b, 0, size).set(cpu) } else { alu::logic(a & b, size).set(cpu) }
+            if i.mnemonic() == M::Cmp {
+                alu::sub(a, b, 0, size).set(cpu)
+            } else {
+                alu::logic(a & b, size).set(cpu)
+            }
         }
         M::Inc | M::Dec | M::Neg | M::Not => {
             let size = operand::size(i, 0);
@@ -43,7 +47,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 M::Inc => alu::inc(a, size),
                 M::Dec => alu::dec(a, size),
                 M::Neg => alu::sub(0, a, 0, size),
-                _ => Outcome { value: !a & mask(size), flags: 0, changed: 0 },
+                _ => Outcome {
+                    value: !a & mask(size),
+                    flags: 0,
+                    changed: 0,
+                },
             };
             unary(cpu, i, size, f)?;
         }
@@ -163,9 +171,16 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 *value = stack.pop(cpu, bytes)?;
             }
             stack.commit(cpu);
-            for (register, value) in [RDI, RSI, RBP, RSP, RBX, RDX, RCX, RAX].into_iter().zip(values) {
+            for (register, value) in [RDI, RSI, RBP, RSP, RBX, RDX, RCX, RAX]
+                .into_iter()
+                .zip(values)
+            {
                 if register != RSP {
-                    cpu.gpr[register] = if bytes == 4 { value } else { cpu.gpr[register] & !0xffff | value };
+                    cpu.gpr[register] = if bytes == 4 {
+                        value
+                    } else {
+                        cpu.gpr[register] & !0xffff | value
+                    };
                 }
             }
         }
@@ -174,12 +189,20 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let bytes = i.stack_pointer_increment_of_leave();
             let old = cpu.gpr[RSP];
             let width = mask(stack_size(cpu));
-            cpu.gpr[RSP] = if width == 0xffff { old & !width | cpu.gpr[RBP] & width } else { cpu.gpr[RBP] & width };
+            cpu.gpr[RSP] = if width == 0xffff {
+                old & !width | cpu.gpr[RBP] & width
+            } else {
+                cpu.gpr[RBP] & width
+            };
             let mut stack = Stack::current(cpu);
             match stack.pop(cpu, bytes) {
                 Ok(value) => {
                     stack.commit(cpu);
-                    cpu.gpr[RBP] = if bytes == 2 { cpu.gpr[RBP] & !0xffff | value } else { value };
+                    cpu.gpr[RBP] = if bytes == 2 {
+                        cpu.gpr[RBP] & !0xffff | value
+                    } else {
+                        value
+                    };
                 }
                 Err(fault) => {
                     cpu.gpr[RSP] = old;
@@ -214,7 +237,10 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let index = sign_extend(read_register(cpu, i.op0_register()), size) as i64;
             let at = operand::linear(cpu, i, size * 2, false)?;
             let low = sign_extend(operand::load(cpu, at, size)?, size) as i64;
-            let high = sign_extend(operand::load(cpu, at.wrapping_add(size as u64), size)?, size) as i64;
+            let high = sign_extend(
+                operand::load(cpu, at.wrapping_add(size as u64), size)?,
+                size,
+            ) as i64;
             if index < low || index > high {
                 return Err(Fault::plain(5));
             }
@@ -223,18 +249,42 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let size = operand::size(i, 1);
             let data = operand::read(cpu, i, 1, size)?;
             let crc = read_register(cpu, i.op0_register()) as u32;
-            write_register(cpu, i.op0_register(), u64::from(alu::crc32c(crc, data, size)));
+            write_register(
+                cpu,
+                i.op0_register(),
+                u64::from(alu::crc32c(crc, data, size)),
+            );
         }
         M::Adcx | M::Adox => {
             let size = operand::size(i, 0);
-            let which = if i.mnemonic() == M::Adcx { flag::CF } else { flag::OF };
+            let which = if i.mnemonic() == M::Adcx {
+                flag::CF
+            } else {
+                flag::OF
+            };
             let b = operand::read(cpu, i, 1, size)?;
             let a = read_register(cpu, i.op0_register());
             let outcome = alu::add(a, b, u64::from(cpu.rflags & which != 0), size);
             write_register(cpu, i.op0_register(), outcome.value);
-            cpu.rflags = cpu.rflags & !which | if outcome.flags & flag::CF != 0 { which } else { 0 };
+            cpu.rflags = cpu.rflags & !which
+                | if outcome.flags & flag::CF != 0 {
+                    which
+                } else {
+                    0
+                };
         }
-        M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi | M::Mulx | M::Pdep | M::Pext | M::Rorx | M::Sarx | M::Shlx
+        M::Andn
+        | M::Bextr
+        | M::Blsi
+        | M::Blsmsk
+        | M::Blsr
+        | M::Bzhi
+        | M::Mulx
+        | M::Pdep
+        | M::Pext
+        | M::Rorx
+        | M::Sarx
+        | M::Shlx
         | M::Shrx => manipulate(cpu, i)?,
         M::Nop
         | M::Fnop
@@ -250,7 +300,9 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         | M::Prefetch
         | M::Reservednop
         | M::Cldemote => {}
-        M::Lfence | M::Mfence | M::Sfence => std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst),
+        M::Lfence | M::Mfence | M::Sfence => {
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst)
+        }
         _ => match i.condition_code() {
             ConditionCode::None => return Ok(None),
             // SETcc and CMOVcc: Jcc went above.
@@ -353,7 +405,11 @@ fn branch(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 };
             let target = if taken { i.near_branch_target() } else { next };
             check_target(cpu, target)?;
-            cpu.gpr[RCX] = if width == 0xffff { cpu.gpr[RCX] & !width | count } else { count };
+            cpu.gpr[RCX] = if width == 0xffff {
+                cpu.gpr[RCX] & !width | count
+            } else {
+                count
+            };
             target
         }
         M::Jcxz | M::Jecxz | M::Jrcxz => {
@@ -362,7 +418,11 @@ fn branch(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 M::Jecxz => 0xffff_ffff,
                 _ => u64::MAX,
             };
-            if cpu.gpr[RCX] & width == 0 { i.near_branch_target() } else { next }
+            if cpu.gpr[RCX] & width == 0 {
+                i.near_branch_target()
+            } else {
+                next
+            }
         }
         _ if i.is_jcc_short_or_near() => {
             if condition_holds(cpu.rflags, i.condition_code()) {
@@ -398,7 +458,9 @@ fn loop_mask(i: &Instruction) -> u64 {
 
 fn near_target(cpu: &mut Cpu, i: &Instruction) -> Result<u64, Fault> {
     match i.op0_kind() {
-        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => Ok(i.near_branch_target()),
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
+            Ok(i.near_branch_target())
+        }
         _ => {
             let size = operand::size(i, 0);
             operand::read(cpu, i, 0, size)
@@ -437,13 +499,22 @@ fn transfer(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
 fn extend(cpu: &mut Cpu, i: &Instruction, signed: bool) -> Result<(), Fault> {
     let from = operand::size(i, 1);
     let value = operand::read(cpu, i, 1, from)?;
-    let value = if signed { sign_extend(value, from) } else { value };
+    let value = if signed {
+        sign_extend(value, from)
+    } else {
+        value
+    };
     write_register(cpu, i.op0_register(), value & mask(i.op0_register().size()));
     Ok(())
 }
 
 /// Replaces operand 0 by `f` of it and sets the flags.
-fn unary(cpu: &mut Cpu, i: &Instruction, size: usize, f: impl Fn(u64) -> Outcome) -> Result<(), Fault> {
+fn unary(
+    cpu: &mut Cpu,
+    i: &Instruction,
+    size: usize,
+    f: impl Fn(u64) -> Outcome,
+) -> Result<(), Fault> {
     let old = operand::modify(cpu, i, 0, size, |a| f(a).value)?;
     f(old).set(cpu);
     Ok(())
@@ -479,9 +550,15 @@ fn multiply(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
     if i.op_count() > 1 {
         // IMUL with two or three operands.
         let (a, b) = if i.op_count() == 3 {
-            (operand::read(cpu, i, 1, size)?, operand::read(cpu, i, 2, size)?)
+            (
+                operand::read(cpu, i, 1, size)?,
+                operand::read(cpu, i, 2, size)?,
+            )
         } else {
-            (read_register(cpu, i.op0_register()), operand::read(cpu, i, 1, size)?)
+            (
+                read_register(cpu, i.op0_register()),
+                operand::read(cpu, i, 1, size)?,
+            )
         };
         let (low, _, outcome) = alu::imul(a, b, size);
         write_register(cpu, i.op0_register(), low);
@@ -490,7 +567,11 @@ fn multiply(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
     }
     let b = operand::read(cpu, i, 0, size)?;
     let a = cpu.gpr[RAX];
-    let (low, high, outcome) = if i.mnemonic() == Mnemonic::Mul { alu::mul(a, b, size) } else { alu::imul(a, b, size) };
+    let (low, high, outcome) = if i.mnemonic() == Mnemonic::Mul {
+        alu::mul(a, b, size)
+    } else {
+        alu::imul(a, b, size)
+    };
     write_pair(cpu, low, high, size);
     outcome.set(cpu);
     Ok(())
@@ -515,8 +596,16 @@ fn write_pair(cpu: &mut Cpu, low: u64, high: u64, size: usize) {
 fn divide(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
     let size = operand::size(i, 0);
     let d = operand::read(cpu, i, 0, size)?;
-    let (high, low) = if size == 1 { (cpu.gpr[RAX] >> 8 & 0xff, cpu.gpr[RAX] & 0xff) } else { (cpu.gpr[RDX], cpu.gpr[RAX]) };
-    let result = if i.mnemonic() == Mnemonic::Div { alu::div(high, low, d, size) } else { alu::idiv(high, low, d, size) };
+    let (high, low) = if size == 1 {
+        (cpu.gpr[RAX] >> 8 & 0xff, cpu.gpr[RAX] & 0xff)
+    } else {
+        (cpu.gpr[RDX], cpu.gpr[RAX])
+    };
+    let result = if i.mnemonic() == Mnemonic::Div {
+        alu::div(high, low, d, size)
+    } else {
+        alu::idiv(high, low, d, size)
+    };
     let (quotient, remainder) = result.ok_or(Fault::DE)?;
     write_pair(cpu, quotient, remainder, size);
     Ok(())
@@ -544,7 +633,10 @@ fn compare_exchange_pair(cpu: &mut Cpu, i: &Instruction, half: usize) -> Result<
                 unsafe { exchange16(host.cast(), expected, new) }
             }
             _ => {
-                let (low, high) = (operand::load(cpu, at, 8)?, operand::load(cpu, at.wrapping_add(8), 8)?);
+                let (low, high) = (
+                    operand::load(cpu, at, 8)?,
+                    operand::load(cpu, at.wrapping_add(8), 8)?,
+                );
                 let found = join(high, low);
                 let value = if found == expected { new } else { found };
                 operand::store(cpu, at, 8, value as u64)?;
@@ -596,7 +688,8 @@ fn bit_test(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
         let mut offset = operand::offset(cpu, i);
         if by_register {
             let element = (sign_extend(index, size) as i64).div_euclid(bits as i64);
-            offset = offset.wrapping_add((element as u64).wrapping_mul(size as u64)) & mask(operand::address_size(i));
+            offset = offset.wrapping_add((element as u64).wrapping_mul(size as u64))
+                & mask(operand::address_size(i));
         }
         let writes = change != Mnemonic::Bt;
         let at = segment_linear(cpu, operand::memory_segment(i), offset, size, writes)?;
@@ -625,10 +718,18 @@ fn bit_count(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
                 // The destination stays as it is, all of it.
                 return Ok(());
             }
-            if i.mnemonic() == M::Bsf { trailing } else { bits - 1 - leading }
+            if i.mnemonic() == M::Bsf {
+                trailing
+            } else {
+                bits - 1 - leading
+            }
         }
         M::Tzcnt | M::Lzcnt => {
-            let n = if i.mnemonic() == M::Tzcnt { trailing } else { leading };
+            let n = if i.mnemonic() == M::Tzcnt {
+                trailing
+            } else {
+                leading
+            };
             let cf = if source == 0 { flag::CF } else { 0 };
             cpu.rflags = cpu.rflags & !(flag::ZF | flag::CF) | zf(n == 0) | cf;
             n
@@ -666,7 +767,11 @@ fn enter(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
     }
     stack.add(frame_bytes.wrapping_neg());
     stack.commit(cpu);
-    cpu.gpr[RBP] = if bytes == 2 { cpu.gpr[RBP] & !0xffff | frame & 0xffff } else { frame & mask(bytes) };
+    cpu.gpr[RBP] = if bytes == 2 {
+        cpu.gpr[RBP] & !0xffff | frame & 0xffff
+    } else {
+        frame & mask(bytes)
+    };
     Ok(())
 }
 
@@ -681,11 +786,16 @@ fn decimal(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
             let adds = i.mnemonic() == M::Daa;
             let high_adjust = al > 0x99 || cf;
             let by = if low_adjust { 6 } else { 0 } + if high_adjust { 0x60 } else { 0 };
-            let value = if adds { al.wrapping_add(by) } else { al.wrapping_sub(by) } & 0xff;
+            let value = if adds {
+                al.wrapping_add(by)
+            } else {
+                al.wrapping_sub(by)
+            } & 0xff;
             let borrow = !adds && low_adjust && al < 6;
             write_register(cpu, Register::AL, value);
             let mut outcome = alu::logic(value, 1);
-            outcome.flags |= if high_adjust || borrow { flag::CF } else { 0 } | if low_adjust { flag::AF } else { 0 };
+            outcome.flags |= if high_adjust || borrow { flag::CF } else { 0 }
+                | if low_adjust { flag::AF } else { 0 };
             outcome.set(cpu);
         }
         M::Aaa | M::Aas => {
@@ -731,7 +841,11 @@ fn manipulate(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
         _ if i.op_count() == 3 => operand::read(cpu, i, 2, size)?,
         _ => 0,
     };
-    let no_carry = |value: u64| Outcome { flags: alu::logic(value, size).flags, value, changed: STATUS };
+    let no_carry = |value: u64| Outcome {
+        flags: alu::logic(value, size).flags,
+        value,
+        changed: STATUS,
+    };
     let carry_if = |value: u64, carry: bool| {
         let mut outcome = no_carry(value & m);
         if carry {
@@ -739,21 +853,37 @@ fn manipulate(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
         }
         outcome
     };
-    let silent = |value: u64| Outcome { value: value & m, flags: 0, changed: 0 };
+    let silent = |value: u64| Outcome {
+        value: value & m,
+        flags: 0,
+        changed: 0,
+    };
     let outcome = match i.mnemonic() {
         M::Andn => no_carry(!a & b & m),
         M::Bextr => {
             let (start, len) = (b & 0xff, b >> 8 & 0xff);
             let shifted = if start >= bits { 0 } else { a >> start };
-            let value = if len >= 64 { shifted } else { shifted & ((1 << len) - 1) };
-            Outcome { flags: if value == 0 { flag::ZF } else { 0 }, value, changed: STATUS }
+            let value = if len >= 64 {
+                shifted
+            } else {
+                shifted & ((1 << len) - 1)
+            };
+            Outcome {
+                flags: if value == 0 { flag::ZF } else { 0 },
+                value,
+                changed: STATUS,
+            }
         }
         M::Blsi => carry_if(a & a.wrapping_neg(), a != 0),
         M::Blsmsk => carry_if(a ^ a.wrapping_sub(1), a == 0),
         M::Blsr => carry_if(a & a.wrapping_sub(1), a == 0),
         M::Bzhi => {
             let index = b & 0xff;
-            let value = if index >= bits { a } else { a & ((1 << index) - 1) };
+            let value = if index >= bits {
+                a
+            } else {
+                a & ((1 << index) - 1)
+            };
             carry_if(value, index >= bits)
         }
         M::Mulx => {
@@ -766,7 +896,11 @@ fn manipulate(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
         M::Pext => silent(alu::extract(a, b)),
         M::Rorx => {
             let by = b & (bits - 1);
-            silent(if by == 0 { a } else { a >> by | a << (bits - by) })
+            silent(if by == 0 {
+                a
+            } else {
+                a >> by | a << (bits - by)
+            })
         }
         M::Sarx => silent((sign_extend(a, size) as i64 >> (b & (bits - 1))) as u64),
         M::Shlx => silent(a << (b & (bits - 1))),

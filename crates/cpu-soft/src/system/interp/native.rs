@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::ptr::NonNull;
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register, RflagsBits,
+    Code, Encoder, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register,
+    RflagsBits,
 };
 
 use super::operand;
@@ -128,7 +129,16 @@ impl Stubs {
         ftruncate(&fd, CODE_SIZE as u64).ok()?;
         let map = |protection| {
             // SAFETY: a new mapping at an address of the kernel's choice.
-            let at = unsafe { mmap(std::ptr::null_mut(), CODE_SIZE, protection, MapFlags::SHARED, &fd, 0) };
+            let at = unsafe {
+                mmap(
+                    std::ptr::null_mut(),
+                    CODE_SIZE,
+                    protection,
+                    MapFlags::SHARED,
+                    &fd,
+                    0,
+                )
+            };
             at.ok().and_then(|p| NonNull::new(p.cast::<u8>()))
         };
         let writable = map(ProtFlags::READ | ProtFlags::WRITE)?;
@@ -137,7 +147,12 @@ impl Stubs {
             unsafe { _ = rustix::mm::munmap(writable.as_ptr().cast(), CODE_SIZE) };
             return None;
         };
-        Some(Stubs { writable, executable, used: 0, known: HashMap::new() })
+        Some(Stubs {
+            writable,
+            executable,
+            used: 0,
+            known: HashMap::new(),
+        })
     }
 
     /// The host address of `code` followed by RET.
@@ -157,7 +172,9 @@ impl Stubs {
         self.used += SLOT;
         self.known.insert(slot, at);
         // SAFETY: `at + SLOT` is inside the mapping, and no code of it runs meanwhile.
-        unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), self.writable.as_ptr().add(at), SLOT) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(slot.as_ptr(), self.writable.as_ptr().add(at), SLOT)
+        };
         // Code changed through another address: a serializing instruction must come before it runs (SDM vol. 3, 9.1.3).
         core::arch::x86_64::__cpuid(0);
         // SAFETY: inside the mapping.
@@ -189,10 +206,18 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
     let info = factory.info(i);
     let memory = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory);
     // Operands addressed by implicit registers: MASKMOVDQU.
-    if (0..i.op_count()).any(|n| matches!(i.op_kind(n), OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegDI)) {
+    if (0..i.op_count()).any(|n| {
+        matches!(
+            i.op_kind(n),
+            OpKind::MemorySegRDI | OpKind::MemorySegEDI | OpKind::MemorySegDI
+        )
+    }) {
         return super::gather::masked_store(cpu, i);
     }
-    let touches_rsp = info.used_registers().iter().any(|r| r.register().full_register() == Register::RSP);
+    let touches_rsp = info
+        .used_registers()
+        .iter()
+        .any(|r| r.register().full_register() == Register::RSP);
     let rip_operand = i.is_ip_rel_memory_operand();
     if (touches_rsp && memory.is_none()) || i.flow_control() != iced_x86::FlowControl::Next {
         return Ok(None);
@@ -213,7 +238,10 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             3 => info.op3_access(),
             _ => info.op4_access(),
         };
-        let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None);
+        let writes = !matches!(
+            access,
+            OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None
+        );
         let at = operand::linear(cpu, i, len, writes)?;
         if aligned_operand(i, len) && at & (len as u64 - 1) != 0 {
             return Err(Fault::GP);
@@ -229,8 +257,18 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             cpu.read_bytes(at, &mut buffer.0[..len], Rights::Current)?;
         }
         // A register that the instruction does not name holds the buffer's address.
-        let free = [Register::RAX, Register::RCX, Register::RDX, Register::RBX, Register::RSI, Register::RDI].into_iter().find(|r| {
-            !(0..i.op_count()).any(|m| i.op_kind(m) == OpKind::Register && i.op_register(m).full_register() == *r)
+        let free = [
+            Register::RAX,
+            Register::RCX,
+            Register::RDX,
+            Register::RBX,
+            Register::RSI,
+            Register::RDI,
+        ]
+        .into_iter()
+        .find(|r| {
+            !(0..i.op_count())
+                .any(|m| i.op_kind(m) == OpKind::Register && i.op_register(m).full_register() == *r)
                 && !implicit_use(i, *r)
         });
         let Some(free) = free else { return Ok(None) };
@@ -262,11 +300,18 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
 }
 
 /// Runs encoded code with the guest's registers; `base` holds the buffer's address meanwhile.
-fn run(cpu: &mut Cpu, code: &[u8], base: Option<usize>, buffer: &mut Buffer) -> Result<bool, Fault> {
+fn run(
+    cpu: &mut Cpu,
+    code: &[u8],
+    base: Option<usize>,
+    buffer: &mut Buffer,
+) -> Result<bool, Fault> {
     if cpu.system.stubs.is_none() {
         cpu.system.stubs = Stubs::new();
     }
-    let Some(entry) = cpu.system.stubs.as_mut().and_then(|s| s.place(code)) else { return Ok(false) };
+    let Some(entry) = cpu.system.stubs.as_mut().and_then(|s| s.place(code)) else {
+        return Ok(false);
+    };
     // SIMD exceptions are masked while it runs; one that the guest unmasked is found in the flags afterwards.
     const MASKS: u32 = 0x1f80;
     const RAISED: u32 = 0x3f;
@@ -294,7 +339,11 @@ fn run(cpu: &mut Cpu, code: &[u8], base: Option<usize>, buffer: &mut Buffer) -> 
     let unmasked = raised & !(cpu.mxcsr >> 7) & RAISED;
     if unmasked != 0 {
         cpu.mxcsr |= raised;
-        return Err(if cpu.cr4 & crate::system::cr::CR4_OSXMMEXCPT != 0 { Fault::XM } else { Fault::UD });
+        return Err(if cpu.cr4 & crate::system::cr::CR4_OSXMMEXCPT != 0 {
+            Fault::XM
+        } else {
+            Fault::UD
+        });
     }
     cpu.mxcsr |= raised;
     let rsp = cpu.gpr[4];
@@ -313,12 +362,22 @@ fn run(cpu: &mut Cpu, code: &[u8], base: Option<usize>, buffer: &mut Buffer) -> 
 fn implicit_use(i: &Instruction, register: Register) -> bool {
     use iced_x86::Mnemonic as M;
     match i.mnemonic() {
-        M::Pcmpestri | M::Pcmpestrm | M::Vpcmpestri | M::Vpcmpestrm | M::Pcmpistri | M::Vpcmpistri => {
+        M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Vpcmpestri
+        | M::Vpcmpestrm
+        | M::Pcmpistri
+        | M::Vpcmpistri => {
             matches!(register, Register::RAX | Register::RCX | Register::RDX)
         }
-        M::Mul | M::Imul | M::Div | M::Idiv | M::Cmpxchg | M::Mulx => matches!(register, Register::RAX | Register::RDX),
+        M::Mul | M::Imul | M::Div | M::Idiv | M::Cmpxchg | M::Mulx => {
+            matches!(register, Register::RAX | Register::RDX)
+        }
         M::Cmpxchg8b | M::Cmpxchg16b => {
-            matches!(register, Register::RAX | Register::RBX | Register::RCX | Register::RDX)
+            matches!(
+                register,
+                Register::RAX | Register::RBX | Register::RCX | Register::RDX
+            )
         }
         _ => false,
     }
@@ -343,14 +402,28 @@ fn aligned_operand(i: &Instruction, len: usize) -> bool {
     }
     let always = matches!(
         i.mnemonic(),
-        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        M::Vmovaps
+            | M::Vmovapd
+            | M::Vmovdqa
+            | M::Vmovntps
+            | M::Vmovntpd
+            | M::Vmovntdq
+            | M::Vmovntdqa
     );
-    let vector = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register());
+    let vector = (0..i.op_count())
+        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register());
     let legacy = i.encoding() == iced_x86::EncodingKind::Legacy
         && vector
         && !matches!(
             i.mnemonic(),
-            M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
+            M::Movups
+                | M::Movupd
+                | M::Movdqu
+                | M::Lddqu
+                | M::Pcmpestri
+                | M::Pcmpestrm
+                | M::Pcmpistri
+                | M::Pcmpistrm
         );
     always || legacy
 }

@@ -8,7 +8,11 @@ use crate::system::segment;
 /// The bits of a value of `size` bytes (1, 2, 4 or 8).
 #[inline]
 pub const fn mask(size: usize) -> u64 {
-    if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
+    if size >= 8 {
+        u64::MAX
+    } else {
+        (1 << (size * 8)) - 1
+    }
 }
 
 /// Sign-extends a value of `size` bytes.
@@ -33,18 +37,42 @@ pub fn general(register: Register) -> Option<Place> {
     let number = register as usize;
     let from = |first: Register| number - first as usize;
     if register.is_gpr64() {
-        Some(Place { index: from(Register::RAX), size: 8, high: false })
+        Some(Place {
+            index: from(Register::RAX),
+            size: 8,
+            high: false,
+        })
     } else if register.is_gpr32() {
-        Some(Place { index: from(Register::EAX), size: 4, high: false })
+        Some(Place {
+            index: from(Register::EAX),
+            size: 4,
+            high: false,
+        })
     } else if register.is_gpr16() {
-        Some(Place { index: from(Register::AX), size: 2, high: false })
+        Some(Place {
+            index: from(Register::AX),
+            size: 2,
+            high: false,
+        })
     } else if register.is_gpr8() {
         let at = from(Register::AL);
         Some(match at {
             // AL CL DL BL AH CH DH BH SPL BPL SIL DIL R8L...
-            0..=3 => Place { index: at, size: 1, high: false },
-            4..=7 => Place { index: at - 4, size: 1, high: true },
-            _ => Place { index: at - 4, size: 1, high: false },
+            0..=3 => Place {
+                index: at,
+                size: 1,
+                high: false,
+            },
+            4..=7 => Place {
+                index: at - 4,
+                size: 1,
+                high: true,
+            },
+            _ => Place {
+                index: at - 4,
+                size: 1,
+                high: false,
+            },
         })
     } else {
         None
@@ -65,9 +93,13 @@ pub fn segment_index(register: Register) -> usize {
 #[inline]
 pub fn read_register(cpu: &Cpu, register: Register) -> u64 {
     match general(register) {
-        Some(Place { index, high: true, .. }) => cpu.gpr[index] >> 8 & 0xff,
+        Some(Place {
+            index, high: true, ..
+        }) => cpu.gpr[index] >> 8 & 0xff,
         Some(Place { index, size, .. }) => cpu.gpr[index] & mask(size),
-        None if register.is_segment_register() => u64::from(cpu.segments[segment_index(register)].selector),
+        None if register.is_segment_register() => {
+            u64::from(cpu.segments[segment_index(register)].selector)
+        }
         None => 0,
     }
 }
@@ -76,7 +108,9 @@ pub fn read_register(cpu: &Cpu, register: Register) -> u64 {
 #[inline]
 pub fn write_register(cpu: &mut Cpu, register: Register, value: u64) {
     match general(register) {
-        Some(Place { index, high: true, .. }) => cpu.gpr[index] = cpu.gpr[index] & !0xff00 | (value & 0xff) << 8,
+        Some(Place {
+            index, high: true, ..
+        }) => cpu.gpr[index] = cpu.gpr[index] & !0xff00 | (value & 0xff) << 8,
         Some(Place { index, size, .. }) => match size {
             8 => cpu.gpr[index] = value,
             4 => cpu.gpr[index] = value & 0xffff_ffff,
@@ -140,7 +174,9 @@ pub fn offset(cpu: &Cpu, instruction: &Instruction) -> u64 {
     }
     let index = instruction.memory_index();
     if index != Register::None {
-        at = at.wrapping_add(read_register(cpu, index).wrapping_mul(u64::from(instruction.memory_index_scale())));
+        at = at.wrapping_add(
+            read_register(cpu, index).wrapping_mul(u64::from(instruction.memory_index_scale())),
+        );
     }
     at & mask(address_size(instruction))
 }
@@ -152,7 +188,13 @@ pub fn memory_segment(instruction: &Instruction) -> usize {
 
 /// The linear address of the memory operand's `len` bytes, checked against its segment.
 pub fn linear(cpu: &Cpu, instruction: &Instruction, len: usize, write: bool) -> Result<u64, Fault> {
-    segment::linear(cpu, memory_segment(instruction), offset(cpu, instruction), len, write)
+    segment::linear(
+        cpu,
+        memory_segment(instruction),
+        offset(cpu, instruction),
+        len,
+        write,
+    )
 }
 
 /// Reads `size` bytes (1, 2, 4 or 8) at a linear address.
@@ -168,12 +210,30 @@ pub fn store(cpu: &mut Cpu, linear: u64, size: usize, value: u64) -> Result<(), 
 }
 
 /// Compare-and-swap of `size` bytes; `Err` of the inner result: what was found instead.
-pub fn exchange_if(cpu: &mut Cpu, linear: u64, size: usize, old: u64, new: u64) -> Result<Result<u64, u64>, Fault> {
+pub fn exchange_if(
+    cpu: &mut Cpu,
+    linear: u64,
+    size: usize,
+    old: u64,
+    new: u64,
+) -> Result<Result<u64, u64>, Fault> {
     let widen = |r: Result<u64, u64>| Ok(r);
     match size {
-        1 => widen(cpu.compare_exchange(linear, old as u8, new as u8, Rights::Current)?.map(u64::from).map_err(u64::from)),
-        2 => widen(cpu.compare_exchange(linear, old as u16, new as u16, Rights::Current)?.map(u64::from).map_err(u64::from)),
-        4 => widen(cpu.compare_exchange(linear, old as u32, new as u32, Rights::Current)?.map(u64::from).map_err(u64::from)),
+        1 => widen(
+            cpu.compare_exchange(linear, old as u8, new as u8, Rights::Current)?
+                .map(u64::from)
+                .map_err(u64::from),
+        ),
+        2 => widen(
+            cpu.compare_exchange(linear, old as u16, new as u16, Rights::Current)?
+                .map(u64::from)
+                .map_err(u64::from),
+        ),
+        4 => widen(
+            cpu.compare_exchange(linear, old as u32, new as u32, Rights::Current)?
+                .map(u64::from)
+                .map_err(u64::from),
+        ),
         _ => widen(cpu.compare_exchange(linear, old, new, Rights::Current)?),
     }
 }
@@ -191,7 +251,13 @@ pub fn read(cpu: &mut Cpu, instruction: &Instruction, op: u32, size: usize) -> R
 }
 
 /// Writes operand `op`.
-pub fn write(cpu: &mut Cpu, instruction: &Instruction, op: u32, size: usize, value: u64) -> Result<(), Fault> {
+pub fn write(
+    cpu: &mut Cpu,
+    instruction: &Instruction,
+    op: u32,
+    size: usize,
+    value: u64,
+) -> Result<(), Fault> {
     match instruction.op_kind(op) {
         OpKind::Register => {
             write_register(cpu, instruction.op_register(op), value);
@@ -205,7 +271,13 @@ pub fn write(cpu: &mut Cpu, instruction: &Instruction, op: u32, size: usize, val
 }
 
 /// Replaces operand `op` by `f` of it, atomically where the instruction is locked; answers the old value.
-pub fn modify(cpu: &mut Cpu, instruction: &Instruction, op: u32, size: usize, mut f: impl FnMut(u64) -> u64) -> Result<u64, Fault> {
+pub fn modify(
+    cpu: &mut Cpu,
+    instruction: &Instruction,
+    op: u32,
+    size: usize,
+    mut f: impl FnMut(u64) -> u64,
+) -> Result<u64, Fault> {
     if instruction.op_kind(op) == OpKind::Register {
         let register = instruction.op_register(op);
         let old = read_register(cpu, register);
@@ -213,7 +285,8 @@ pub fn modify(cpu: &mut Cpu, instruction: &Instruction, op: u32, size: usize, mu
         return Ok(old);
     }
     let at = linear(cpu, instruction, size, true)?;
-    let locked = instruction.has_lock_prefix() || instruction.mnemonic() == iced_x86::Mnemonic::Xchg;
+    let locked =
+        instruction.has_lock_prefix() || instruction.mnemonic() == iced_x86::Mnemonic::Xchg;
     modify_at(cpu, at, size, locked, f_mut(&mut f))
 }
 
@@ -222,7 +295,13 @@ fn f_mut(f: &mut impl FnMut(u64) -> u64) -> impl FnMut(u64) -> u64 + '_ {
 }
 
 /// Replaces memory at a linear address by `f` of it.
-pub fn modify_at(cpu: &mut Cpu, at: u64, size: usize, locked: bool, mut f: impl FnMut(u64) -> u64) -> Result<u64, Fault> {
+pub fn modify_at(
+    cpu: &mut Cpu,
+    at: u64,
+    size: usize,
+    locked: bool,
+    mut f: impl FnMut(u64) -> u64,
+) -> Result<u64, Fault> {
     // The fault of a read-modify-write is that of a write.
     cpu.write_probe(at, size, Rights::Current)?;
     let mut old = load(cpu, at, size)?;
@@ -247,5 +326,9 @@ pub fn is_stack(instruction: &Instruction) -> bool {
 
 /// The base of the segment in 64-bit mode counts only for FS and GS.
 pub fn segment_base(cpu: &Cpu, which: usize) -> u64 {
-    if segment::code64(cpu) && which < FS { 0 } else { cpu.segments[which].base }
+    if segment::code64(cpu) && which < FS {
+        0
+    } else {
+        cpu.segments[which].base
+    }
 }
