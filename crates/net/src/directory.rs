@@ -25,6 +25,7 @@ struct Entry {
     names: Vec<String>,
     addresses: Vec<IpAddr>,
     internal: bool,
+    servers: Vec<IpAddr>,
 }
 
 impl Directory {
@@ -83,6 +84,7 @@ impl Directory {
             names,
             addresses,
             internal: endpoint.internal,
+            servers: endpoint.dns.clone(),
         };
         self.entries.insert(endpoint.id.clone(), entry);
     }
@@ -153,5 +155,45 @@ impl Directory {
     /// Whether `asker` may have names of the outside: it is known and not on internal networks only.
     pub(crate) fn may_ask_outside(&self, asker: IpAddr) -> bool {
         self.places(asker).any(|place| !place.internal)
+    }
+
+    /// Whether `asker` is one of ours.
+    pub(crate) fn knows(&self, asker: IpAddr) -> bool {
+        self.by_address.contains_key(&asker)
+    }
+
+    /// The resolvers that `asker` wants instead of the host's.
+    pub(crate) fn servers(&self, asker: IpAddr) -> &[IpAddr] {
+        let own = self.by_address.get(&asker).and_then(|id| self.entries.get(id));
+        own.map_or(&[], |entry| &entry.servers)
+    }
+
+    /// Two containers on one internal network and one on another, for tests and fuzzing.
+    pub(crate) fn example() -> Directory {
+        let mut directory = Directory::default();
+        let networks = [Id::random(), Id::random()];
+        let all = [("a", "web", "10.0.0.2/24", 0), ("b", "db", "10.0.0.3/24", 0), ("c", "far", "10.0.1.1/24", 1)];
+        for (letter, name, address, network) in all {
+            directory.add(&Endpoint {
+                id: Id::random(),
+                network: networks[network].clone(),
+                network_name: ["inner", "outer"][network].into(),
+                container: letter.repeat(64),
+                names: vec![name.into()],
+                aliases: if name == "web" { vec!["www".into()] } else { vec![] },
+                interface: "eth0".into(),
+                host_interface: String::new(),
+                mac: None,
+                v4: address.parse().ok(),
+                v6: None,
+                gateway_v4: None,
+                gateway_v6: None,
+                gateway_priority: 0,
+                internal: true,
+                dns: Vec::new(),
+                ports: Vec::new(),
+            });
+        }
+        directory
     }
 }

@@ -31,6 +31,8 @@ pub struct EndpointSpec {
     pub interface: Option<String>,
     /// Settings of the interface inside, `IFNAME` standing for its name: `net.ipv4.conf.IFNAME.log_martians`.
     pub sysctls: BTreeMap<String, String>,
+    /// Resolvers the name service asks for this container instead of the host's.
+    pub dns: Vec<IpAddr>,
 }
 
 /// A container's place on a network, as it is. Serializable, so that the engine records it and gives it back to
@@ -57,6 +59,8 @@ pub struct Endpoint {
     pub gateway_priority: i32,
     #[serde(default)]
     pub internal: bool,
+    #[serde(default)]
+    pub dns: Vec<IpAddr>,
     #[serde(default)]
     pub ports: Vec<PublishedPort>,
 }

@@ -6,6 +6,7 @@
 
 mod address;
 mod directory;
+mod dns;
 mod endpoint;
 mod error;
 mod firewall;
@@ -15,10 +16,12 @@ mod namespace;
 mod netlink;
 mod network;
 mod proxy;
+mod resolv;
 mod services;
 mod sysctl;
 
 pub use address::{InvalidAddress, Mac, Subnet};
+pub use dns::fuzz_dns;
 pub use endpoint::{Endpoint, EndpointSpec, PortMap, Protocol, PublishedPort};
 pub use error::{Error, Result};
 pub use ipam::{SubnetPool, default_pools};
@@ -28,6 +31,7 @@ pub use network::{
     Driver, Ipam, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
     OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,
 };
+pub use resolv::{ResolvOptions, hosts_file, resolv_conf};
 
 #[cfg(test)]
 mod tests;

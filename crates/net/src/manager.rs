@@ -112,6 +112,8 @@ struct Net {
     pools: Vec<Addresses>,
     /// The bridge's index, once it is up in this life of the daemon.
     bridge: Option<u32>,
+    /// To the name service, where it could not have port 53.
+    redirects: Vec<Forward>,
 }
 
 struct Held {
@@ -279,11 +281,9 @@ impl Manager {
             let state = lock(&self.state);
             let up = state.networks.values().filter(|net| net.bridge.is_some());
             let networks: Vec<_> = up.map(|net| rules_of(&net.record)).collect();
-            let forwards: Vec<_> = state
-                .endpoints
-                .values()
-                .flat_map(|h| h.forwards.iter().copied())
-                .collect();
+            let published = state.endpoints.values().flat_map(|h| h.forwards.iter().copied());
+            let redirects = state.networks.values().flat_map(|net| net.redirects.iter().copied());
+            let forwards: Vec<_> = published.chain(redirects).collect();
             (networks, forwards)
         };
         // Before the table, so that a crash in between is remembered.
@@ -335,8 +335,7 @@ impl Net {
         Net {
             record,
             pools,
-            bridge: None,
-        }
+            bridge: None, redirects: Vec::new() }
     }
 
     fn is_bridge(&self) -> bool {

@@ -216,16 +216,22 @@ impl Netlink {
 
     /// Keeps a bridge port from the other isolated ports of the bridge.
     pub(crate) fn isolate_port(&mut self, index: u32) -> io::Result<()> {
+        self.set_port(index, InfoBridgePort::Isolated(true))
+    }
+
+    /// Lets a bridge send a packet out of the port it came in by.
+    pub(crate) fn hairpin_port(&mut self, index: u32) -> io::Result<()> {
+        self.set_port(index, InfoBridgePort::HairpinMode(true))
+    }
+
+    fn set_port(&mut self, index: u32, setting: InfoBridgePort) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::PortKind(InfoPortKind::Bridge),
-            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::Isolated(
-                true,
-            )])),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![setting])),
         ]));
-        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK)
-            .map(drop)
+        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK).map(drop)
     }
 
     /// Removes an interface; one that is gone already is fine.
@@ -268,32 +274,6 @@ impl Netlink {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         self.request(RouteNetlinkMessage::NewAddress(message), flags)
             .map(drop)
-    }
-
-    /// All addresses, with the index of their interface.
-    pub(crate) fn addresses(&mut self) -> io::Result<Vec<(u32, Subnet)>> {
-        let answers = self.request(
-            RouteNetlinkMessage::GetAddress(AddressMessage::default()),
-            NLM_F_DUMP,
-        )?;
-        let parsed = answers.into_iter().filter_map(|answer| {
-            let RouteNetlinkMessage::NewAddress(message) = answer else {
-                return None;
-            };
-            let mut found = None;
-            for attribute in &message.attributes {
-                match attribute {
-                    AddressAttribute::Local(ip) => found = Some(*ip),
-                    AddressAttribute::Address(ip) if found.is_none() => found = Some(*ip),
-                    _ => {}
-                }
-            }
-            Some((
-                message.header.index,
-                Subnet::new(found?, message.header.prefix_len)?,
-            ))
-        });
-        Ok(parsed.collect())
     }
 
     fn default_route(gateway: IpAddr, interface: u32) -> RouteMessage {

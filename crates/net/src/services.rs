@@ -1,9 +1,10 @@
 //! What runs beside the kernel: names, leases, proxies, on one thread.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
 use base::Id;
@@ -13,7 +14,8 @@ use tokio::sync::oneshot;
 use crate::directory::Directory;
 use crate::endpoint::{Endpoint, Protocol};
 use crate::error::{Context, Result};
-use crate::firewall::Firewall;
+use crate::dns;
+use crate::firewall::{Forward, dns_forwards};
 use crate::network::Network;
 use crate::proxy::{self, Proxy};
 
@@ -22,6 +24,7 @@ pub(crate) struct Services {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
     directory: Arc<RwLock<Directory>>,
+    names: Mutex<HashMap<Id, Vec<dns::Server>>>,
 }
 
 impl Services {
@@ -44,8 +47,7 @@ impl Services {
             runtime: handle,
             stop: Some(stop),
             thread: Some(thread),
-            directory: Arc::default(),
-        })
+            directory: Arc::default(), names: Mutex::default() })
     }
 
     pub(crate) fn proxy(
@@ -57,9 +59,29 @@ impl Services {
         proxy::start(&self.runtime, socket, protocol, target)
     }
 
-    pub(crate) fn add_network(&self, _network: &Network, _firewall: &Firewall) {}
+    /// Starts the name service on the network's gateways. Gives what must be forwarded to reach it on port 53.
+    pub(crate) fn add_network(&self, network: &Network) -> Vec<Forward> {
+        let mut servers = Vec::new();
+        let mut forwards = Vec::new();
+        for gateway in network.ipam.config.iter().filter_map(|c| c.gateway) {
+            match dns::Server::start(&self.runtime, Arc::clone(&self.directory), gateway) {
+                Ok(server) => {
+                    if server.port != 53 {
+                        forwards.extend(dns_forwards(gateway, server.port));
+                    }
+                    servers.push(server);
+                }
+                // Containers without names are better than none.
+                Err(error) => tracing::error!(network = network.name, %gateway, %error, "no name service"),
+            }
+        }
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(network.id.clone(), servers);
+        forwards
+    }
 
-    pub(crate) fn remove_network(&self, _network: &Id) {}
+    pub(crate) fn remove_network(&self, network: &Id) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(network);
+    }
 
     pub(crate) fn add_endpoint(&self, endpoint: &Endpoint) {
         self.directory

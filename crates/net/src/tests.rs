@@ -542,3 +542,51 @@ fn connecting_from_the_pool_takes_few_milliseconds() {
         assert!(best < Duration::from_millis(200));
     });
 }
+
+/// A DNS question asked from `netns`; the answer's code and data.
+fn look_up(netns: &OwnedFd, server: IpAddr, name: &str) -> io::Result<(u8, Vec<String>)> {
+    use hickory_proto::op::{Message, Query};
+    use hickory_proto::rr::{Name, RecordType};
+    let mut query = Message::query();
+    query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    let bytes = query.to_vec().unwrap();
+    let answer = within(netns.as_fd(), || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        socket.send_to(&bytes, (server, 53))?;
+        let mut buffer = [0; 512];
+        let (length, _) = socket.recv_from(&mut buffer)?;
+        Ok(buffer[..length].to_vec())
+    })?;
+    let answer = Message::from_vec(&answer).unwrap();
+    let data = answer.answers.iter().map(|r| r.data.to_string()).collect();
+    Ok((answer.metadata.response_code.low(), data))
+}
+
+#[test]
+fn containers_find_each_other_by_name_even_where_port_53_is_taken() {
+    for taken in [false, true] {
+        on_a_host_of_its_own(move |directory| {
+            let _holder = taken.then(|| std::net::UdpSocket::bind("0.0.0.0:53").unwrap());
+            let manager = open(directory);
+            let inner = NetworkSpec { internal: true, ..NetworkSpec::bridge("n") };
+            let network = manager.create_network(inner).unwrap();
+            let gateway = IpAddr::V4(network.gateway_v4().unwrap());
+            let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
+            let a = manager.connect(&one, EndpointSpec { aliases: vec!["www".into()], ..spec("n", "a") }).unwrap();
+            let b = manager.connect(&two, spec("n", "b")).unwrap();
+            assert_eq!(manager.name_servers(std::slice::from_ref(&b)), [gateway]);
+            let own = a.ipv4().unwrap().to_string();
+            for name in ["a.", "www.", "a.n."] {
+                assert_eq!(look_up(&two.netns, gateway, name).unwrap(), (0, vec![own.clone()]));
+            }
+            assert_eq!(look_up(&two.netns, gateway, "nobody.example.").unwrap().0, 3);
+            manager.rename("a", &["z".into()]);
+            assert_eq!(look_up(&two.netns, gateway, "z.").unwrap().0, 0);
+            manager.release("a");
+            assert_eq!(look_up(&two.netns, gateway, "z.").unwrap().0, 3);
+            manager.release("b");
+            manager.remove_network("n").unwrap();
+        });
+    }
+}

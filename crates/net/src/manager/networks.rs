@@ -371,7 +371,7 @@ impl Manager {
             return Err(Error::Predefined(record.name));
         }
         let mut setup = lock(&self.setup);
-        let was_up = {
+        let (was_up, redirects) = {
             let mut state = lock(&self.state);
             let users: Vec<_> = state
                 .endpoints
@@ -392,12 +392,11 @@ impl Manager {
                 });
             }
             // From here on nobody can connect; the record on disk stays until the kernel's part is gone.
-            state
-                .networks
-                .remove(&record.id)
-                .is_some_and(|net| net.bridge.is_some())
+            let net = state.networks.remove(&record.id);
+            net.map_or((false, Vec::new()), |net| (net.bridge.is_some(), net.redirects))
         };
         if was_up {
+            let _ = self.firewall.remove_forwards(&redirects);
             self.take_down(&mut setup, &record)?;
         }
         let path = self.directory.join(format!("{}.json", record.id));
@@ -468,7 +467,13 @@ impl Manager {
             }
             return Err(error);
         }
-        self.services.add_network(&record, &self.firewall);
+        let redirects = self.services.add_network(&record);
+        if let Err(error) = self.firewall.add_forwards(&redirects) {
+            tracing::error!(network = record.name, %error, "the name service is not reached on port 53");
+        }
+        if let Some(net) = lock(&self.state).networks.get_mut(id) {
+            net.redirects = redirects;
+        }
         Ok(index)
     }
 

@@ -65,6 +65,7 @@ impl Manager {
             .filter_map(|port| forward_of(endpoint, port))
             .collect();
         self.firewall.add_forwards(&forwards)?;
+        self.allow_return(endpoint);
         let mut state = lock(&self.state);
         let Some(held) = state.endpoints.get_mut(&endpoint.id) else {
             drop(state);
@@ -79,6 +80,20 @@ impl Manager {
         held.reservations
             .extend(made.into_iter().map(|(_, reservation)| reservation));
         Ok(())
+    }
+
+    /// Where the kernel shows bridged packets to the rules (br_netfilter), a container that calls its own published port is
+    /// answered on the port of the bridge it came in by. Not for taps: a machine would see its own IPv6 duplicate detection.
+    fn allow_return(&self, endpoint: &Endpoint) {
+        let shown = |key| crate::sysctl::read(key).is_ok_and(|value| value == "1");
+        let veth = endpoint.host_interface.starts_with("bv");
+        if veth && (shown("bridge/bridge-nf-call-iptables") || shown("bridge/bridge-nf-call-ip6tables")) {
+            let mut netlink = lock(&self.netlink);
+            let link = netlink.link(&endpoint.host_interface).ok().flatten();
+            if let Some(Err(error)) = link.map(|link| netlink.hairpin_port(link.index)) {
+                tracing::warn!(%error, "a container may not reach its own published ports");
+            }
+        }
     }
 
     /// Takes rules away; where nft finds them gone, the table is put back as it shall be.
