@@ -6,6 +6,7 @@
 
 mod address;
 mod directory;
+mod dhcp;
 mod dns;
 mod endpoint;
 mod error;
@@ -19,8 +20,10 @@ mod proxy;
 mod resolv;
 mod services;
 mod sysctl;
+mod tap;
 
 pub use address::{InvalidAddress, Mac, Subnet};
+pub use dhcp::fuzz_dhcp;
 pub use dns::fuzz_dns;
 pub use endpoint::{Endpoint, EndpointSpec, PortMap, Protocol, PublishedPort};
 pub use error::{Error, Result};
@@ -32,6 +35,7 @@ pub use network::{
     OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,
 };
 pub use resolv::{ResolvOptions, hosts_file, resolv_conf};
+pub use tap::{Tap, TapOptions};
 
 #[cfg(test)]
 mod tests;

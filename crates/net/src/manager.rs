@@ -1,6 +1,7 @@
 //! The one way into the room.
 
 mod connect;
+mod machine;
 mod networks;
 mod publish;
 mod restore;

@@ -14,6 +14,8 @@ use tokio::sync::oneshot;
 use crate::directory::Directory;
 use crate::endpoint::{Endpoint, Protocol};
 use crate::error::{Context, Result};
+use crate::address::Mac;
+use crate::dhcp;
 use crate::dns;
 use crate::firewall::{Forward, dns_forwards};
 use crate::network::Network;
@@ -24,6 +26,9 @@ pub(crate) struct Services {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
     directory: Arc<RwLock<Directory>>,
+    dhcp: Mutex<HashMap<Id, dhcp::Server>>,
+    /// Which lease is an endpoint's.
+    leased: Mutex<HashMap<Id, (Id, Mac)>>,
     names: Mutex<HashMap<Id, Vec<dns::Server>>>,
 }
 
@@ -47,7 +52,7 @@ impl Services {
             runtime: handle,
             stop: Some(stop),
             thread: Some(thread),
-            directory: Arc::default(), names: Mutex::default() })
+            directory: Arc::default(), names: Mutex::default(), dhcp: Mutex::default(), leased: Mutex::default() })
     }
 
     pub(crate) fn proxy(
@@ -81,6 +86,31 @@ impl Services {
 
     pub(crate) fn remove_network(&self, network: &Id) {
         self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(network);
+        self.dhcp.lock().unwrap_or_else(PoisonError::into_inner).remove(network);
+    }
+
+    /// Answers a machine's DHCP requests from now on.
+    pub(crate) fn add_lease(&self, network: &Network, endpoint: &Endpoint) -> io::Result<()> {
+        let (Some(mac), Some(address), Some(own)) = (endpoint.mac, endpoint.v4, network.gateway_v4()) else {
+            return Ok(());
+        };
+        let mut servers = self.dhcp.lock().unwrap_or_else(PoisonError::into_inner);
+        if !servers.contains_key(&network.id) {
+            let server = dhcp::Server::start(&self.runtime, &network.bridge, own)?;
+            servers.insert(network.id.clone(), server);
+        }
+        let lease = dhcp::Lease {
+            address,
+            router: endpoint.gateway_v4,
+            hostname: endpoint.names.first().cloned().unwrap_or_default(),
+            mtu: network.mtu().and_then(|mtu| mtu.try_into().ok()),
+        };
+        if let Some(server) = servers.get(&network.id) {
+            server.leases.write().unwrap_or_else(PoisonError::into_inner).insert(mac, lease);
+        }
+        let mut leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner);
+        leased.insert(endpoint.id.clone(), (network.id.clone(), mac));
+        Ok(())
     }
 
     pub(crate) fn add_endpoint(&self, endpoint: &Endpoint) {
@@ -93,8 +123,13 @@ impl Services {
     pub(crate) fn remove_endpoint(&self, endpoint: &Id) {
         self.directory
             .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(endpoint);
+            .unwrap_or_else(PoisonError::into_inner).remove(endpoint);
+        let leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner).remove(endpoint);
+        if let Some((network, mac)) = leased
+            && let Some(server) = self.dhcp.lock().unwrap_or_else(PoisonError::into_inner).get(&network)
+        {
+            server.leases.write().unwrap_or_else(PoisonError::into_inner).remove(&mac);
+        }
     }
 }
 

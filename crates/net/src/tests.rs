@@ -590,3 +590,74 @@ fn containers_find_each_other_by_name_even_where_port_53_is_taken() {
         });
     }
 }
+
+#[test]
+fn a_machine_gets_its_address_by_dhcp_and_its_name_is_known() {
+    on_a_host_of_its_own(|directory| {
+        if !std::path::Path::new("/dev/net/tun").exists() {
+            eprintln!("SKIPPED: no /dev/net/tun");
+            return;
+        }
+        let manager = open(directory);
+        let options = TapOptions { vnet_header: false, queues: 1 };
+        let tap = manager.tap(spec("bridge", "machine"), options).unwrap();
+        let mac = tap.endpoint.mac.unwrap();
+        let message = dhcp::client_message(1, mac, &[]);
+        let mut frame = vec![0xff; 6];
+        frame.extend(mac.0);
+        frame.extend([8, 0, 0x45, 0]);
+        frame.extend((message.len() as u16 + 28).to_be_bytes());
+        frame.extend([0, 0, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255]);
+        let sum: u32 = frame[14..34].chunks(2).map(|c| u32::from(c[0]) << 8 | u32::from(c[1])).sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        frame.extend([0, 68, 0, 67]);
+        frame.extend((message.len() as u16 + 8).to_be_bytes());
+        frame.extend([0, 0]);
+        frame.extend(message);
+        rustix::io::write(&tap.queues[0], &frame).unwrap();
+        let began = Instant::now();
+        let offer = loop {
+            assert!(began.elapsed() < Duration::from_secs(10), "no offer");
+            let mut buffer = [0; 2048];
+            match rustix::io::read(&tap.queues[0], &mut buffer) {
+                Ok(n) if n > 282 && buffer[23] == 17 && buffer[34..36] == [0, 67] => break buffer,
+                Ok(_) => {}
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        assert_eq!(offer[42 + 16..42 + 20], tap.endpoint.ipv4().unwrap().octets());
+        // Restored after a restart of the daemon, and gone with the machine.
+        let endpoint = tap.endpoint.clone();
+        drop(manager);
+        let manager = open(directory);
+        manager.restore(std::slice::from_ref(&endpoint)).unwrap();
+        let sandbox = manager.sandbox().unwrap();
+        manager.connect(&sandbox, spec("bridge", "c")).unwrap();
+        let gateway = endpoint.gateway_v4.unwrap().into();
+        let known = look_up(&sandbox.netns, gateway, "machine.").unwrap();
+        assert_eq!(known, (0, vec![endpoint.ipv4().unwrap().to_string()]));
+        manager.release("machine");
+        drop(tap);
+        manager.settle();
+        assert!(!links().contains(&endpoint.host_interface));
+    });
+}
+
+#[test]
+fn containers_of_a_network_without_icc_do_not_reach_each_other() {
+    on_a_host_of_its_own(|directory| {
+        let world = outside();
+        serve(&world, "0.0.0.0:7");
+        let manager = open(directory);
+        let mut network = NetworkSpec::bridge("n");
+        network.options.insert(OPTION_ICC.into(), "false".into());
+        manager.create_network(network).unwrap();
+        let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
+        let a = manager.connect(&one, spec("n", "a")).unwrap();
+        manager.connect(&two, spec("n", "b")).unwrap();
+        serve(&one.netns, "0.0.0.0:80");
+        assert!(ask(&two.netns, to(&a, 80)).is_err());
+        assert!(ask(&two.netns, "192.0.2.9:7".parse().unwrap()).is_ok());
+    });
+}

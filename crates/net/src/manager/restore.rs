@@ -65,6 +65,7 @@ impl Manager {
             return Ok(());
         }
         let bridge = self.bring_up(&network.id)?;
+        self.lease(endpoint);
         let found = lock(&self.netlink)
             .link(&endpoint.host_interface)
             .ok()
