@@ -64,16 +64,30 @@ fn bind_to_device(socket: &std::os::fd::OwnedFd, name: &str) -> io::Result<()> {
     let length = name.len() as libc::socklen_t;
     // SAFETY: the pointer and the length are those of `name`, which outlives the call; the kernel copies it.
     let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name.as_ptr().cast(), length)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_BINDTODEVICE,
+            name.as_ptr().cast(),
+            length,
+        )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 async fn serve(socket: UdpSocket, address: Ipv4Addr, leases: Leases) {
     let mut buffer = vec![0; 2048];
     loop {
-        let Ok((length, _)) = socket.recv_from(&mut buffer).await else { continue };
-        let Some(request) = Request::parse(&buffer[..length]) else { continue };
+        let Ok((length, _)) = socket.recv_from(&mut buffer).await else {
+            continue;
+        };
+        let Some(request) = Request::parse(&buffer[..length]) else {
+            continue;
+        };
         let lease = {
             let leases = leases.read().unwrap_or_else(PoisonError::into_inner);
             leases.get(&request.mac).cloned()
@@ -146,13 +160,17 @@ impl Request {
 
     /// The answer and where it goes; `None` where silence is right.
     fn reply(&self, lease: &Lease, own: Ipv4Addr) -> Option<(Vec<u8>, Ipv4Addr)> {
-        let std::net::IpAddr::V4(address) = lease.address.address() else { return None };
+        let std::net::IpAddr::V4(address) = lease.address.address() else {
+            return None;
+        };
         let kind = match self.kind {
             DISCOVER => OFFER,
             // RFC 2131 section 4.3.2: another server was chosen.
             REQUEST if self.server.is_some_and(|s| s != own) => return None,
             REQUEST => {
-                let wanted = self.requested.or((!self.client.is_unspecified()).then_some(self.client));
+                let wanted = self
+                    .requested
+                    .or((!self.client.is_unspecified()).then_some(self.client));
                 if wanted == Some(address) { ACK } else { NAK }
             }
             INFORM => ACK,
@@ -200,7 +218,14 @@ impl Request {
         // RFC 1542 section 2.1: some clients want the old BOOTP size.
         reply.resize(reply.len().max(300), 0);
         let renewing = !self.client.is_unspecified() && kind != NAK;
-        Some((reply, if renewing { self.client } else { Ipv4Addr::BROADCAST }))
+        Some((
+            reply,
+            if renewing {
+                self.client
+            } else {
+                Ipv4Addr::BROADCAST
+            },
+        ))
     }
 }
 
@@ -212,7 +237,10 @@ pub(crate) fn answer(packet: &[u8], mac: Mac, lease: &Lease, own: Ipv4Addr) -> O
 
 /// Entry for fuzzing: any bytes as a request.
 pub fn fuzz_dhcp(data: &[u8]) {
-    let mac = data.get(28..34).and_then(|m| m.try_into().ok()).map_or(Mac([2; 6]), Mac);
+    let mac = data
+        .get(28..34)
+        .and_then(|m| m.try_into().ok())
+        .map_or(Mac([2; 6]), Mac);
     let lease = Lease {
         address: "10.0.0.2/24".parse().expect("a subnet"),
         router: Some(Ipv4Addr::new(10, 0, 0, 1)),
@@ -247,8 +275,12 @@ mod tests {
     const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 
     fn say(kind: u8, options: &[(u8, [u8; 4])]) -> Option<(u8, [u8; 4])> {
-        let lease =
-            Lease { address: "10.0.0.2/24".parse().unwrap(), router: None, hostname: "h".into(), mtu: None };
+        let lease = Lease {
+            address: "10.0.0.2/24".parse().unwrap(),
+            router: None,
+            hostname: "h".into(),
+            mtu: None,
+        };
         let reply = answer(&client_message(kind, MAC, options), MAC, &lease, OWN)?;
         assert_eq!(reply[4..8], [9, 8, 7, 6]);
         Some((reply[242], reply[16..20].try_into().unwrap()))
@@ -257,9 +289,15 @@ mod tests {
     #[test]
     fn a_machine_gets_its_own_address_and_no_other() {
         assert_eq!(say(DISCOVER, &[]), Some((OFFER, [10, 0, 0, 2])));
-        assert_eq!(say(REQUEST, &[(50, [10, 0, 0, 2]), (54, [10, 0, 0, 1])]), Some((ACK, [10, 0, 0, 2])));
+        assert_eq!(
+            say(REQUEST, &[(50, [10, 0, 0, 2]), (54, [10, 0, 0, 1])]),
+            Some((ACK, [10, 0, 0, 2]))
+        );
         assert_eq!(say(REQUEST, &[(50, [10, 0, 0, 3])]), Some((NAK, [0; 4])));
-        assert_eq!(say(REQUEST, &[(50, [10, 0, 0, 2]), (54, [10, 0, 0, 9])]), None);
+        assert_eq!(
+            say(REQUEST, &[(50, [10, 0, 0, 2]), (54, [10, 0, 0, 9])]),
+            None
+        );
         assert_eq!(say(INFORM, &[]), Some((ACK, [0; 4])));
         assert_eq!(say(7, &[]), None);
     }

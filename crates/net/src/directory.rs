@@ -164,7 +164,10 @@ impl Directory {
 
     /// The resolvers that `asker` wants instead of the host's.
     pub(crate) fn servers(&self, asker: IpAddr) -> &[IpAddr] {
-        let own = self.by_address.get(&asker).and_then(|id| self.entries.get(id));
+        let own = self
+            .by_address
+            .get(&asker)
+            .and_then(|id| self.entries.get(id));
         own.map_or(&[], |entry| &entry.servers)
     }
 
@@ -172,7 +175,11 @@ impl Directory {
     pub(crate) fn example() -> Directory {
         let mut directory = Directory::default();
         let networks = [Id::random(), Id::random()];
-        let all = [("a", "web", "10.0.0.2/24", 0), ("b", "db", "10.0.0.3/24", 0), ("c", "far", "10.0.1.1/24", 1)];
+        let all = [
+            ("a", "web", "10.0.0.2/24", 0),
+            ("b", "db", "10.0.0.3/24", 0),
+            ("c", "far", "10.0.1.1/24", 1),
+        ];
         for (letter, name, address, network) in all {
             directory.add(&Endpoint {
                 id: Id::random(),
@@ -180,7 +187,11 @@ impl Directory {
                 network_name: ["inner", "outer"][network].into(),
                 container: letter.repeat(64),
                 names: vec![name.into()],
-                aliases: if name == "web" { vec!["www".into()] } else { vec![] },
+                aliases: if name == "web" {
+                    vec!["www".into()]
+                } else {
+                    vec![]
+                },
                 interface: "eth0".into(),
                 host_interface: String::new(),
                 mac: None,

@@ -50,7 +50,11 @@ struct Shared {
 
 impl Server {
     /// Binds `address`, in the calling thread's network namespace.
-    pub(crate) fn start(runtime: &Handle, directory: Arc<RwLock<Directory>>, address: IpAddr) -> io::Result<Server> {
+    pub(crate) fn start(
+        runtime: &Handle,
+        directory: Arc<RwLock<Directory>>,
+        address: IpAddr,
+    ) -> io::Result<Server> {
         let (udp, tcp) = bind(address, 53).or_else(|error| match error.kind() {
             io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => bind(address, 0),
             _ => Err(error),
@@ -60,8 +64,14 @@ impl Server {
         tcp.set_nonblocking(true)?;
         let _entered = runtime.enter();
         let (udp, tcp) = (UdpSocket::from_std(udp)?, TcpListener::from_std(tcp)?);
-        let shared = Shared { directory, forwards: Arc::new(Semaphore::new(MOST_FORWARDED)) };
-        let tasks = [runtime.spawn(serve_udp(Arc::new(udp), shared.clone())), runtime.spawn(serve_tcp(tcp, shared))];
+        let shared = Shared {
+            directory,
+            forwards: Arc::new(Semaphore::new(MOST_FORWARDED)),
+        };
+        let tasks = [
+            runtime.spawn(serve_udp(Arc::new(udp), shared.clone())),
+            runtime.spawn(serve_tcp(tcp, shared)),
+        ];
         Ok(Server { tasks, port })
     }
 }
@@ -72,7 +82,9 @@ fn bind(address: IpAddr, port: u16) -> io::Result<(std::net::UdpSocket, std::net
         let udp = std::net::UdpSocket::bind((address, port))?;
         match std::net::TcpListener::bind((address, udp.local_addr()?.port())) {
             Ok(tcp) => return Ok((udp, tcp)),
-            Err(error) if port != 0 || error.kind() != io::ErrorKind::AddrInUse => return Err(error),
+            Err(error) if port != 0 || error.kind() != io::ErrorKind::AddrInUse => {
+                return Err(error);
+            }
             Err(_) => {}
         }
     }
@@ -82,7 +94,9 @@ fn bind(address: IpAddr, port: u16) -> io::Result<(std::net::UdpSocket, std::net
 async fn serve_udp(socket: Arc<UdpSocket>, shared: Shared) {
     let mut buffer = vec![0; 4096];
     loop {
-        let Ok((length, sender)) = socket.recv_from(&mut buffer).await else { continue };
+        let Ok((length, sender)) = socket.recv_from(&mut buffer).await else {
+            continue;
+        };
         match respond(&buffer[..length], sender.ip(), &shared.directory) {
             Response::None => {}
             Response::Ready { bytes, .. } => {
@@ -95,7 +109,9 @@ async fn serve_udp(socket: Arc<UdpSocket>, shared: Shared) {
                 };
                 let (query, socket) = (buffer[..length].to_vec(), Arc::clone(&socket));
                 tokio::spawn(async move {
-                    let answer = upstream::forward(&query, false, &servers).await.unwrap_or(failure);
+                    let answer = upstream::forward(&query, false, &servers)
+                        .await
+                        .unwrap_or(failure);
                     let _ = socket.send_to(&answer, sender).await;
                     drop(permit);
                 });
@@ -107,7 +123,9 @@ async fn serve_udp(socket: Arc<UdpSocket>, shared: Shared) {
 async fn serve_tcp(listener: TcpListener, shared: Shared) {
     let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, peer)) => {
                 let shared = shared.clone();
@@ -130,9 +148,9 @@ async fn converse(mut stream: TcpStream, peer: SocketAddr, shared: Shared) -> io
         let answer = match respond(&query, peer.ip(), &shared.directory) {
             Response::None => return Ok(()),
             Response::Ready { whole, .. } => whole,
-            Response::Forward { failure, servers } => {
-                upstream::forward(&query, true, &servers).await.unwrap_or(failure)
-            }
+            Response::Forward { failure, servers } => upstream::forward(&query, true, &servers)
+                .await
+                .unwrap_or(failure),
         };
         let mut framed = Vec::with_capacity(answer.len() + 2);
         framed.extend(u16::try_from(answer.len()).unwrap_or(0).to_be_bytes());
@@ -149,7 +167,10 @@ enum Response {
     /// `bytes` for UDP, cut to what the asker takes; `whole` for TCP.
     Ready { bytes: Vec<u8>, whole: Vec<u8> },
     /// To be asked elsewhere; `failure` is the answer where nobody answers.
-    Forward { failure: Vec<u8>, servers: Vec<IpAddr> },
+    Forward {
+        failure: Vec<u8>,
+        servers: Vec<IpAddr>,
+    },
 }
 
 fn respond(query: &[u8], asker: IpAddr, directory: &RwLock<Directory>) -> Response {
@@ -159,7 +180,10 @@ fn respond(query: &[u8], asker: IpAddr, directory: &RwLock<Directory>) -> Respon
     }
     let Ok(message) = Message::from_vec(query) else {
         let id = u16::from_be_bytes([query[0], query[1]]);
-        return ready(Message::error_msg(id, OpCode::Query, ResponseCode::FormErr), 512);
+        return ready(
+            Message::error_msg(id, OpCode::Query, ResponseCode::FormErr),
+            512,
+        );
     };
     let limit = message.max_payload().clamp(512, 4096);
     let mut answer = Message::response(message.metadata.id, message.metadata.op_code);
@@ -179,7 +203,9 @@ fn respond(query: &[u8], asker: IpAddr, directory: &RwLock<Directory>) -> Respon
     if message.metadata.op_code != OpCode::Query {
         return refuse(answer, ResponseCode::NotImp);
     }
-    let [question] = &message.queries[..] else { return refuse(answer, ResponseCode::FormErr) };
+    let [question] = &message.queries[..] else {
+        return refuse(answer, ResponseCode::FormErr);
+    };
     let name = question.name().clone();
     let text = name.to_ascii().trim_end_matches('.').to_ascii_lowercase();
     let directory = directory.read().unwrap_or_else(PoisonError::into_inner);
@@ -191,8 +217,12 @@ fn respond(query: &[u8], asker: IpAddr, directory: &RwLock<Directory>) -> Respon
         let kind = question.query_type();
         for address in addresses {
             let data = match address {
-                IpAddr::V4(v4) if matches!(kind, RecordType::A | RecordType::ANY) => RData::A(A(v4)),
-                IpAddr::V6(v6) if matches!(kind, RecordType::AAAA | RecordType::ANY) => RData::AAAA(AAAA(v6)),
+                IpAddr::V4(v4) if matches!(kind, RecordType::A | RecordType::ANY) => {
+                    RData::A(A(v4))
+                }
+                IpAddr::V6(v6) if matches!(kind, RecordType::AAAA | RecordType::ANY) => {
+                    RData::AAAA(AAAA(v6))
+                }
                 _ => continue,
             };
             answer.add_answer(Record::from_rdata(name.clone(), TTL, data));
@@ -220,11 +250,16 @@ fn respond(query: &[u8], asker: IpAddr, directory: &RwLock<Directory>) -> Respon
         return refuse(answer, ResponseCode::NXDomain);
     }
     answer.metadata.response_code = ResponseCode::ServFail;
-    Response::Forward { failure: answer.to_vec().unwrap_or_default(), servers }
+    Response::Forward {
+        failure: answer.to_vec().unwrap_or_default(),
+        servers,
+    }
 }
 
 fn ready(message: Message, limit: u16) -> Response {
-    let Ok(whole) = message.to_vec() else { return Response::None };
+    let Ok(whole) = message.to_vec() else {
+        return Response::None;
+    };
     let bytes = if whole.len() > usize::from(limit) {
         message.truncate().to_vec().unwrap_or_default()
     } else {
@@ -266,14 +301,33 @@ mod tests {
     fn names_are_answered_to_who_shares_a_network() {
         let ok = |a: &str| (ResponseCode::NoError, vec![a.to_owned()]);
         for name in ["web.", "WEB.", "web.inner.", "www.", "aaaaaaaaaaaa."] {
-            assert_eq!(ask("10.0.0.3", name, RecordType::A), ok("10.0.0.2"), "{name}");
+            assert_eq!(
+                ask("10.0.0.3", name, RecordType::A),
+                ok("10.0.0.2"),
+                "{name}"
+            );
         }
-        assert_eq!(ask("10.0.0.3", "web.", RecordType::AAAA), (ResponseCode::NoError, vec![]));
-        assert_eq!(ask("10.0.0.3", "2.0.0.10.in-addr.arpa.", RecordType::PTR), ok("web.inner."));
+        assert_eq!(
+            ask("10.0.0.3", "web.", RecordType::AAAA),
+            (ResponseCode::NoError, vec![])
+        );
+        assert_eq!(
+            ask("10.0.0.3", "2.0.0.10.in-addr.arpa.", RecordType::PTR),
+            ok("web.inner.")
+        );
         // Another network's, and on internal networks anything else, does not exist.
-        assert_eq!(ask("10.0.0.3", "far.", RecordType::A).0, ResponseCode::NXDomain);
-        assert_eq!(ask("10.0.0.3", "1.1.0.10.in-addr.arpa.", RecordType::PTR).0, ResponseCode::NXDomain);
-        assert_eq!(ask("10.7.7.7", "web.", RecordType::A).0, ResponseCode::Refused);
+        assert_eq!(
+            ask("10.0.0.3", "far.", RecordType::A).0,
+            ResponseCode::NXDomain
+        );
+        assert_eq!(
+            ask("10.0.0.3", "1.1.0.10.in-addr.arpa.", RecordType::PTR).0,
+            ResponseCode::NXDomain
+        );
+        assert_eq!(
+            ask("10.7.7.7", "web.", RecordType::A).0,
+            ResponseCode::Refused
+        );
     }
 
     proptest! {

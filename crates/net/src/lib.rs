@@ -5,8 +5,8 @@
 //! caller says are alive ([`Manager::restore`]). Everything else that carries this daemon's tag is swept.
 
 mod address;
-mod directory;
 mod dhcp;
+mod directory;
 mod dns;
 mod endpoint;
 mod error;

@@ -282,8 +282,14 @@ impl Manager {
             let state = lock(&self.state);
             let up = state.networks.values().filter(|net| net.bridge.is_some());
             let networks: Vec<_> = up.map(|net| rules_of(&net.record)).collect();
-            let published = state.endpoints.values().flat_map(|h| h.forwards.iter().copied());
-            let redirects = state.networks.values().flat_map(|net| net.redirects.iter().copied());
+            let published = state
+                .endpoints
+                .values()
+                .flat_map(|h| h.forwards.iter().copied());
+            let redirects = state
+                .networks
+                .values()
+                .flat_map(|net| net.redirects.iter().copied());
             let forwards: Vec<_> = published.chain(redirects).collect();
             (networks, forwards)
         };
@@ -336,7 +342,9 @@ impl Net {
         Net {
             record,
             pools,
-            bridge: None, redirects: Vec::new() }
+            bridge: None,
+            redirects: Vec::new(),
+        }
     }
 
     fn is_bridge(&self) -> bool {

@@ -231,7 +231,8 @@ impl Netlink {
             LinkInfo::PortKind(InfoPortKind::Bridge),
             LinkInfo::PortData(InfoPortData::BridgePort(vec![setting])),
         ]));
-        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK).map(drop)
+        self.request(RouteNetlinkMessage::NewLink(message), NLM_F_ACK)
+            .map(drop)
     }
 
     /// Removes an interface; one that is gone already is fine.

@@ -11,12 +11,12 @@ use base::Id;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
-use crate::directory::Directory;
-use crate::endpoint::{Endpoint, Protocol};
-use crate::error::{Context, Result};
 use crate::address::Mac;
 use crate::dhcp;
+use crate::directory::Directory;
 use crate::dns;
+use crate::endpoint::{Endpoint, Protocol};
+use crate::error::{Context, Result};
 use crate::firewall::{Forward, dns_forwards};
 use crate::network::Network;
 use crate::proxy::{self, Proxy};
@@ -52,7 +52,11 @@ impl Services {
             runtime: handle,
             stop: Some(stop),
             thread: Some(thread),
-            directory: Arc::default(), names: Mutex::default(), dhcp: Mutex::default(), leased: Mutex::default() })
+            directory: Arc::default(),
+            names: Mutex::default(),
+            dhcp: Mutex::default(),
+            leased: Mutex::default(),
+        })
     }
 
     pub(crate) fn proxy(
@@ -77,21 +81,34 @@ impl Services {
                     servers.push(server);
                 }
                 // Containers without names are better than none.
-                Err(error) => tracing::error!(network = network.name, %gateway, %error, "no name service"),
+                Err(error) => {
+                    tracing::error!(network = network.name, %gateway, %error, "no name service")
+                }
             }
         }
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(network.id.clone(), servers);
+        self.names
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(network.id.clone(), servers);
         forwards
     }
 
     pub(crate) fn remove_network(&self, network: &Id) {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(network);
-        self.dhcp.lock().unwrap_or_else(PoisonError::into_inner).remove(network);
+        self.names
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(network);
+        self.dhcp
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(network);
     }
 
     /// Answers a machine's DHCP requests from now on.
     pub(crate) fn add_lease(&self, network: &Network, endpoint: &Endpoint) -> io::Result<()> {
-        let (Some(mac), Some(address), Some(own)) = (endpoint.mac, endpoint.v4, network.gateway_v4()) else {
+        let (Some(mac), Some(address), Some(own)) =
+            (endpoint.mac, endpoint.v4, network.gateway_v4())
+        else {
             return Ok(());
         };
         let mut servers = self.dhcp.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,7 +123,11 @@ impl Services {
             mtu: network.mtu().and_then(|mtu| mtu.try_into().ok()),
         };
         if let Some(server) = servers.get(&network.id) {
-            server.leases.write().unwrap_or_else(PoisonError::into_inner).insert(mac, lease);
+            server
+                .leases
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(mac, lease);
         }
         let mut leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner);
         leased.insert(endpoint.id.clone(), (network.id.clone(), mac));
@@ -123,12 +144,25 @@ impl Services {
     pub(crate) fn remove_endpoint(&self, endpoint: &Id) {
         self.directory
             .write()
-            .unwrap_or_else(PoisonError::into_inner).remove(endpoint);
-        let leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner).remove(endpoint);
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(endpoint);
+        let leased = self
+            .leased
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(endpoint);
         if let Some((network, mac)) = leased
-            && let Some(server) = self.dhcp.lock().unwrap_or_else(PoisonError::into_inner).get(&network)
+            && let Some(server) = self
+                .dhcp
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get(&network)
         {
-            server.leases.write().unwrap_or_else(PoisonError::into_inner).remove(&mac);
+            server
+                .leases
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&mac);
         }
     }
 }

@@ -17,7 +17,10 @@ pub struct TapOptions {
 
 impl Default for TapOptions {
     fn default() -> TapOptions {
-        TapOptions { vnet_header: true, queues: 1 }
+        TapOptions {
+            vnet_header: true,
+            queues: 1,
+        }
     }
 }
 
@@ -44,7 +47,9 @@ static HEADER: libc::c_int = 12;
 
 /// Makes the interface in the calling thread's network namespace.
 pub(crate) fn make(name: &str, options: TapOptions) -> io::Result<Vec<OwnedFd>> {
-    (0..options.queues.max(1)).map(|_| open_queue(name, options)).collect()
+    (0..options.queues.max(1))
+        .map(|_| open_queue(name, options))
+        .collect()
 }
 
 fn open_queue(name: &str, options: TapOptions) -> io::Result<OwnedFd> {

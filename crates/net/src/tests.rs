@@ -569,18 +569,35 @@ fn containers_find_each_other_by_name_even_where_port_53_is_taken() {
         on_a_host_of_its_own(move |directory| {
             let _holder = taken.then(|| std::net::UdpSocket::bind("0.0.0.0:53").unwrap());
             let manager = open(directory);
-            let inner = NetworkSpec { internal: true, ..NetworkSpec::bridge("n") };
+            let inner = NetworkSpec {
+                internal: true,
+                ..NetworkSpec::bridge("n")
+            };
             let network = manager.create_network(inner).unwrap();
             let gateway = IpAddr::V4(network.gateway_v4().unwrap());
             let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
-            let a = manager.connect(&one, EndpointSpec { aliases: vec!["www".into()], ..spec("n", "a") }).unwrap();
+            let a = manager
+                .connect(
+                    &one,
+                    EndpointSpec {
+                        aliases: vec!["www".into()],
+                        ..spec("n", "a")
+                    },
+                )
+                .unwrap();
             let b = manager.connect(&two, spec("n", "b")).unwrap();
             assert_eq!(manager.name_servers(std::slice::from_ref(&b)), [gateway]);
             let own = a.ipv4().unwrap().to_string();
             for name in ["a.", "www.", "a.n."] {
-                assert_eq!(look_up(&two.netns, gateway, name).unwrap(), (0, vec![own.clone()]));
+                assert_eq!(
+                    look_up(&two.netns, gateway, name).unwrap(),
+                    (0, vec![own.clone()])
+                );
             }
-            assert_eq!(look_up(&two.netns, gateway, "nobody.example.").unwrap().0, 3);
+            assert_eq!(
+                look_up(&two.netns, gateway, "nobody.example.").unwrap().0,
+                3
+            );
             manager.rename("a", &["z".into()]);
             assert_eq!(look_up(&two.netns, gateway, "z.").unwrap().0, 0);
             manager.release("a");
@@ -599,7 +616,10 @@ fn a_machine_gets_its_address_by_dhcp_and_its_name_is_known() {
             return;
         }
         let manager = open(directory);
-        let options = TapOptions { vnet_header: false, queues: 1 };
+        let options = TapOptions {
+            vnet_header: false,
+            queues: 1,
+        };
         let tap = manager.tap(spec("bridge", "machine"), options).unwrap();
         let mac = tap.endpoint.mac.unwrap();
         let message = dhcp::client_message(1, mac, &[]);
@@ -608,7 +628,10 @@ fn a_machine_gets_its_address_by_dhcp_and_its_name_is_known() {
         frame.extend([8, 0, 0x45, 0]);
         frame.extend((message.len() as u16 + 28).to_be_bytes());
         frame.extend([0, 0, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255]);
-        let sum: u32 = frame[14..34].chunks(2).map(|c| u32::from(c[0]) << 8 | u32::from(c[1])).sum();
+        let sum: u32 = frame[14..34]
+            .chunks(2)
+            .map(|c| u32::from(c[0]) << 8 | u32::from(c[1]))
+            .sum();
         let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
         frame[24..26].copy_from_slice(&sum.to_be_bytes());
         frame.extend([0, 68, 0, 67]);
@@ -626,7 +649,10 @@ fn a_machine_gets_its_address_by_dhcp_and_its_name_is_known() {
                 Err(_) => thread::sleep(Duration::from_millis(5)),
             }
         };
-        assert_eq!(offer[42 + 16..42 + 20], tap.endpoint.ipv4().unwrap().octets());
+        assert_eq!(
+            offer[42 + 16..42 + 20],
+            tap.endpoint.ipv4().unwrap().octets()
+        );
         // Restored after a restart of the daemon, and gone with the machine.
         let endpoint = tap.endpoint.clone();
         drop(manager);

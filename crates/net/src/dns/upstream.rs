@@ -27,7 +27,11 @@ pub(super) async fn forward(query: &[u8], over_tcp: bool, servers: &[IpAddr]) ->
     let mut second_best = None;
     for _ in 0..ROUNDS {
         for server in servers {
-            let asked = if over_tcp { ask_tcp(query, *server).await } else { ask_udp(query, question, *server).await };
+            let asked = if over_tcp {
+                ask_tcp(query, *server).await
+            } else {
+                ask_udp(query, question, *server).await
+            };
             let Ok(mut answer) = asked else { continue };
             answer[..2].copy_from_slice(&query[..2]);
             if matches!(answer[3] & 0x0f, 2 | 5) {
@@ -60,8 +64,11 @@ pub(super) fn question_end(message: &[u8]) -> Option<usize> {
 
 /// A port and an id of its own per query, and the question compared: forged answers must guess both.
 async fn ask_udp(query: &[u8], question: usize, server: IpAddr) -> io::Result<Vec<u8>> {
-    let any: IpAddr =
-        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if server.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect((server, 53)).await?;
     let mut sent = query.to_vec();

@@ -344,9 +344,17 @@ impl Manager {
     /// The addresses of the hosts' side that a container on these endpoints has its name service at, IPv4 first.
     pub fn name_servers(&self, endpoints: &[Endpoint]) -> Vec<IpAddr> {
         let state = lock(&self.state);
-        let networks = || endpoints.iter().filter_map(|e| state.networks.get(&e.network));
-        let v4 = networks().filter_map(|net| net.record.gateway_v4()).map(IpAddr::V4);
-        let v6 = networks().filter_map(|net| net.record.gateway_v6()).map(IpAddr::V6);
+        let networks = || {
+            endpoints
+                .iter()
+                .filter_map(|e| state.networks.get(&e.network))
+        };
+        let v4 = networks()
+            .filter_map(|net| net.record.gateway_v4())
+            .map(IpAddr::V4);
+        let v6 = networks()
+            .filter_map(|net| net.record.gateway_v6())
+            .map(IpAddr::V6);
         v4.chain(v6).collect()
     }
 

@@ -16,7 +16,10 @@ impl Manager {
     /// As [`Manager::connect`]; and where the host has no `/dev/net/tun`.
     pub fn tap(&self, spec: EndpointSpec, options: TapOptions) -> Result<Tap> {
         if !(1..=16).contains(&options.queues) {
-            return Err(Error::invalid(format!("{} queues: 1 to 16 are possible", options.queues)));
+            return Err(Error::invalid(format!(
+                "{} queues: 1 to 16 are possible",
+                options.queues
+            )));
         }
         let (mut endpoint, place) = self.reserve(spec)?;
         let made = (|| {
@@ -30,8 +33,12 @@ impl Manager {
             let name = random_name(&format!("bt{}", self.config.tag));
             let queues = tap::make(&name, options)
                 .context(|| "making a tap interface through /dev/net/tun".into())?;
-            let link = lock(&self.netlink).link(&name).context(|| format!("looking for {name}"))?;
-            let index = link.ok_or_else(|| Error::invalid("the new tap is gone"))?.index;
+            let link = lock(&self.netlink)
+                .link(&name)
+                .context(|| format!("looking for {name}"))?;
+            let index = link
+                .ok_or_else(|| Error::invalid("the new tap is gone"))?
+                .index;
             let _ = crate::sysctl::write(&format!("ipv6/conf/{name}/disable_ipv6"), "1");
             self.join_bridge(index, bridge, &place)?;
             endpoint.host_interface = name;
@@ -41,7 +48,11 @@ impl Manager {
             Ok(queues) => {
                 self.enlist(&endpoint);
                 self.lease(&endpoint);
-                Ok(Tap { queues, endpoint, mtu: place.mtu })
+                Ok(Tap {
+                    queues,
+                    endpoint,
+                    mtu: place.mtu,
+                })
             }
             Err(error) => {
                 self.forget(&endpoint.id);

@@ -393,7 +393,9 @@ impl Manager {
             }
             // From here on nobody can connect; the record on disk stays until the kernel's part is gone.
             let net = state.networks.remove(&record.id);
-            net.map_or((false, Vec::new()), |net| (net.bridge.is_some(), net.redirects))
+            net.map_or((false, Vec::new()), |net| {
+                (net.bridge.is_some(), net.redirects)
+            })
         };
         if was_up {
             let _ = self.firewall.remove_forwards(&redirects);

@@ -87,7 +87,9 @@ impl Manager {
     fn allow_return(&self, endpoint: &Endpoint) {
         let shown = |key| crate::sysctl::read(key).is_ok_and(|value| value == "1");
         let veth = endpoint.host_interface.starts_with("bv");
-        if veth && (shown("bridge/bridge-nf-call-iptables") || shown("bridge/bridge-nf-call-ip6tables")) {
+        if veth
+            && (shown("bridge/bridge-nf-call-iptables") || shown("bridge/bridge-nf-call-ip6tables"))
+        {
             let mut netlink = lock(&self.netlink);
             let link = netlink.link(&endpoint.host_interface).ok().flatten();
             if let Some(Err(error)) = link.map(|link| netlink.hairpin_port(link.index)) {
