@@ -5,7 +5,7 @@
 //! addresses of translated code.
 
 use cpu::x86::{RAX, RDX};
-use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 
 use super::interp::operand;
 use super::{cpuid, cr};
@@ -389,42 +389,4 @@ fn apply_xsave(cpu: &mut Cpu, area: &[u8], components: u64, present: u64) {
             };
         }
     }
-}
-
-/// The whole state in the standard format, for saving the CPU; of this thread's x87 unit.
-pub fn save_state(cpu: &Cpu) -> Vec<u8> {
-    let all = cpuid::XCR0_X87 | cpuid::XCR0_SSE | cpuid::XCR0_AVX;
-    let mut area = vec![0u8; cpuid::XSAVE_AVX as usize];
-    fill_xsave(cpu, &mut area, all);
-    area[LEGACY..LEGACY + 8].copy_from_slice(&all.to_le_bytes());
-    area
-}
-
-/// The reverse of [`save_state`]; components the area does not hold become initial.
-pub fn restore_state(cpu: &mut Cpu, saved: &[u8]) {
-    let mut area = [0u8; cpuid::XSAVE_AVX as usize];
-    let len = saved.len().min(area.len());
-    area[..len].copy_from_slice(&saved[..len]);
-    let present = if len >= LEGACY + HEADER {
-        long(&area, LEGACY)
-    } else {
-        0
-    };
-    let mxcsr = word(&area, 24);
-    cpu.mxcsr = if present & cpuid::XCR0_SSE != 0 && mxcsr & !MXCSR_MASK == 0 {
-        mxcsr
-    } else {
-        0x1f80
-    };
-    let all = cpuid::XCR0_X87 | cpuid::XCR0_SSE | cpuid::XCR0_AVX;
-    apply_xsave(cpu, &area, all, present);
-}
-
-/// True where an operand is an x87 or MMX register.
-pub fn uses_x87(i: &Instruction) -> bool {
-    (0..i.op_count()).any(|n| {
-        let r = i.op_register(n);
-        i.op_kind(n) == OpKind::Register && (r.is_mm() || r.is_st())
-    }) || i.mnemonic() == Mnemonic::Wait
-        || i.op_register(0) == Register::ST0
 }

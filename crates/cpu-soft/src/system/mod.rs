@@ -3,13 +3,15 @@
 //! The run loop calls:
 //! - [`execute`] for every instruction in 64-bit mode that is not translated (rip at the instruction on entry; on success
 //!   at the next one or the target; on `Err` nothing has changed, except REP progress);
-//! - [`interpret`] for one instruction in 16-bit, 32-bit or compatibility mode (fetch, decode, execute), and in any mode
-//!   while RFLAGS.TF is set: it raises the single-step trap itself;
-//! - [`deliver`] for faults, [`poll_interrupts`] between blocks when `attention` was raised or IF was set.
+//! - [`interpret`] for one instruction in any mode (fetch, decode, execute);
+//! - [`deliver`] for faults, [`poll_interrupts`] between blocks when `attention` was raised or IF was set;
+//! - [`save()`] and [`restore()`] for the registers that only this side knows.
 //!
-//! After STI and MOV SS, [`Cpu::interrupt_shadow`] is set: the next [`poll_interrupts`] only clears it, and raises
-//! `attention` again. **The run loop must then execute at least one instruction before it polls again**: `sti; hlt`
-//! loses its interrupt otherwise.
+//! STI and MOV SS set [`Cpu::interrupt_shadow`]; while it is set [`poll_interrupts`] delivers nothing. The run loop takes
+//! it when it starts the next instruction, runs that one alone, and polls again.
+//!
+//! A halted CPU, or one that waits for its start-up message, has its [`System::activity`] say so; [`wakes`] and the
+//! result of [`poll_interrupts`] end that.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -105,23 +107,10 @@ pub fn execute(cpu: &mut Cpu, instruction: &Instruction) -> Result<Flow, Fault> 
     Err(Fault::UD)
 }
 
-/// Executes the instruction at rip, whatever the mode.
+/// Executes the instruction at rip, whatever the mode. The single-step trap is the run loop's.
 pub fn interpret(cpu: &mut Cpu) -> Result<Flow, Fault> {
-    let stepping = cpu.rflags & flag::TF != 0;
     let instruction = interp::fetch(cpu)?;
-    let flow = execute(cpu, &instruction)?;
-    // MOV SS and STI hold the trap back for one instruction, as they do interrupts.
-    if stepping
-        && !cpu.interrupt_shadow
-        && !matches!(
-            instruction.mnemonic(),
-            iced_x86::Mnemonic::Int | iced_x86::Mnemonic::Int3
-        )
-    {
-        cpu.dr[6] |= 1 << 14;
-        return Err(Fault::DB);
-    }
-    Ok(flow)
+    execute(cpu, &instruction)
 }
 
 /// Delivers an exception through the guest's IDT.
@@ -157,10 +146,6 @@ pub fn poll_interrupts(cpu: &mut Cpu) -> Result<bool, TripleFault> {
         return Ok(restarted);
     }
     if cpu.interrupt_shadow {
-        cpu.interrupt_shadow = false;
-        if apic::waits(cpu) || cpu.system.nmi_pending {
-            cpu.attention.store(1, Ordering::SeqCst);
-        }
         return Ok(false);
     }
     if cpu.system.nmi_pending && !cpu.system.nmi_masked {

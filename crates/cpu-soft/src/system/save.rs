@@ -1,121 +1,51 @@
-//! A CPU's state in the form that back ends share ([`cpu::x86::CpuState`]), and the states after power-on and INIT.
+//! The system side of a saved CPU ([`cpu::x86::CpuState`]), and the states after power-on and INIT.
 
 use cpu::x86::{Activity, CpuState, RDX, Segment, TableRegister};
 
 use super::segment::attribute;
-use super::{apic, cpuid, fpu, msr};
+use super::{apic, msr};
 use crate::clock::host_tsc;
-use crate::state::{CS, Cpu, SS, flag};
+use crate::state::{CS, Cpu, flag};
 
-/// The version of the states written here.
-const VERSION: u32 = 1;
-
-/// Everything a guest can see. Called on the CPU's own thread (x87 lives in the host's).
-pub fn save(cpu: &mut Cpu) -> CpuState {
+/// Fills in what only the system side knows: MSRs, APIC, time, NMIs, activity. Called on the CPU's own thread.
+pub fn save(cpu: &mut Cpu, state: &mut CpuState) {
     apic::take_mail_for_save(cpu);
-    CpuState {
-        version: VERSION,
-        activity: cpu.system.activity,
-        gpr: cpu.gpr,
-        rip: cpu.rip,
-        rflags: cpu.rflags | flag::FIXED,
-        segments: cpu.segments,
-        ldtr: cpu.ldtr,
-        tr: cpu.tr,
-        gdtr: cpu.gdtr,
-        idtr: cpu.idtr,
-        cr0: cpu.cr0,
-        cr2: cpu.cr2,
-        cr3: cpu.cr3,
-        cr4: cpu.cr4,
-        cr8: cpu.system.apic.task_priority(),
-        xcr0: cpu.xcr0,
-        dr: cpu.dr,
-        efer: cpu.efer,
-        msrs: msr::save(cpu),
-        xsave: fpu::save_state(cpu),
-        apic: cpu.system.apic.save(),
-        apic_base: cpu.system.apic.base,
-        tsc_deadline: cpu.system.apic.tsc_deadline,
-        tsc: host_tsc().wrapping_add(cpu.tsc_offset),
-        pending_nmi: cpu.system.nmi_pending,
-        nmi_masked: cpu.system.nmi_masked,
-        interrupt_shadow: cpu.interrupt_shadow,
-    }
+    state.activity = cpu.system.activity;
+    state.cr8 = cpu.system.apic.task_priority();
+    state.msrs = msr::save(cpu);
+    state.apic = cpu.system.apic.save();
+    state.apic_base = cpu.system.apic.base;
+    state.tsc_deadline = cpu.system.apic.tsc_deadline;
+    state.tsc = host_tsc().wrapping_add(cpu.tsc_offset);
+    state.pending_nmi = cpu.system.nmi_pending;
+    state.nmi_masked = cpu.system.nmi_masked;
 }
 
-/// The reverse of [`save`]; an error says what cannot be used.
+/// The reverse of [`save`], after the registers proper were restored; an error says what cannot be used.
 pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
-    if state.version > VERSION {
-        return Err(format!(
-            "it has version {}, this program knows up to {VERSION}",
-            state.version
-        ));
-    }
-    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0
-        || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0
-    {
-        return Err(format!(
-            "it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})",
-            state.cr4, state.xcr0
-        ));
+    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0 || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0 {
+        return Err(format!("it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})", state.cr4, state.xcr0));
     }
     cpu.system.activity = state.activity;
-    cpu.gpr = state.gpr;
-    cpu.rip = state.rip;
-    cpu.rflags = state.rflags | flag::FIXED;
-    cpu.segments = state.segments;
-    cpu.cpl = if state.cr0 & 1 == 0 {
-        0
-    } else if state.rflags & flag::VM != 0 {
-        3
-    } else {
-        (state.segments[SS].attributes >> 5 & 3) as u8
-    };
-    if state.segments[SS].unusable {
-        cpu.cpl = (state.segments[CS].selector & 3) as u8;
-    }
-    (cpu.ldtr, cpu.tr, cpu.gdtr, cpu.idtr) = (state.ldtr, state.tr, state.gdtr, state.idtr);
-    (cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4) = (
-        state.cr0 | super::cr::CR0_ET,
-        state.cr2,
-        state.cr3,
-        state.cr4,
-    );
-    cpu.efer = state.efer;
-    cpu.xcr0 = state.xcr0 | cpuid::XCR0_X87;
-    cpu.dr = state.dr;
+    cpu.cr0 |= super::cr::CR0_ET;
     if state.dr[6] == 0 && state.dr[7] == 0 {
         (cpu.dr[6], cpu.dr[7]) = (0xffff_0ff0, 0x400);
     }
     // A counter of zero is a machine that starts, not one saved: it gets the host's, which is the fast case.
-    cpu.tsc_offset = if state.tsc == 0 {
-        0
-    } else {
-        state.tsc.wrapping_sub(host_tsc())
-    };
+    cpu.tsc_offset = if state.tsc == 0 { 0 } else { state.tsc.wrapping_sub(host_tsc()) };
     msr::restore(cpu, &state.msrs);
-    fpu::restore_state(cpu, &state.xsave);
     if state.apic.is_empty() {
         cpu.system.apic.reset();
     } else {
-        let base = if state.apic_base == 0 {
-            cpu.system.apic.base
-        } else {
-            state.apic_base
-        };
+        let base = if state.apic_base == 0 { cpu.system.apic.base } else { state.apic_base };
         let offset = cpu.tsc_offset;
-        cpu.system
-            .apic
-            .restore(&state.apic, base, state.tsc_deadline, offset);
+        cpu.system.apic.restore(&state.apic, base, state.tsc_deadline, offset);
     }
     apic::publish(cpu);
     apic::arm(cpu);
     cpu.system.nmi_pending = state.pending_nmi;
     cpu.system.nmi_masked = state.nmi_masked;
-    cpu.interrupt_shadow = state.interrupt_shadow;
     cpu.interrupt_waits = 0;
-    cpu.flush_tlb();
     Ok(())
 }
 
