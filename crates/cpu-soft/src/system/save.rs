@@ -23,8 +23,13 @@ pub fn save(cpu: &mut Cpu, state: &mut CpuState) {
 
 /// The reverse of [`save`], after the registers proper were restored; an error says what cannot be used.
 pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
-    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0 || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0 {
-        return Err(format!("it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})", state.cr4, state.xcr0));
+    if state.cr4 & !cpu.system.cpuid.cr4_mask() != 0
+        || state.xcr0 & !(cpu.system.cpuid.xcr0_mask() | 1) != 0
+    {
+        return Err(format!(
+            "it uses CPU features that this model lacks (CR4 {:#x}, XCR0 {:#x})",
+            state.cr4, state.xcr0
+        ));
     }
     cpu.system.activity = state.activity;
     cpu.cr0 |= super::cr::CR0_ET;
@@ -32,14 +37,24 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
         (cpu.dr[6], cpu.dr[7]) = (0xffff_0ff0, 0x400);
     }
     // A counter of zero is a machine that starts, not one saved: it gets the host's, which is the fast case.
-    cpu.tsc_offset = if state.tsc == 0 { 0 } else { state.tsc.wrapping_sub(host_tsc()) };
+    cpu.tsc_offset = if state.tsc == 0 {
+        0
+    } else {
+        state.tsc.wrapping_sub(host_tsc())
+    };
     msr::restore(cpu, &state.msrs);
     if state.apic.is_empty() {
         cpu.system.apic.reset();
     } else {
-        let base = if state.apic_base == 0 { cpu.system.apic.base } else { state.apic_base };
+        let base = if state.apic_base == 0 {
+            cpu.system.apic.base
+        } else {
+            state.apic_base
+        };
         let offset = cpu.tsc_offset;
-        cpu.system.apic.restore(&state.apic, base, state.tsc_deadline, offset);
+        cpu.system
+            .apic
+            .restore(&state.apic, base, state.tsc_deadline, offset);
     }
     apic::publish(cpu);
     apic::arm(cpu);
