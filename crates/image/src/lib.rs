@@ -7,12 +7,14 @@ pub mod assemble;
 pub mod bootstrap;
 pub mod build;
 pub mod config;
+pub mod copy;
 pub mod digest;
 pub mod error;
 pub mod layer;
 pub mod manifest;
 pub mod progress;
 pub mod reference;
+pub mod registry;
 pub mod snapshot;
 pub mod store;
 
@@ -24,6 +26,7 @@ pub use error::{Error, Result};
 pub use manifest::Platform;
 pub use progress::{Cancel, Event, Listener, Progress, Silent};
 pub use reference::Reference;
+pub use registry::{Credentials, PullOptions, Pulled, PushOptions, Pushed, pull, push};
 pub use snapshot::{Change, ChangeKind, Layers, Usage, export, mount_detached};
 pub use store::{Filter, HistoryLine, Image, InUse, Pruned, RemoveOptions, Removed, Store};
 

@@ -365,9 +365,13 @@ fn command(
             packages.push(package.to_owned());
         }
     }
-    // apt-get works inside and fetches from where this image came from, over TLS too.
-    packages.push("ca-certificates".to_owned());
-    command.arg(format!("--include={}", packages.join(",")));
+    // apt-get must be able to fetch from where this image came from.
+    if lines.iter().any(|line| line.uri.starts_with("https:")) {
+        packages.push("ca-certificates".to_owned());
+    }
+    if !packages.is_empty() {
+        command.arg(format!("--include={}", packages.join(",")));
+    }
     for option in EXCLUDED {
         command.arg(format!("--dpkgopt={option}"));
     }
@@ -383,7 +387,7 @@ fn command(
     // What was only for this run (the host's proxies) must not stay in the image.
     let mut hooks = vec![
         r#"rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap""#.to_owned(),
-        r#"printf 'Acquire::Languages "none";\nAPT::Install-Recommends "false";\n' > "$1/etc/apt/apt.conf.d/90berth""#.to_owned(),
+        r#"printf 'Acquire::Languages "none";\n' > "$1/etc/apt/apt.conf.d/90berth""#.to_owned(),
         r#"rm -rf "$1"/var/cache/debconf/*-old "$1"/var/lib/dpkg/*-old "$1"/var/log/apt "$1"/var/log/dpkg.log"#.to_owned(),
         // A keyring at a path of this host says nothing inside; Debian's own is installed there.
         r#"sed -i -E 's/ ?\[signed-by=[^]]*\]//' "$1/etc/apt/sources.list""#.to_owned(),
@@ -494,6 +498,10 @@ fn listen(stderr: impl BufRead, words: &Mutex<VecDeque<String>>, progress: &dyn 
             continue;
         }
         if let Some(text) = line.strip_prefix("I: ") {
+            // The hooks' scripts mean nothing to who waits.
+            if text.starts_with("running --") {
+                continue;
+            }
             progress.report(Event::message(text));
         } else if line.starts_with("W: ") || line.starts_with("E: ") {
             progress.report(Event::message(line.clone()));

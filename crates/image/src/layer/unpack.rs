@@ -32,6 +32,21 @@ pub struct Unpacked {
     pub implied: BTreeSet<Vec<u8>>,
 }
 
+/// How to unpack into a tree that is in use, rather than into a layer: whiteouts are ordinary names there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CopyInto {
+    /// The folder in the tree, clean; links in it are followed inside the tree.
+    pub folder: Vec<u8>,
+    /// Everything gets this owner and group.
+    pub owner: Option<(u32, u32)>,
+    /// Everything gets these permission bits.
+    pub mode: Option<u32>,
+    /// Refuse to replace a folder by a file or a file by a folder.
+    pub keep_kinds: bool,
+    /// Merge a folder entry into an existing folder without changing that folder's owner, mode and time.
+    pub keep_folders: bool,
+}
+
 struct Directory {
     mode: u32,
     mtime: (i64, u32),
@@ -46,6 +61,7 @@ pub struct Unpacker<'a> {
     /// Whiteouts are kept only where there is something beneath to hide.
     lowest: bool,
     privileged: bool,
+    copy: Option<CopyInto>,
     /// The folder of the last entry: most entries share it with the one before.
     parent: Option<(Vec<u8>, OwnedFd)>,
     directories: BTreeMap<Vec<u8>, Directory>,
@@ -76,12 +92,30 @@ impl<'a> Unpacker<'a> {
             cancel,
             lowest,
             privileged: rustix::process::geteuid().is_root(),
+            copy: None,
             parent: None,
             directories: BTreeMap::new(),
             done,
             until_space_check: 0,
             buffer: vec![0; 128 << 10],
         })
+    }
+
+    /// Prepares to unpack into a tree that is in use.
+    pub fn into_tree(root: OwnedFd, copy: CopyInto, limits: Limits, cancel: &'a Cancel) -> Unpacker<'a> {
+        Unpacker {
+            root,
+            limits,
+            cancel,
+            lowest: true,
+            privileged: rustix::process::geteuid().is_root(),
+            copy: Some(copy),
+            parent: None,
+            directories: BTreeMap::new(),
+            done: Unpacked::default(),
+            until_space_check: 0,
+            buffer: vec![0; 128 << 10],
+        }
     }
 
     /// Unpacks all of `tar`, to its very last byte.
@@ -104,7 +138,13 @@ impl<'a> Unpacker<'a> {
                     self.limits.entries
                 )));
             }
-            self.entry(&entry, tar)?;
+            match &self.copy {
+                None => self.entry(&entry, tar)?,
+                Some(copy) => {
+                    let entry = copy.adapt(entry);
+                    self.entry(&entry, tar)?;
+                }
+            }
         }
         self.finish()
     }
@@ -114,8 +154,14 @@ impl<'a> Unpacker<'a> {
             entry: lossy(&entry.path),
             why: why.to_owned(),
         };
-        let path = tree::clean(&entry.path)
+        let mut path = tree::clean(&entry.path)
             .ok_or_else(|| hostile("its name holds \"..\" or a NUL byte"))?;
+        if let Some(copy) = &self.copy {
+            if path.is_empty() {
+                return Ok(());
+            }
+            path = super::pack::join(&copy.folder, &path);
+        }
         if path.is_empty() {
             if entry.kind != EntryKind::Directory {
                 return Err(hostile("it would replace the root itself"));
@@ -130,7 +176,7 @@ impl<'a> Unpacker<'a> {
         }
         let parent = self.parent(folder, entry)?;
         let name = CString::new(name).map_err(|_| hostile("its name holds a NUL byte"))?;
-        if let Some(hidden) = name.as_bytes().strip_prefix(b".wh.") {
+        if let Some(hidden) = name.as_bytes().strip_prefix(b".wh.").filter(|_| self.copy.is_none()) {
             let result = self.whiteout(&parent, folder, hidden, entry);
             self.parent = Some((folder.to_vec(), parent));
             return result;
@@ -199,7 +245,20 @@ impl<'a> Unpacker<'a> {
                     let Some(existing) = existing else { continue };
                     let is_folder = tree::file_type(&existing) == FileType::Directory;
                     if is_folder && entry.kind == EntryKind::Directory {
+                        if self.copy.as_ref().is_some_and(|c| c.keep_folders) {
+                            self.parent = Some((folder.to_vec(), parent));
+                            return Ok(());
+                        }
                         break;
+                    }
+                    if self.copy.as_ref().is_some_and(|c| c.keep_kinds)
+                        && is_folder != (entry.kind == EntryKind::Directory)
+                    {
+                        let (old, new) = if is_folder { ("directory", "non-directory") } else { ("non-directory", "directory") };
+                        return Err(Error::Conflict(format!(
+                            "cannot overwrite {old} {:?} with {new}",
+                            lossy(&path)
+                        )));
                     }
                     hides = tree::is_whiteout(&existing);
                     tree::remove_at(&parent, &name).map_err(|e| at(errno_of(&e)))?;
@@ -364,7 +423,7 @@ impl<'a> Unpacker<'a> {
             entry: lossy(&entry.path),
             why,
         };
-        let target = tree::clean(&entry.link)
+        let mut target = tree::clean(&entry.link)
             .filter(|t| !t.is_empty())
             .ok_or_else(|| {
                 hostile(format!(
@@ -372,6 +431,9 @@ impl<'a> Unpacker<'a> {
                     lossy(&entry.link)
                 ))
             })?;
+        if let Some(copy) = &self.copy {
+            target = super::pack::join(&copy.folder, &target);
+        }
         let (folder, last) = tree::split(&target);
         let missing = || {
             hostile(format!(
@@ -591,6 +653,18 @@ impl<'a> Unpacker<'a> {
                 })?;
         }
         Ok(self.done)
+    }
+}
+
+impl CopyInto {
+    fn adapt(&self, mut entry: Entry) -> Entry {
+        if let Some((uid, gid)) = self.owner {
+            (entry.uid, entry.gid) = (uid, gid);
+        }
+        if let Some(mode) = self.mode {
+            entry.mode = mode;
+        }
+        entry
     }
 }
 

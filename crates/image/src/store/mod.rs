@@ -375,6 +375,52 @@ impl Store {
         Ok(())
     }
 
+    /// Moves a verified download into its place.
+    pub(crate) fn adopt_blob(&self, path: &Path, digest: &Digest) -> Result<()> {
+        self.0.content.adopt(path, digest)?;
+        self.state().fresh.insert(*digest);
+        Ok(())
+    }
+
+    /// A blob in the store that holds the layer `diff`.
+    pub(crate) fn blob_of(&self, diff: &Digest) -> Option<Descriptor> {
+        let state = self.state();
+        state
+            .images
+            .values()
+            .flat_map(|stored| &stored.record.layers)
+            .find(|layer| layer.diff_id == *diff && self.0.content.has(&layer.blob.digest))
+            .map(|layer| layer.blob.clone())
+    }
+
+    /// Other repositories of the same registry whose images hold `blob`.
+    pub(crate) fn neighbours(&self, reference: &Reference, blob: &Digest) -> Vec<String> {
+        let state = self.state();
+        let mut found: Vec<String> = state
+            .references
+            .iter()
+            // A name by digest says that the registry has it.
+            .filter(|(name, _)| name.contains('@'))
+            .filter_map(|(name, id)| Some((Reference::parse(name).ok()?, state.images.get(id)?)))
+            .filter(|(other, stored)| {
+                other.domain() == reference.domain()
+                    && other.path() != reference.path()
+                    && stored.record.layers.iter().any(|l| l.blob.digest == *blob)
+            })
+            .map(|(other, _)| other.path().to_owned())
+            .collect();
+        found.dedup();
+        found
+    }
+
+    /// Notes that a registry knows the image by this digest.
+    pub(crate) fn name_by_digest(&self, id: &ImageId, reference: &Reference) -> Result<()> {
+        let mut state = self.state();
+        let mut changed = state.references.clone();
+        changed.insert(reference.to_string(), *id);
+        self.write_references(&mut state, changed)
+    }
+
     /// The folders of an image's layers, topmost first, as overlayfs' `lowerdir` lists them.
     ///
     /// # Errors
