@@ -48,10 +48,16 @@ struct Place {
 
 fn missing(path: &str, errno: Errno) -> Error {
     match errno {
-        Errno::NOENT => Error::NotFound { what: path.to_owned(), why: "no such file or folder in the container".to_owned() },
+        Errno::NOENT => Error::NotFound {
+            what: path.to_owned(),
+            why: "no such file or folder in the container".to_owned(),
+        },
         Errno::NOTDIR => Error::Invalid(format!("{path}: a part of the path is not a folder")),
         Errno::LOOP => Error::Invalid(format!("{path}: a loop of links")),
-        errno => Error::Io { what: path.to_owned(), source: errno.into() },
+        errno => Error::Io {
+            what: path.to_owned(),
+            source: errno.into(),
+        },
     }
 }
 
@@ -79,12 +85,22 @@ fn place(root: impl AsFd, path: &str) -> Result<Place> {
     if follows || name.is_none() {
         let fd = tree::open_in(&root, joined.as_bytes(), OFlags::PATH | OFlags::DIRECTORY)
             .map_err(|errno| missing(path, errno))?;
-        return Ok(Place { parent: fd, name: c".".to_owned(), shown });
+        return Ok(Place {
+            parent: fd,
+            name: c".".to_owned(),
+            shown,
+        });
     }
     let (folder, last) = tree::split(joined.as_bytes());
-    let parent = tree::open_in(&root, folder, OFlags::PATH | OFlags::DIRECTORY).map_err(|e| missing(path, e))?;
-    let name = CString::new(last).map_err(|_| Error::Invalid("a path with a NUL byte".to_owned()))?;
-    Ok(Place { parent, name, shown })
+    let parent = tree::open_in(&root, folder, OFlags::PATH | OFlags::DIRECTORY)
+        .map_err(|e| missing(path, e))?;
+    let name =
+        CString::new(last).map_err(|_| Error::Invalid("a path with a NUL byte".to_owned()))?;
+    Ok(Place {
+        parent,
+        name,
+        shown,
+    })
 }
 
 /// Describes a path.
@@ -93,8 +109,12 @@ fn place(root: impl AsFd, path: &str) -> Result<Place> {
 /// [`Error::NotFound`].
 pub fn stat(root: impl AsFd, path: &str) -> Result<PathStat> {
     let place = place(root, path)?;
-    let stat = rustix::fs::statat(&place.parent, &*place.name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|errno| missing(path, errno))?;
+    let stat = rustix::fs::statat(
+        &place.parent,
+        &*place.name,
+        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .map_err(|errno| missing(path, errno))?;
     let link_target = if tree::file_type(&stat) == FileType::Symlink {
         rustix::fs::readlinkat(&place.parent, &*place.name, Vec::new())
             .map(|target| target.to_string_lossy().into_owned())
@@ -117,13 +137,21 @@ pub fn stat(root: impl AsFd, path: &str) -> Result<PathStat> {
 /// [`Error::NotFound`], and those of `sink`.
 pub fn read_tar(root: impl AsFd, path: &str, sink: impl Write) -> Result<()> {
     let place = place(root, path)?;
-    if tree::stat_at(&place.parent, place.name.as_bytes()).doing(|| path.to_owned())?.is_none() {
+    if tree::stat_at(&place.parent, place.name.as_bytes())
+        .doing(|| path.to_owned())?
+        .is_none()
+    {
         return Err(missing(path, Errno::NOENT));
     }
     let mut tar = TarWriter::new(std::io::BufWriter::with_capacity(256 << 10, sink));
-    pack::pack_one(place.parent.as_fd(), place.name.as_bytes(), place.shown.as_bytes(), &mut tar)
-        .and_then(|()| tar.finish().map(drop))
-        .doing(|| path.to_owned())
+    pack::pack_one(
+        place.parent.as_fd(),
+        place.name.as_bytes(),
+        place.shown.as_bytes(),
+        &mut tar,
+    )
+    .and_then(|()| tar.finish().map(drop))
+    .doing(|| path.to_owned())
 }
 
 /// Unpacks a tar into the folder at `path`, which must be there.
@@ -131,11 +159,17 @@ pub fn read_tar(root: impl AsFd, path: &str, sink: impl Write) -> Result<()> {
 /// # Errors
 /// [`Error::NotFound`], [`Error::Invalid`] where it is no folder, [`Error::Conflict`] where a kind would change and
 /// that was forbidden, and those of hostile archives.
-pub fn write_tar(root: impl AsFd, path: &str, source: impl Read + Send, options: &WriteOptions) -> Result<()> {
+pub fn write_tar(
+    root: impl AsFd,
+    path: &str,
+    source: impl Read + Send,
+    options: &WriteOptions,
+) -> Result<()> {
     let at = place(&root, &format!("{path}/"))?;
     drop(at);
     let folder = lexical(path);
-    let root = tree::open_in(&root, b"", OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| missing("/", e))?;
+    let root = tree::open_in(&root, b"", OFlags::RDONLY | OFlags::DIRECTORY)
+        .map_err(|e| missing("/", e))?;
     let copy = CopyInto {
         folder,
         owner: options.owner,
@@ -188,8 +222,14 @@ mod tests {
         assert_eq!(stat(&root, "/absolute").unwrap().link_target, "/etc");
         assert_eq!(stat(&root, "/absolute/name").unwrap().size, 6);
         assert_eq!(stat(&root, "/").unwrap().name, "/");
-        assert!(matches!(stat(&root, "/escape/"), Err(Error::NotFound { .. })));
-        assert!(matches!(stat(&root, "/nothing"), Err(Error::NotFound { .. })));
+        assert!(matches!(
+            stat(&root, "/escape/"),
+            Err(Error::NotFound { .. })
+        ));
+        assert!(matches!(
+            stat(&root, "/nothing"),
+            Err(Error::NotFound { .. })
+        ));
         let mut tar = Vec::new();
         read_tar(&root, "/etc", &mut tar).unwrap();
         write_tar(&root, "/absolute/sub", &tar[..], &WriteOptions::default()).unwrap();
@@ -206,8 +246,14 @@ mod tests {
         tar.file("x", 0o644, b"file").unwrap();
         let tar = tar.finish().unwrap();
         let root = tree::open_root(directory.path()).unwrap();
-        let options = WriteOptions { no_overwrite_dir_non_dir: true, ..WriteOptions::default() };
-        assert!(matches!(write_tar(&root, "/", &tar[..], &options), Err(Error::Conflict(_))));
+        let options = WriteOptions {
+            no_overwrite_dir_non_dir: true,
+            ..WriteOptions::default()
+        };
+        assert!(matches!(
+            write_tar(&root, "/", &tar[..], &options),
+            Err(Error::Conflict(_))
+        ));
         write_tar(&root, "/", &tar[..], &WriteOptions::default()).unwrap();
         assert_eq!(fs::read(directory.path().join("x")).unwrap(), b"file");
     }

@@ -8,12 +8,18 @@ use std::path::Path;
 
 use image::layer::tar::{Entry, EntryKind, TarWriter};
 use image::layer::{Limits, apply::apply};
-use image::{Cancel, ChangeKind, CommitOptions, Error, ImportOptions, Reference, RemoveOptions, Removed, Store};
+use image::{
+    Cancel, ChangeKind, CommitOptions, Error, ImportOptions, Reference, RemoveOptions, Removed,
+    Store,
+};
 
 fn tar(entries: &[(Entry, &[u8])]) -> Vec<u8> {
     let mut tar = TarWriter::new(Vec::new());
     for (entry, content) in entries {
-        let entry = Entry { size: content.len() as u64, ..entry.clone() };
+        let entry = Entry {
+            size: content.len() as u64,
+            ..entry.clone()
+        };
         tar.entry(&entry).unwrap();
         tar.write_all(content).unwrap();
     }
@@ -29,12 +35,28 @@ fn folder(path: &str) -> Entry {
 }
 
 fn link(kind: EntryKind, path: &str, target: &str) -> Entry {
-    Entry { link: target.into(), ..Entry::new(kind, path, 0o777) }
+    Entry {
+        link: target.into(),
+        ..Entry::new(kind, path, 0o777)
+    }
 }
 
-fn unpack(bytes: &[u8], target: &Path, lowest: bool) -> image::Result<image::layer::apply::Applied> {
+fn unpack(
+    bytes: &[u8],
+    target: &Path,
+    lowest: bool,
+) -> image::Result<image::layer::apply::Applied> {
     fs::create_dir_all(target).unwrap();
-    apply(bytes, target, lowest, Limits { keep_free: 0, ..Limits::default() }, &Cancel::default())
+    apply(
+        bytes,
+        target,
+        lowest,
+        Limits {
+            keep_free: 0,
+            ..Limits::default()
+        },
+        &Cancel::default(),
+    )
 }
 
 fn store(directory: &Path) -> Store {
@@ -49,7 +71,13 @@ fn litter(directory: &Path) -> Vec<String> {
             .map(|e| format!("{sub}/{}", e.file_name().to_string_lossy()))
             .collect::<Vec<_>>()
     };
-    [count("ingest"), count("layers"), count("blobs/sha256"), count("images")].concat()
+    [
+        count("ingest"),
+        count("layers"),
+        count("blobs/sha256"),
+        count("images"),
+    ]
+    .concat()
 }
 
 fn is_root(test: &str) -> bool {
@@ -68,19 +96,56 @@ fn hostile_archives_are_refused_and_leave_nothing() {
     fs::write(&outside, b"untouched").unwrap();
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("..", tar(&[(file("../outside"), b"x")])),
-        ("deep ..", tar(&[(folder("a"), b""), (file("a/../../outside"), b"x")])),
-        ("link out", tar(&[(link(EntryKind::HardLink, "stolen", "../../outside"), b"")])),
-        ("link absolute", tar(&[(link(EntryKind::HardLink, "stolen", "/etc/passwd"), b"")])),
-        ("link to folder", tar(&[(folder("a"), b""), (link(EntryKind::HardLink, "b", "a"), b"")])),
+        (
+            "deep ..",
+            tar(&[(folder("a"), b""), (file("a/../../outside"), b"x")]),
+        ),
+        (
+            "link out",
+            tar(&[(link(EntryKind::HardLink, "stolen", "../../outside"), b"")]),
+        ),
+        (
+            "link absolute",
+            tar(&[(link(EntryKind::HardLink, "stolen", "/etc/passwd"), b"")]),
+        ),
+        (
+            "link to folder",
+            tar(&[
+                (folder("a"), b""),
+                (link(EntryKind::HardLink, "b", "a"), b""),
+            ]),
+        ),
         ("root replaced", tar(&[(file("."), b"x")])),
-        ("loop", tar(&[
-            (link(EntryKind::Symlink, "a", "b"), b""),
-            (link(EntryKind::Symlink, "b", "a"), b""),
-            (file("a/x"), b"x"),
-        ])),
-        ("through a file", tar(&[(file("a"), b"x"), (file("a/b"), b"x")])),
-        ("NUL", tar(&[(Entry::new(EntryKind::File, vec![b'a'; 300].into_iter().chain([0, b'b']).collect::<Vec<_>>(), 0o644), b"x")])),
-        ("no tar", b"this is no tar at all, whatever its name says ".repeat(30)),
+        (
+            "loop",
+            tar(&[
+                (link(EntryKind::Symlink, "a", "b"), b""),
+                (link(EntryKind::Symlink, "b", "a"), b""),
+                (file("a/x"), b"x"),
+            ]),
+        ),
+        (
+            "through a file",
+            tar(&[(file("a"), b"x"), (file("a/b"), b"x")]),
+        ),
+        (
+            "NUL",
+            tar(&[(
+                Entry::new(
+                    EntryKind::File,
+                    vec![b'a'; 300]
+                        .into_iter()
+                        .chain([0, b'b'])
+                        .collect::<Vec<_>>(),
+                    0o644,
+                ),
+                b"x",
+            )]),
+        ),
+        (
+            "no tar",
+            b"this is no tar at all, whatever its name says ".repeat(30),
+        ),
         ("cut", {
             let mut bytes = tar(&[(file("a"), &[7; 4000])]);
             bytes.truncate(2000);
@@ -96,7 +161,11 @@ fn hostile_archives_are_refused_and_leave_nothing() {
     for (name, bytes) in cases {
         let result = store.import(&bytes[..], &ImportOptions::default(), &Cancel::default());
         assert!(result.is_err(), "{name} was taken");
-        assert_eq!(litter(directory.path()), Vec::<String>::new(), "{name} left something");
+        assert_eq!(
+            litter(directory.path()),
+            Vec::<String>::new(),
+            "{name} left something"
+        );
     }
     assert_eq!(fs::read(&outside).unwrap(), b"untouched");
 }
@@ -120,7 +189,10 @@ fn links_inside_a_layer_lead_to_its_own_files_only() {
     assert_eq!(fs::read(target.join("usr/lib/inside")).unwrap(), b"1");
     assert_eq!(fs::read(target.join("file")).unwrap(), b"2");
     assert_eq!(fs::read(target.join("rooted")).unwrap(), b"3");
-    let through = tar(&[(link(EntryKind::Symlink, "absolute", &victim), b""), (file("absolute/file"), b"x")]);
+    let through = tar(&[
+        (link(EntryKind::Symlink, "absolute", &victim), b""),
+        (file("absolute/file"), b"x"),
+    ]);
     let error = unpack(&through, &directory.path().join("second"), true).unwrap_err();
     assert!(matches!(error, Error::HostileEntry { .. }), "{error}");
     assert_eq!(fs::read_dir(&victim).unwrap().count(), 0);
@@ -129,10 +201,16 @@ fn links_inside_a_layer_lead_to_its_own_files_only() {
 #[test]
 fn limits_stop_bombs() {
     let directory = tempfile::tempdir().unwrap();
-    let limits = Limits { entries: 10, bytes: 1 << 20, keep_free: 0 };
+    let limits = Limits {
+        entries: 10,
+        bytes: 1 << 20,
+        keep_free: 0,
+    };
     let target = directory.path().join("a");
     fs::create_dir(&target).unwrap();
-    let many: Vec<(Entry, &[u8])> = (0..20).map(|i| (file(&format!("f{i}")), &b""[..])).collect();
+    let many: Vec<(Entry, &[u8])> = (0..20)
+        .map(|i| (file(&format!("f{i}")), &b""[..]))
+        .collect();
     let error = apply(&tar(&many)[..], &target, true, limits, &Cancel::default()).unwrap_err();
     assert!(matches!(error, Error::LayerLimit(_)), "{error}");
     let big = tar(&[(file("big"), &vec![0; 2 << 20])]);
@@ -146,7 +224,10 @@ fn limits_stop_bombs() {
     cancel.cancel();
     let target = directory.path().join("c");
     fs::create_dir(&target).unwrap();
-    assert!(matches!(apply(&big[..], &target, true, Limits::default(), &cancel), Err(Error::Cancelled)));
+    assert!(matches!(
+        apply(&big[..], &target, true, Limits::default(), &cancel),
+        Err(Error::Cancelled)
+    ));
 }
 
 #[test]
@@ -156,14 +237,29 @@ fn owners_modes_times_links_and_attributes_are_kept() {
     }
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("layer");
-    let mut setuid = Entry { uid: 7, gid: 8, mtime: (1_000_000_000, 5), ..Entry::new(EntryKind::File, "bin/su", 0o4755) };
+    let mut setuid = Entry {
+        uid: 7,
+        gid: 8,
+        mtime: (1_000_000_000, 5),
+        ..Entry::new(EntryKind::File, "bin/su", 0o4755)
+    };
     setuid.xattrs = BTreeMap::from([
         (b"user.note".to_vec(), b"hello".to_vec()),
         (b"trusted.overlay.redirect".to_vec(), b"/etc".to_vec()),
     ]);
-    let device = Entry { major: 1, minor: 3, ..Entry::new(EntryKind::Char, "dev/null", 0o666) };
+    let device = Entry {
+        major: 1,
+        minor: 3,
+        ..Entry::new(EntryKind::Char, "dev/null", 0o666)
+    };
     let bytes = tar(&[
-        (Entry { mtime: (900_000_000, 0), ..Entry::new(EntryKind::Directory, "bin", 0o750) }, b""),
+        (
+            Entry {
+                mtime: (900_000_000, 0),
+                ..Entry::new(EntryKind::Directory, "bin", 0o750)
+            },
+            b"",
+        ),
         (setuid, b"program"),
         (link(EntryKind::HardLink, "bin/sudo", "bin/su"), b""),
         (link(EntryKind::HardLink, "bin/sudo", "/bin/su"), b""),
@@ -174,14 +270,27 @@ fn owners_modes_times_links_and_attributes_are_kept() {
     ]);
     let applied = unpack(&bytes, &target, true).unwrap();
     let su = fs::metadata(target.join("bin/su")).unwrap();
-    assert_eq!((su.uid(), su.gid(), su.mode() & 0o7777, su.nlink()), (7, 8, 0o4755, 2));
+    assert_eq!(
+        (su.uid(), su.gid(), su.mode() & 0o7777, su.nlink()),
+        (7, 8, 0o4755, 2)
+    );
     assert_eq!((su.mtime(), su.mtime_nsec()), (1_000_000_000, 5));
     let bin = fs::metadata(target.join("bin")).unwrap();
-    assert_eq!((bin.mtime(), bin.permissions().mode() & 0o7777), (900_000_000, 0o750));
+    assert_eq!(
+        (bin.mtime(), bin.permissions().mode() & 0o7777),
+        (900_000_000, 0o750)
+    );
     let mut value = [0; 16];
     let length = rustix::fs::getxattr(target.join("bin/su"), "user.note", &mut value[..]);
     assert!(length.is_err() || value.starts_with(b"hello"));
-    assert!(rustix::fs::getxattr(target.join("bin/su"), "trusted.overlay.redirect", &mut value[..]).is_err());
+    assert!(
+        rustix::fs::getxattr(
+            target.join("bin/su"),
+            "trusted.overlay.redirect",
+            &mut value[..]
+        )
+        .is_err()
+    );
     assert_eq!(fs::read(target.join("twice")).unwrap(), b"second");
     let null = fs::symlink_metadata(target.join("dev/null")).unwrap();
     assert!(null.file_type().is_char_device() && null.rdev() == rustix::fs::makedev(1, 3));
@@ -196,17 +305,31 @@ fn a_snapshot_shows_commits_and_forgets_its_changes() {
     let directory = tempfile::tempdir().unwrap();
     let store = store(directory.path());
     let base = tar(&[
-        (Entry { uid: 5, ..Entry::new(EntryKind::Directory, "kept", 0o700) }, b""),
+        (
+            Entry {
+                uid: 5,
+                ..Entry::new(EntryKind::Directory, "kept", 0o700)
+            },
+            b"",
+        ),
         (file("kept/old"), b"old"),
         (file("gone"), b"gone"),
         (folder("replaced"), b""),
         (file("replaced/a"), b"a"),
     ]);
     let name: Reference = "base:1".parse().unwrap();
-    let options = ImportOptions { reference: Some(name), ..ImportOptions::default() };
-    let id = store.import(&base[..], &options, &Cancel::default()).unwrap();
+    let options = ImportOptions {
+        reference: Some(name),
+        ..ImportOptions::default()
+    };
+    let id = store
+        .import(&base[..], &options, &Cancel::default())
+        .unwrap();
     let layers = store.snapshot("one", &id).unwrap();
-    assert!(matches!(store.snapshot("one", &id), Err(Error::SnapshotExists(_))));
+    assert!(matches!(
+        store.snapshot("one", &id),
+        Err(Error::SnapshotExists(_))
+    ));
     let mounted = match image::mount_detached(&layers, true) {
         Ok(mounted) => mounted,
         Err(error) => {
@@ -221,19 +344,33 @@ fn a_snapshot_shows_commits_and_forgets_its_changes() {
     fs::remove_dir_all(root.join("replaced")).unwrap();
     fs::create_dir(root.join("replaced")).unwrap();
     fs::write(root.join("replaced/b"), b"b").unwrap();
-    let changes: Vec<(String, ChangeKind)> =
-        store.snapshot_changes("one").unwrap().into_iter().map(|c| (c.path, c.kind)).collect();
+    let changes: Vec<(String, ChangeKind)> = store
+        .snapshot_changes("one")
+        .unwrap()
+        .into_iter()
+        .map(|c| (c.path, c.kind))
+        .collect();
     use ChangeKind::{Added, Deleted, Modified};
     let expected = [
-        ("/gone", Deleted), ("/kept", Modified), ("/kept/new", Added), ("/replaced", Modified),
-        ("/replaced/a", Deleted), ("/replaced/b", Added),
+        ("/gone", Deleted),
+        ("/kept", Modified),
+        ("/kept/new", Added),
+        ("/replaced", Modified),
+        ("/replaced/a", Deleted),
+        ("/replaced/b", Added),
     ];
-    assert_eq!(changes, expected.map(|(path, kind)| (path.to_owned(), kind)));
+    assert_eq!(
+        changes,
+        expected.map(|(path, kind)| (path.to_owned(), kind))
+    );
     assert!(store.snapshot_usage("one").unwrap().bytes >= 4);
     let mut exported = Vec::new();
     image::export(&mounted, &mut exported).unwrap();
     drop(mounted);
-    let committed = CommitOptions { reference: Some("made:2".parse().unwrap()), ..CommitOptions::default() };
+    let committed = CommitOptions {
+        reference: Some("made:2".parse().unwrap()),
+        ..CommitOptions::default()
+    };
     let made = store.commit("one", &committed).unwrap();
     assert_eq!(store.inspect("made:2").unwrap().record.layers.len(), 2);
     let second = store.snapshot("two", &made).unwrap();
@@ -245,23 +382,39 @@ fn a_snapshot_shows_commits_and_forgets_its_changes() {
         let mut reader = image::layer::tar::TarReader::new(bytes);
         let mut found = Vec::new();
         while let Some(entry) = reader.next_entry().unwrap() {
-            found.push((String::from_utf8(entry.path).unwrap(), entry.uid, entry.mode));
+            found.push((
+                String::from_utf8(entry.path).unwrap(),
+                entry.uid,
+                entry.mode,
+            ));
         }
         found
     };
     assert_eq!(names(&exported), names(&again));
     assert!(names(&again).contains(&("kept/".to_owned(), 5, 0o700)));
     assert!(matches!(
-        store.remove("base:1", RemoveOptions::default(), &|_| vec![image::InUse { container: "c".into(), running: true }]),
+        store.remove("base:1", RemoveOptions::default(), &|_| vec![
+            image::InUse {
+                container: "c".into(),
+                running: true
+            }
+        ]),
         Err(Error::Conflict(_))
     ));
     for key in ["one", "two"] {
         store.remove_snapshot(key).unwrap();
         store.remove_snapshot(key).unwrap();
     }
-    let removed = store.remove("made:2", RemoveOptions::default(), &|_| Vec::new()).unwrap();
-    assert!(removed.contains(&Removed::Untagged("made:2".into())) && removed.contains(&Removed::Deleted(made)));
-    store.remove("base:1", RemoveOptions::default(), &|_| Vec::new()).unwrap();
+    let removed = store
+        .remove("made:2", RemoveOptions::default(), &|_| Vec::new())
+        .unwrap();
+    assert!(
+        removed.contains(&Removed::Untagged("made:2".into()))
+            && removed.contains(&Removed::Deleted(made))
+    );
+    store
+        .remove("base:1", RemoveOptions::default(), &|_| Vec::new())
+        .unwrap();
     assert_eq!(litter(directory.path()), Vec::<String>::new());
 }
 
@@ -270,10 +423,18 @@ fn a_store_opened_again_has_everything_and_no_half_made_things() {
     let directory = tempfile::tempdir().unwrap();
     let id = {
         let store = store(directory.path());
-        assert!(matches!(Store::open(&directory.path().join("store")), Err(Error::Conflict(_))));
+        assert!(matches!(
+            Store::open(&directory.path().join("store")),
+            Err(Error::Conflict(_))
+        ));
         let bytes = tar(&[(file("a"), b"x")]);
-        let options = ImportOptions { reference: Some("a:1".parse().unwrap()), ..ImportOptions::default() };
-        let id = store.import(&bytes[..], &options, &Cancel::default()).unwrap();
+        let options = ImportOptions {
+            reference: Some("a:1".parse().unwrap()),
+            ..ImportOptions::default()
+        };
+        let id = store
+            .import(&bytes[..], &options, &Cancel::default())
+            .unwrap();
         store.snapshot("key", &id).unwrap();
         id
     };
@@ -296,13 +457,21 @@ fn what_a_power_cut_tore_is_unpacked_again_or_dropped() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("store");
     let bytes = tar(&[(file("a"), b"whole")]);
-    let options = ImportOptions { reference: Some("a:1".parse().unwrap()), ..ImportOptions::default() };
+    let options = ImportOptions {
+        reference: Some("a:1".parse().unwrap()),
+        ..ImportOptions::default()
+    };
     let (layer, blob) = {
         let store = store(directory.path());
-        let id = store.import(&bytes[..], &options, &Cancel::default()).unwrap();
+        let id = store
+            .import(&bytes[..], &options, &Cancel::default())
+            .unwrap();
         let image = store.inspect("a:1").unwrap();
         let blob = image.record.layers[0].blob.digest;
-        (store.layer_folders(&id).unwrap().remove(0), store.content().path(&blob))
+        (
+            store.layer_folders(&id).unwrap().remove(0),
+            store.content().path(&blob),
+        )
     };
     let other_boot = |text: &str| {
         let (_, rest) = text.split_once("\",").unwrap();

@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use image::layer::tar::TarWriter;
-use image::{Cancel, Event, ImportOptions, Platform, PullOptions, PushOptions, Reference, RemoveOptions, Store};
+use image::{
+    Cancel, Event, ImportOptions, Platform, PullOptions, PushOptions, Reference, RemoveOptions,
+    Store,
+};
 
 struct Registry {
     process: Child,
@@ -17,7 +20,11 @@ struct Registry {
 
 impl Registry {
     fn start(directory: &Path) -> Option<Registry> {
-        let port = TcpListener::bind("127.0.0.1:0").ok()?.local_addr().ok()?.port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .ok()?
+            .local_addr()
+            .ok()?
+            .port();
         let config = directory.join("registry.yml");
         fs::write(
             &config,
@@ -36,7 +43,9 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn();
         let Ok(process) = spawned else {
-            eprintln!("SKIPPED: docker-registry is not installed (apt-get install docker-registry)");
+            eprintln!(
+                "SKIPPED: docker-registry is not installed (apt-get install docker-registry)"
+            );
             return None;
         };
         let registry = Registry { process, port };
@@ -62,21 +71,34 @@ fn make_image(store: &Store, name: &str, text: &[u8]) {
     let mut tar = TarWriter::new(Vec::new());
     tar.file("hello", 0o644, text).unwrap();
     // Noise does not compress, so that the blob is of some size.
-    let noise: Vec<u8> = (0u64..300_000).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 37) as u8).collect();
+    let noise: Vec<u8> = (0u64..300_000)
+        .map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 37) as u8)
+        .collect();
     tar.file("noise", 0o600, &noise).unwrap();
     let bytes = tar.finish().unwrap();
-    let options = ImportOptions { reference: Some(name.parse().unwrap()), ..ImportOptions::default() };
-    store.import(&bytes[..], &options, &Cancel::default()).unwrap();
+    let options = ImportOptions {
+        reference: Some(name.parse().unwrap()),
+        ..ImportOptions::default()
+    };
+    store
+        .import(&bytes[..], &options, &Cancel::default())
+        .unwrap();
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 #[test]
 fn what_is_pushed_is_pulled_again() {
     let directory = tempfile::tempdir().unwrap();
-    let Some(registry) = Registry::start(directory.path()) else { return };
+    let Some(registry) = Registry::start(directory.path()) else {
+        return;
+    };
     let here = Store::open(&directory.path().join("here")).unwrap();
     let name = format!("127.0.0.1:{}/me/app:1", registry.port);
     let other = format!("127.0.0.1:{}/me/copy:1", registry.port);
@@ -89,42 +111,81 @@ fn what_is_pushed_is_pulled_again() {
     };
     let runtime = runtime();
     let push = |reference: &Reference| {
-        runtime.block_on(image::push(&here, reference, &PushOptions::default(), listener.clone(), Cancel::default()))
+        runtime.block_on(image::push(
+            &here,
+            reference,
+            &PushOptions::default(),
+            listener.clone(),
+            Cancel::default(),
+        ))
     };
     let pushed = push(&reference).unwrap();
     assert!(said.lock().unwrap().contains(&"Pushed".to_owned()));
     push(&reference).unwrap();
-    assert!(said.lock().unwrap().contains(&"Layer already exists".to_owned()));
+    assert!(
+        said.lock()
+            .unwrap()
+            .contains(&"Layer already exists".to_owned())
+    );
     here.tag(&name, &other.parse().unwrap()).unwrap();
     push(&other.parse().unwrap()).unwrap();
-    assert!(said.lock().unwrap().contains(&"Mounted from me/app".to_owned()));
+    assert!(
+        said.lock()
+            .unwrap()
+            .contains(&"Mounted from me/app".to_owned())
+    );
 
     let there = Store::open(&directory.path().join("there")).unwrap();
     let pull = |reference: &Reference, options: &PullOptions| {
-        runtime.block_on(image::pull(&there, reference, options, listener.clone(), Cancel::default()))
+        runtime.block_on(image::pull(
+            &there,
+            reference,
+            options,
+            listener.clone(),
+            Cancel::default(),
+        ))
     };
     let pulled = pull(&reference, &PullOptions::default()).unwrap();
     assert_eq!(pulled.digest, pushed.digest);
     assert_eq!(pulled.id, here.resolve(&name).unwrap());
     assert!(!pulled.up_to_date);
-    assert_eq!(fs::read(there.layer_folders(&pulled.id).unwrap()[0].join("hello")).unwrap(), b"hello registry");
-    assert!(pull(&reference, &PullOptions::default()).unwrap().up_to_date);
-    pull(&reference.with_digest(pushed.digest), &PullOptions::default()).unwrap();
+    assert_eq!(
+        fs::read(there.layer_folders(&pulled.id).unwrap()[0].join("hello")).unwrap(),
+        b"hello registry"
+    );
+    assert!(
+        pull(&reference, &PullOptions::default())
+            .unwrap()
+            .up_to_date
+    );
+    pull(
+        &reference.with_digest(pushed.digest),
+        &PullOptions::default(),
+    )
+    .unwrap();
     assert_eq!(there.inspect(&name).unwrap().repo_digests.len(), 1);
-    let missing = format!("127.0.0.1:{}/me/app:nothing", registry.port).parse().unwrap();
+    let missing = format!("127.0.0.1:{}/me/app:nothing", registry.port)
+        .parse()
+        .unwrap();
     let error = pull(&missing, &PullOptions::default()).unwrap_err();
     assert_eq!(base::Classified::kind(&error), base::Kind::NotFound);
 
     // A download that broke off goes on where it ended.
     let blob = there.inspect(&name).unwrap().record.layers[0].blob.clone();
     let bytes = fs::read(there.content().path(&blob.digest)).unwrap();
-    there.remove(&name, RemoveOptions::default(), &|_| Vec::new()).unwrap();
-    let partial = directory.path().join(format!("there/ingest/{}.partial", blob.digest.hex()));
+    there
+        .remove(&name, RemoveOptions::default(), &|_| Vec::new())
+        .unwrap();
+    let partial = directory
+        .path()
+        .join(format!("there/ingest/{}.partial", blob.digest.hex()));
     fs::write(&partial, &bytes[..bytes.len() / 2]).unwrap();
     pull(&reference, &PullOptions::default()).unwrap();
     assert!(!partial.exists() && there.content().has(&blob.digest));
     // One that was torn meanwhile is thrown away, and the next try is clean.
-    there.remove(&name, RemoveOptions::default(), &|_| Vec::new()).unwrap();
+    there
+        .remove(&name, RemoveOptions::default(), &|_| Vec::new())
+        .unwrap();
     fs::write(&partial, vec![b'x'; bytes.len() / 2]).unwrap();
     assert!(pull(&reference, &PullOptions::default()).is_err());
     assert!(!partial.exists());
@@ -135,7 +196,11 @@ fn what_is_pushed_is_pulled_again() {
         .stdin(Stdio::null())
         .output()
     {
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         assert!(String::from_utf8_lossy(&output.stdout).contains(&pushed.digest.to_string()));
     } else {
         eprintln!("SKIPPED: skopeo is not installed");
@@ -145,7 +210,9 @@ fn what_is_pushed_is_pulled_again() {
 #[test]
 fn of_an_index_the_wanted_platform_is_pulled() {
     let directory = tempfile::tempdir().unwrap();
-    let Some(registry) = Registry::start(directory.path()) else { return };
+    let Some(registry) = Registry::start(directory.path()) else {
+        return;
+    };
     let store = Store::open(&directory.path().join("store")).unwrap();
     let name = format!("127.0.0.1:{}/multi:1", registry.port);
     make_image(&store, &name, b"multi");
@@ -153,7 +220,13 @@ fn of_an_index_the_wanted_platform_is_pulled() {
     let silent = Arc::new(image::Silent);
     let reference: Reference = name.parse().unwrap();
     let pushed = runtime
-        .block_on(image::push(&store, &reference, &PushOptions::default(), silent.clone(), Cancel::default()))
+        .block_on(image::push(
+            &store,
+            &reference,
+            &PushOptions::default(),
+            silent.clone(),
+            Cancel::default(),
+        ))
         .unwrap();
     let index = format!(
         r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{{"mediaType":
@@ -175,10 +248,21 @@ fn of_an_index_the_wanted_platform_is_pulled() {
         .unwrap()
         .status();
     assert!(status.is_success(), "{status}");
-    let all: Reference = format!("127.0.0.1:{}/multi:all", registry.port).parse().unwrap();
+    let all: Reference = format!("127.0.0.1:{}/multi:all", registry.port)
+        .parse()
+        .unwrap();
     let pull = |platform: &str| {
-        let options = PullOptions { platform: Some(Platform::parse(platform).unwrap()), ..PullOptions::default() };
-        runtime.block_on(image::pull(&store, &all, &options, silent.clone(), Cancel::default()))
+        let options = PullOptions {
+            platform: Some(Platform::parse(platform).unwrap()),
+            ..PullOptions::default()
+        };
+        runtime.block_on(image::pull(
+            &store,
+            &all,
+            &options,
+            silent.clone(),
+            Cancel::default(),
+        ))
     };
     assert!(pull("linux/s390x").is_ok());
     let error = pull("linux/arm64").unwrap_err().to_string();
@@ -189,10 +273,23 @@ fn of_an_index_the_wanted_platform_is_pulled() {
 fn a_registry_that_is_not_there_is_named_in_the_error() {
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(&directory.path().join("store")).unwrap();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let reference: Reference = format!("127.0.0.1:{port}/x").parse().unwrap();
     let error = runtime()
-        .block_on(image::pull(&store, &reference, &PullOptions::default(), Arc::new(image::Silent), Cancel::default()))
+        .block_on(image::pull(
+            &store,
+            &reference,
+            &PullOptions::default(),
+            Arc::new(image::Silent),
+            Cancel::default(),
+        ))
         .unwrap_err();
-    assert!(error.to_string().contains(&format!("127.0.0.1:{port}")), "{error}");
+    assert!(
+        error.to_string().contains(&format!("127.0.0.1:{port}")),
+        "{error}"
+    );
 }

@@ -102,7 +102,12 @@ impl<'a> Unpacker<'a> {
     }
 
     /// Prepares to unpack into a tree that is in use.
-    pub fn into_tree(root: OwnedFd, copy: CopyInto, limits: Limits, cancel: &'a Cancel) -> Unpacker<'a> {
+    pub fn into_tree(
+        root: OwnedFd,
+        copy: CopyInto,
+        limits: Limits,
+        cancel: &'a Cancel,
+    ) -> Unpacker<'a> {
         Unpacker {
             root,
             limits,
@@ -176,7 +181,11 @@ impl<'a> Unpacker<'a> {
         }
         let parent = self.parent(folder, entry)?;
         let name = CString::new(name).map_err(|_| hostile("its name holds a NUL byte"))?;
-        if let Some(hidden) = name.as_bytes().strip_prefix(b".wh.").filter(|_| self.copy.is_none()) {
+        if let Some(hidden) = name
+            .as_bytes()
+            .strip_prefix(b".wh.")
+            .filter(|_| self.copy.is_none())
+        {
             let result = self.whiteout(&parent, folder, hidden, entry);
             self.parent = Some((folder.to_vec(), parent));
             return result;
@@ -254,7 +263,11 @@ impl<'a> Unpacker<'a> {
                     if self.copy.as_ref().is_some_and(|c| c.keep_kinds)
                         && is_folder != (entry.kind == EntryKind::Directory)
                     {
-                        let (old, new) = if is_folder { ("directory", "non-directory") } else { ("non-directory", "directory") };
+                        let (old, new) = if is_folder {
+                            ("directory", "non-directory")
+                        } else {
+                            ("non-directory", "directory")
+                        };
                         return Err(Error::Conflict(format!(
                             "cannot overwrite {old} {:?} with {new}",
                             lossy(&path)

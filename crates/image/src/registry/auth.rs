@@ -33,13 +33,25 @@ impl Credentials {
     /// # Errors
     /// [`Error::Invalid`].
     pub fn from_header(header: &str) -> Result<Option<Credentials>> {
-        let text: String =
-            header.trim().trim_end_matches('=').chars().map(|c| match c { '-' => '+', '_' => '/', c => c }).collect();
+        let text: String = header
+            .trim()
+            .trim_end_matches('=')
+            .chars()
+            .map(|c| match c {
+                '-' => '+',
+                '_' => '/',
+                c => c,
+            })
+            .collect();
         if text.is_empty() {
             return Ok(None);
         }
-        let wrong = || Error::Invalid("the X-Registry-Auth header is not base64 of a JSON object".to_owned());
-        let json = base64::engine::general_purpose::STANDARD_NO_PAD.decode(text).map_err(|_| wrong())?;
+        let wrong = || {
+            Error::Invalid("the X-Registry-Auth header is not base64 of a JSON object".to_owned())
+        };
+        let json = base64::engine::general_purpose::STANDARD_NO_PAD
+            .decode(text)
+            .map_err(|_| wrong())?;
         let credentials: Credentials = serde_json::from_slice(&json).map_err(|_| wrong())?;
         let empty = credentials.username.is_empty()
             && credentials.identitytoken.is_empty()
@@ -52,7 +64,11 @@ impl Credentials {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Challenge {
     Basic,
-    Bearer { realm: String, service: Option<String>, scope: Option<String> },
+    Bearer {
+        realm: String,
+        service: Option<String>,
+        scope: Option<String>,
+    },
 }
 
 /// Reads a `WWW-Authenticate` header.
@@ -93,7 +109,10 @@ fn parameters(text: &str) -> BTreeMap<String, String> {
         } else {
             value.extend(std::iter::from_fn(|| characters.next_if(|c| *c != ',')));
         }
-        values.insert(key.trim_matches([' ', ',']).to_ascii_lowercase(), value.trim().to_owned());
+        values.insert(
+            key.trim_matches([' ', ',']).to_ascii_lowercase(),
+            value.trim().to_owned(),
+        );
     }
 }
 
@@ -126,9 +145,13 @@ mod tests {
 
     #[test]
     fn credentials_come_out_of_the_header_and_stay_out_of_the_log() {
-        let header = base64::engine::general_purpose::URL_SAFE.encode(r#"{"username":"u","password":"p?>"}"#);
+        let header = base64::engine::general_purpose::URL_SAFE
+            .encode(r#"{"username":"u","password":"p?>"}"#);
         let credentials = Credentials::from_header(&header).unwrap().unwrap();
-        assert_eq!((credentials.username.as_str(), credentials.password.as_str()), ("u", "p?>"));
+        assert_eq!(
+            (credentials.username.as_str(), credentials.password.as_str()),
+            ("u", "p?>")
+        );
         assert!(!format!("{credentials:?}").contains("p?>"));
         assert_eq!(Credentials::from_header("e30=").unwrap(), None);
         assert_eq!(Credentials::from_header("").unwrap(), None);

@@ -55,8 +55,16 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::Unreachable`].
-    pub async fn connect(domain: &str, credentials: Option<Credentials>, insecure: &Insecure) -> Result<Client> {
-        let host = if domain == DEFAULT_DOMAIN { "registry-1.docker.io" } else { domain };
+    pub async fn connect(
+        domain: &str,
+        credentials: Option<Credentials>,
+        insecure: &Insecure,
+    ) -> Result<Client> {
+        let host = if domain == DEFAULT_DOMAIN {
+            "registry-1.docker.io"
+        } else {
+            domain
+        };
         let lax = insecure.allows(domain);
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
@@ -67,7 +75,10 @@ impl Client {
         if is_local(domain) {
             builder = builder.no_proxy().danger_accept_invalid_certs(true);
         }
-        let unreachable = |why: String| Error::Unreachable { registry: domain.to_owned(), why };
+        let unreachable = |why: String| Error::Unreachable {
+            registry: domain.to_owned(),
+            why,
+        };
         let http = builder.build().map_err(|e| unreachable(chain(&e)))?;
         let mut base = format!("https://{host}");
         if lax {
@@ -82,7 +93,13 @@ impl Client {
                 _ => {}
             }
         }
-        Ok(Client { http, base, domain: domain.to_owned(), credentials, authorization: Mutex::new(None) })
+        Ok(Client {
+            http,
+            base,
+            domain: domain.to_owned(),
+            credentials,
+            authorization: Mutex::new(None),
+        })
     }
 
     /// The registry's name.
@@ -124,7 +141,8 @@ impl Client {
             let result = self.send_once(method.clone(), path, scope, &shape).await;
             let again = match &result {
                 Ok(response) => {
-                    response.status() == StatusCode::TOO_MANY_REQUESTS || response.status().is_server_error()
+                    response.status() == StatusCode::TOO_MANY_REQUESTS
+                        || response.status().is_server_error()
                 }
                 Err(Error::Unreachable { .. }) => true,
                 Err(_) => false,
@@ -169,7 +187,9 @@ impl Client {
 
     async fn authorization_for(&self, scope: &str) -> Option<String> {
         let kept = self.authorization.lock().await;
-        kept.as_ref().filter(|(of, _)| of == scope || of == "*").map(|(_, header)| header.clone())
+        kept.as_ref()
+            .filter(|(of, _)| of == scope || of == "*")
+            .map(|(_, header)| header.clone())
     }
 
     /// Answers the challenge; false where there is nothing new to offer.
@@ -183,9 +203,22 @@ impl Client {
         let (of, header) = match (challenge, &self.credentials) {
             (None, _) | (Some(Challenge::Basic), None) => return Ok(false),
             (Some(Challenge::Basic), Some(credentials)) => ("*".to_owned(), basic(credentials)),
-            (Some(Challenge::Bearer { realm, service, scope: asked }), credentials) => {
-                let wanted = if scope.is_empty() { asked.unwrap_or_default() } else { scope.to_owned() };
-                let token = self.token(&realm, service.as_deref(), &wanted, credentials.as_ref()).await?;
+            (
+                Some(Challenge::Bearer {
+                    realm,
+                    service,
+                    scope: asked,
+                }),
+                credentials,
+            ) => {
+                let wanted = if scope.is_empty() {
+                    asked.unwrap_or_default()
+                } else {
+                    scope.to_owned()
+                };
+                let token = self
+                    .token(&realm, service.as_deref(), &wanted, credentials.as_ref())
+                    .await?;
                 (scope.to_owned(), format!("Bearer {token}"))
             }
         };
@@ -200,11 +233,17 @@ impl Client {
         scope: &str,
         credentials: Option<&Credentials>,
     ) -> Result<String> {
-        if let Some(token) = credentials.map(|c| &c.registrytoken).filter(|t| !t.is_empty()) {
+        if let Some(token) = credentials
+            .map(|c| &c.registrytoken)
+            .filter(|t| !t.is_empty())
+        {
             return Ok(token.clone());
         }
         if self.base.starts_with("https:") && !realm.starts_with("https:") {
-            return Err(self.denied(scope, format!("it wants the credentials sent without TLS, to {realm}")));
+            return Err(self.denied(
+                scope,
+                format!("it wants the credentials sent without TLS, to {realm}"),
+            ));
         }
         let mut query: Vec<(&str, &str)> = Vec::new();
         if let Some(service) = service {
@@ -220,8 +259,10 @@ impl Client {
                     ("refresh_token", c.identitytoken.as_str()),
                     ("client_id", "berth"),
                 ]);
-                let form: Vec<String> =
-                    query.iter().map(|(key, value)| format!("{key}={}", escape(value))).collect();
+                let form: Vec<String> = query
+                    .iter()
+                    .map(|(key, value)| format!("{key}={}", escape(value)))
+                    .collect();
                 self.http
                     .post(realm)
                     .header("content-type", "application/x-www-form-urlencoded")
@@ -229,7 +270,10 @@ impl Client {
             }
             Some(c) => {
                 query.push(("account", c.username.as_str()));
-                self.http.get(realm).query(&query).header(AUTHORIZATION, basic(c))
+                self.http
+                    .get(realm)
+                    .query(&query)
+                    .header(AUTHORIZATION, basic(c))
             }
             None => self.http.get(realm).query(&query),
         };
@@ -237,11 +281,21 @@ impl Client {
         if !response.status().is_success() {
             return Err(self.denied(scope, error_text(response).await));
         }
-        let body = read_limited(response, 1 << 20).await.map_err(|why| self.denied(scope, why))?;
-        let token: Token =
-            serde_json::from_slice(&body).map_err(|e| self.denied(scope, format!("an unreadable token: {e}")))?;
-        let text = if token.token.is_empty() { token.access_token } else { token.token };
-        if text.is_empty() { Err(self.denied(scope, "an empty token".to_owned())) } else { Ok(text) }
+        let body = read_limited(response, 1 << 20)
+            .await
+            .map_err(|why| self.denied(scope, why))?;
+        let token: Token = serde_json::from_slice(&body)
+            .map_err(|e| self.denied(scope, format!("an unreadable token: {e}")))?;
+        let text = if token.token.is_empty() {
+            token.access_token
+        } else {
+            token.token
+        };
+        if text.is_empty() {
+            Err(self.denied(scope, "an empty token".to_owned()))
+        } else {
+            Ok(text)
+        }
     }
 
     /// The response, if it is a success.
@@ -255,36 +309,67 @@ impl Client {
         }
         let why = error_text(response).await;
         if status == StatusCode::FORBIDDEN {
-            return Err(Error::Denied { registry: self.domain.clone(), what: what.to_owned(), why });
+            return Err(Error::Denied {
+                registry: self.domain.clone(),
+                what: what.to_owned(),
+                why,
+            });
         }
-        Err(Error::Registry { registry: self.domain.clone(), what: what.to_owned(), status: status.as_u16(), why })
+        Err(Error::Registry {
+            registry: self.domain.clone(),
+            what: what.to_owned(),
+            status: status.as_u16(),
+            why,
+        })
     }
 
     /// A small document.
     pub(crate) async fn document(&self, response: Response, what: &str) -> Result<Vec<u8>> {
-        read_limited(response, MAX_DOCUMENT).await.map_err(|why| Error::Malformed { what: what.to_owned(), why })
+        read_limited(response, MAX_DOCUMENT)
+            .await
+            .map_err(|why| Error::Malformed {
+                what: what.to_owned(),
+                why,
+            })
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Error {
-        Error::Unreachable { registry: self.domain.clone(), why: chain(error) }
+        Error::Unreachable {
+            registry: self.domain.clone(),
+            why: chain(error),
+        }
     }
 
     fn denied(&self, scope: &str, why: String) -> Error {
-        let what = scope.split(':').nth(1).filter(|r| !r.is_empty()).unwrap_or("it").to_owned();
-        Error::Denied { registry: self.domain.clone(), what, why }
+        let what = scope
+            .split(':')
+            .nth(1)
+            .filter(|r| !r.is_empty())
+            .unwrap_or("it")
+            .to_owned();
+        Error::Denied {
+            registry: self.domain.clone(),
+            what,
+            why,
+        }
     }
 }
 
 fn basic(credentials: &Credentials) -> String {
     let pair = format!("{}:{}", credentials.username, credentials.password);
-    format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair))
+    format!(
+        "Basic {}",
+        base64::engine::general_purpose::STANDARD.encode(pair)
+    )
 }
 
 /// Percent-encodes all but the unreserved characters (RFC 3986, section 2.3).
 pub(crate) fn escape(text: &str) -> String {
     text.bytes()
         .map(|b| match b {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(b).to_string(),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(b).to_string()
+            }
             other => format!("%{other:02X}"),
         })
         .collect()
@@ -301,7 +386,10 @@ async fn read_limited(response: Response, limit: u64) -> Result<Vec<u8>, String>
     while let Some(chunk) = stream.next().await {
         let chunk = chunk.map_err(|e| chain(&e))?;
         if body.len() as u64 + chunk.len() as u64 > limit {
-            return Err(format!("it is larger than {}", base::units::format_size(limit)));
+            return Err(format!(
+                "it is larger than {}",
+                base::units::format_size(limit)
+            ));
         }
         body.extend_from_slice(&chunk);
     }
@@ -314,7 +402,11 @@ async fn error_text(response: Response) -> String {
     if let Ok(errors) = serde_json::from_slice::<Errors>(&body)
         && let Some(first) = errors.errors.first()
     {
-        return if first.message.is_empty() { first.code.clone() } else { first.message.clone() };
+        return if first.message.is_empty() {
+            first.code.clone()
+        } else {
+            first.message.clone()
+        };
     }
     status.canonical_reason().unwrap_or("no reason").to_owned()
 }

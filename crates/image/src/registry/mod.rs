@@ -22,7 +22,11 @@ pub struct Insecure(
 impl Insecure {
     /// Whether `domain` is listed, or is this machine itself.
     pub fn allows(&self, domain: &str) -> bool {
-        is_local(domain) || self.0.iter().any(|listed| listed == domain || domain.split(':').next() == Some(listed))
+        is_local(domain)
+            || self
+                .0
+                .iter()
+                .any(|listed| listed == domain || domain.split(':').next() == Some(listed))
     }
 }
 
@@ -32,7 +36,10 @@ pub(crate) fn is_local(domain: &str) -> bool {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => domain.rsplit_once(':').map_or(domain, |(host, _)| host),
     };
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    host == "localhost"
+        || host
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback())
 }
 
 /// Asks the registry whether it takes these credentials (`docker login`).
@@ -40,9 +47,14 @@ pub(crate) fn is_local(domain: &str) -> bool {
 /// # Errors
 /// [`crate::Error::Denied`], [`crate::Error::Unreachable`].
 pub async fn login(domain: &str, credentials: &Credentials, insecure: &Insecure) -> Result<()> {
-    let domain = domain.trim_start_matches("https://").trim_start_matches("http://");
+    let domain = domain
+        .trim_start_matches("https://")
+        .trim_start_matches("http://");
     let domain = domain.split('/').next().unwrap_or(domain);
-    Client::connect(domain, Some(credentials.clone()), insecure).await?.check().await
+    Client::connect(domain, Some(credentials.clone()), insecure)
+        .await?
+        .check()
+        .await
 }
 
 #[cfg(test)]
@@ -51,12 +63,26 @@ mod tests {
 
     #[test]
     fn only_this_machine_and_listed_hosts_may_be_without_tls() {
-        let listed = Insecure(vec!["registry.test:5000".to_owned(), "plain.test".to_owned()]);
-        for local in ["localhost", "localhost:5000", "127.0.0.1:1", "127.9.9.9", "[::1]:5000"] {
+        let listed = Insecure(vec![
+            "registry.test:5000".to_owned(),
+            "plain.test".to_owned(),
+        ]);
+        for local in [
+            "localhost",
+            "localhost:5000",
+            "127.0.0.1:1",
+            "127.9.9.9",
+            "[::1]:5000",
+        ] {
             assert!(Insecure::default().allows(local), "{local}");
         }
         assert!(listed.allows("registry.test:5000") && listed.allows("plain.test:80"));
-        for other in ["registry.test", "docker.io", "localhost.test", "10.0.0.1:5000"] {
+        for other in [
+            "registry.test",
+            "docker.io",
+            "localhost.test",
+            "10.0.0.1:5000",
+        ] {
             assert!(!listed.allows(other), "{other}");
         }
     }

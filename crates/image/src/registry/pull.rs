@@ -64,12 +64,28 @@ pub async fn pull(
     cancel: Cancel,
 ) -> Result<Pulled> {
     let reference = reference.clone().or_latest();
-    let shown = reference.tag().map_or_else(|| reference.familiar(), str::to_owned);
-    progress.report(Event::about(&shown, format!("Pulling from {}", reference.path())));
-    let client = Arc::new(Client::connect(reference.domain(), options.credentials.clone(), &options.insecure).await?);
+    let shown = reference
+        .tag()
+        .map_or_else(|| reference.familiar(), str::to_owned);
+    progress.report(Event::about(
+        &shown,
+        format!("Pulling from {}", reference.path()),
+    ));
+    let client = Arc::new(
+        Client::connect(
+            reference.domain(),
+            options.credentials.clone(),
+            &options.insecure,
+        )
+        .await?,
+    );
     let scope = format!("repository:{}:pull", reference.path());
-    let which = reference.digest().map_or_else(|| reference.tag().unwrap_or("latest").to_owned(), |d| d.to_string());
-    let (bytes, digest, media_type) = manifest(&client, &reference, &which, &scope, reference.digest()).await?;
+    let which = reference.digest().map_or_else(
+        || reference.tag().unwrap_or("latest").to_owned(),
+        |d| d.to_string(),
+    );
+    let (bytes, digest, media_type) =
+        manifest(&client, &reference, &which, &scope, reference.digest()).await?;
     let wanted = options.platform.clone().unwrap_or_else(Platform::host);
     let (manifest, manifest_bytes, manifest_type) = match Document::parse(&bytes)? {
         Document::Manifest(manifest) => (manifest, bytes, media_type),
@@ -80,10 +96,13 @@ pub async fn pull(
                 available: index.platforms(),
             })?;
             let which = chosen.digest.to_string();
-            let (bytes, _, kind) = self::manifest(&client, &reference, &which, &scope, Some(chosen.digest)).await?;
+            let (bytes, _, kind) =
+                self::manifest(&client, &reference, &which, &scope, Some(chosen.digest)).await?;
             match Document::parse(&bytes)? {
                 Document::Manifest(manifest) => (manifest, bytes, kind),
-                Document::Index(_) => return Err(Error::malformed("the index", "it points to another index")),
+                Document::Index(_) => {
+                    return Err(Error::malformed("the index", "it points to another index"));
+                }
             }
         }
     };
@@ -91,8 +110,10 @@ pub async fn pull(
     let parsed = ImageConfig::parse(&config)?;
     let layers = real_layers(&manifest, &parsed)?;
     let lease = Arc::new(store.lease());
-    let blobs = fetch_layers(store, &client, &reference, &scope, &parsed, &layers, options, &progress, &cancel, &lease)
-        .await?;
+    let blobs = fetch_layers(
+        store, &client, &reference, &scope, &parsed, &layers, options, &progress, &cancel, &lease,
+    )
+    .await?;
     cancel.check()?;
     let mut names = vec![reference.with_digest(digest)];
     if let Some(tag) = reference.tag() {
@@ -102,14 +123,30 @@ pub async fn pull(
     let store = store.clone();
     let id = spawn_blocking(move || -> Result<ImageId> {
         if blobs == layers {
-            let new = NewImage { config, manifest: manifest_bytes, manifest_type, blobs, parent: None };
+            let new = NewImage {
+                config,
+                manifest: manifest_bytes,
+                manifest_type,
+                blobs,
+                parent: None,
+            };
             return store.register(new, &names);
         }
         // The same files were here in other blobs: a manifest that names those.
         let rebuilt = Manifest::new(Descriptor::of(media::OCI_CONFIG, &config), blobs.clone());
-        let manifest = serde_json::to_vec(&rebuilt).map_err(|e| Error::malformed("a manifest made here", e))?;
+        let manifest = serde_json::to_vec(&rebuilt)
+            .map_err(|e| Error::malformed("a manifest made here", e))?;
         let manifest_type = media::OCI_MANIFEST.to_owned();
-        store.register(NewImage { config, manifest, manifest_type, blobs, parent: None }, &names)
+        store.register(
+            NewImage {
+                config,
+                manifest,
+                manifest_type,
+                blobs,
+                parent: None,
+            },
+            &names,
+        )
     })
     .await
     .map_err(|e| Error::Invalid(format!("a task failed: {e}")))??;
@@ -119,9 +156,16 @@ pub async fn pull(
     progress.report(Event::message(if up_to_date {
         format!("Status: Image is up to date for {}", reference.familiar())
     } else {
-        format!("Status: Downloaded newer image for {}", reference.familiar())
+        format!(
+            "Status: Downloaded newer image for {}",
+            reference.familiar()
+        )
     }));
-    Ok(Pulled { id, digest, up_to_date })
+    Ok(Pulled {
+        id,
+        digest,
+        up_to_date,
+    })
 }
 
 async fn manifest(
@@ -146,16 +190,32 @@ async fn manifest(
             why: "manifest unknown".to_owned(),
         });
     }
-    let response = client.expect(response, &format!("the manifest of {}", reference.familiar())).await?;
-    let kind = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or(media::OCI_MANIFEST);
+    let response = client
+        .expect(
+            response,
+            &format!("the manifest of {}", reference.familiar()),
+        )
+        .await?;
+    let kind = response
+        .headers()
+        .get("content-type")
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or(media::OCI_MANIFEST);
     let kind = kind.split(';').next().unwrap_or(kind).trim().to_owned();
-    let said = response.headers().get("docker-content-digest").and_then(|v| v.to_str().ok()?.parse::<Digest>().ok());
+    let said = response
+        .headers()
+        .get("docker-content-digest")
+        .and_then(|v| v.to_str().ok()?.parse::<Digest>().ok());
     let bytes = client.document(response, "the manifest").await?;
     let digest = Digest::of(&bytes);
     if let Some(expected) = expected.or(said)
         && expected != digest
     {
-        return Err(Error::DigestMismatch { what: "the manifest".to_owned(), expected, actual: digest });
+        return Err(Error::DigestMismatch {
+            what: "the manifest".to_owned(),
+            expected,
+            actual: digest,
+        });
     }
     Ok((bytes, digest, kind))
 }
@@ -177,7 +237,11 @@ async fn config(
     let actual = Digest::of(&bytes);
     if actual != descriptor.digest {
         let what = "the image configuration".to_owned();
-        return Err(Error::DigestMismatch { what, expected: descriptor.digest, actual });
+        return Err(Error::DigestMismatch {
+            what,
+            expected: descriptor.digest,
+            actual,
+        });
     }
     Ok(bytes)
 }
@@ -213,7 +277,11 @@ async fn fetch_layers(
     lease: &Arc<crate::store::Lease>,
 ) -> Result<Vec<Descriptor>> {
     let chains = Digest::chains(&config.rootfs.diff_ids);
-    let slots = Arc::new(Semaphore::new(if options.parallel == 0 { 4 } else { options.parallel }));
+    let slots = Arc::new(Semaphore::new(if options.parallel == 0 {
+        4
+    } else {
+        options.parallel
+    }));
     let mut tasks = JoinSet::new();
     for (i, blob) in layers.iter().enumerate() {
         lease.hold(blob.digest);
@@ -241,7 +309,8 @@ async fn fetch_layers(
     let mut waiting: Vec<Option<Fetched>> = layers.iter().map(|_| None).collect();
     let mut blobs = Vec::with_capacity(layers.len());
     while let Some(joined) = tasks.join_next().await {
-        let (i, fetched) = joined.map_err(|e| Error::Invalid(format!("a download task failed: {e}")))?;
+        let (i, fetched) =
+            joined.map_err(|e| Error::Invalid(format!("a download task failed: {e}")))?;
         // Returning drops the set, which ends the other downloads.
         waiting[i] = Some(fetched?);
         while let Some(fetched) = waiting.get_mut(blobs.len()).and_then(Option::take) {
@@ -295,12 +364,25 @@ impl Fetch {
             }
         }
         if self.store.content().has(&self.blob.digest) {
-            let (store, digest, diff, lowest, cancel) =
-                (self.store.clone(), self.blob.digest, self.diff_id, self.lowest, self.cancel.clone());
-            self.progress.report(Event::about(self.blob.digest.short(), "Extracting"));
-            let staged = spawn_blocking(move || store.stage(store.content().reader(&digest)?, lowest, Some(diff), &cancel))
-                .await
-                .map_err(|e| Error::Invalid(format!("an unpacking task failed: {e}")))??;
+            let (store, digest, diff, lowest, cancel) = (
+                self.store.clone(),
+                self.blob.digest,
+                self.diff_id,
+                self.lowest,
+                self.cancel.clone(),
+            );
+            self.progress
+                .report(Event::about(self.blob.digest.short(), "Extracting"));
+            let staged = spawn_blocking(move || {
+                store.stage(
+                    store.content().reader(&digest)?,
+                    lowest,
+                    Some(diff),
+                    &cancel,
+                )
+            })
+            .await
+            .map_err(|e| Error::Invalid(format!("an unpacking task failed: {e}")))??;
             return Ok(Fetched::Staged(Box::new(staged), self.blob));
         }
         let (chunks, incoming) = mpsc::channel::<Bytes>(32);
@@ -313,19 +395,31 @@ impl Fetch {
             spawn_blocking(move || write_blob(&store, &blob, offset, incoming, &to_stage))
         };
         let stager = {
-            let (store, diff, lowest, cancel) = (self.store.clone(), self.diff_id, self.lowest, self.cancel.clone());
+            let (store, diff, lowest, cancel) = (
+                self.store.clone(),
+                self.diff_id,
+                self.lowest,
+                self.cancel.clone(),
+            );
             spawn_blocking(move || store.stage(compressed, lowest, Some(diff), &cancel))
         };
         let downloaded = self.download(offset, chunks).await;
-        let failed = |e: tokio::task::JoinError| Error::Invalid(format!("an unpacking task failed: {e}"));
+        let failed =
+            |e: tokio::task::JoinError| Error::Invalid(format!("an unpacking task failed: {e}"));
         let id = self.blob.digest.short();
         if downloaded.is_ok() {
-            self.progress.report(Event::about(&id, "Verifying Checksum"));
+            self.progress
+                .report(Event::about(&id, "Verifying Checksum"));
         }
         let written = writer.await.map_err(failed)?;
         if written.is_ok() {
             self.progress.report(Event::about(&id, "Download complete"));
-            self.progress.report(Event::counted(&id, "Extracting", self.blob.size, self.blob.size));
+            self.progress.report(Event::counted(
+                &id,
+                "Extracting",
+                self.blob.size,
+                self.blob.size,
+            ));
         }
         let staged = stager.await.map_err(failed)?;
         // The first cause in the order of the stream: the network, the blob's digest, the unpacking.
@@ -349,7 +443,10 @@ impl Fetch {
         while offset < size {
             self.cancel.check()?;
             let begin = offset;
-            let why = match self.download_once(&mut offset, &chunks, &mut reported, &id).await {
+            let why = match self
+                .download_once(&mut offset, &chunks, &mut reported, &id)
+                .await
+            {
                 Ok(true) => return Ok(()),
                 Ok(false) if offset >= size => break,
                 Ok(false) => "the connection was cut".to_owned(),
@@ -358,9 +455,13 @@ impl Fetch {
             };
             attempt = if offset > begin { 0 } else { attempt + 1 };
             if attempt >= ATTEMPTS {
-                return Err(Error::Unreachable { registry: self.client.domain().to_owned(), why });
+                return Err(Error::Unreachable {
+                    registry: self.client.domain().to_owned(),
+                    why,
+                });
             }
-            self.progress.report(Event::about(&id, format!("Retrying: {why}")));
+            self.progress
+                .report(Event::about(&id, format!("Retrying: {why}")));
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));
         }
@@ -379,12 +480,20 @@ impl Fetch {
         let response = self
             .client
             .send(Method::GET, &self.path, &self.scope, |request| {
-                if from > 0 { request.header("range", format!("bytes={from}-")) } else { request }
+                if from > 0 {
+                    request.header("range", format!("bytes={from}-"))
+                } else {
+                    request
+                }
             })
             .await?;
         let response = self.client.expect(response, &format!("layer {id}")).await?;
         // Not every server knows ranges; what is here already is then skipped.
-        let mut skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { from };
+        let mut skip = if response.status() == StatusCode::PARTIAL_CONTENT {
+            0
+        } else {
+            from
+        };
         let mut stream = response.bytes_stream();
         while let Some(chunk) = stream.next().await {
             self.cancel.check()?;
@@ -392,7 +501,10 @@ impl Fetch {
                 Ok(chunk) => chunk,
                 Err(error) => {
                     let registry = self.client.domain().to_owned();
-                    return Err(Error::Unreachable { registry, why: chain(&error) });
+                    return Err(Error::Unreachable {
+                        registry,
+                        why: chain(&error),
+                    });
                 }
             };
             let cut = skip.min(chunk.len() as u64);
@@ -415,7 +527,8 @@ impl Fetch {
             }
             if reported.elapsed() > Duration::from_millis(100) {
                 *reported = Instant::now();
-                self.progress.report(Event::counted(id, "Downloading", *offset, self.blob.size));
+                self.progress
+                    .report(Event::counted(id, "Downloading", *offset, self.blob.size));
             }
         }
         Ok(false)
@@ -431,8 +544,13 @@ fn write_blob(
     to_stage: &SyncSender<io::Result<Bytes>>,
 ) -> Result<()> {
     let path = store.content().partial_path(&blob.digest);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(resume == 0).open(&path).at(&path)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(resume == 0)
+        .open(&path)
+        .at(&path)?;
     let mut hasher = Hasher::default();
     let mut left = resume;
     let mut heard = true;
@@ -454,7 +572,10 @@ fn write_blob(
         }
     }
     if size < blob.size {
-        let _ = to_stage.send(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the download broke off")));
+        let _ = to_stage.send(Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the download broke off",
+        )));
         return Err(Error::SizeMismatch {
             what: format!("layer {}", blob.digest.short()),
             expected: blob.size,
@@ -464,7 +585,10 @@ fn write_blob(
     let actual = hasher.finish();
     if actual != blob.digest {
         let _ = std::fs::remove_file(&path);
-        let _ = to_stage.send(Err(io::Error::new(io::ErrorKind::InvalidData, "the blob is not what was promised")));
+        let _ = to_stage.send(Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the blob is not what was promised",
+        )));
         return Err(Error::DigestMismatch {
             what: format!("layer {}", blob.digest.short()),
             expected: blob.digest,

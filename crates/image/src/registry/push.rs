@@ -53,13 +53,26 @@ pub async fn push(
     let reference = reference.clone().or_latest();
     let image = store.inspect(&reference.to_string())?;
     let repository = format!("{}/{}", reference.domain(), reference.path());
-    progress.report(Event::message(format!("The push refers to repository [{repository}]")));
-    let client = Arc::new(Client::connect(reference.domain(), options.credentials.clone(), &options.insecure).await?);
+    progress.report(Event::message(format!(
+        "The push refers to repository [{repository}]"
+    )));
+    let client = Arc::new(
+        Client::connect(
+            reference.domain(),
+            options.credentials.clone(),
+            &options.insecure,
+        )
+        .await?,
+    );
     let manifest_bytes = store.content().read(&image.record.manifest.digest)?;
     let Document::Manifest(manifest) = Document::parse(&manifest_bytes)? else {
         return Err(Error::malformed("the stored manifest", "it is an index"));
     };
-    let slots = Arc::new(Semaphore::new(if options.parallel == 0 { 4 } else { options.parallel }));
+    let slots = Arc::new(Semaphore::new(if options.parallel == 0 {
+        4
+    } else {
+        options.parallel
+    }));
     let mut tasks = JoinSet::new();
     for blob in manifest.layers.iter().chain([&manifest.config]) {
         let quiet = blob.digest == manifest.config.digest;
@@ -72,7 +85,11 @@ pub async fn push(
             repository: reference.path().to_owned(),
             neighbours: store.neighbours(&reference, &blob.digest),
             blob: blob.clone(),
-            progress: if quiet { Arc::new(crate::Silent) } else { progress.clone() },
+            progress: if quiet {
+                Arc::new(crate::Silent)
+            } else {
+                progress.clone()
+            },
             cancel: cancel.clone(),
         };
         let slots = slots.clone();
@@ -84,18 +101,24 @@ pub async fn push(
     while let Some(joined) = tasks.join_next().await {
         joined.map_err(|e| Error::Invalid(format!("an upload task failed: {e}")))??;
     }
-    let tag = reference.tag().map_or_else(|| image.record.manifest.digest.to_string(), str::to_owned);
+    let tag = reference
+        .tag()
+        .map_or_else(|| image.record.manifest.digest.to_string(), str::to_owned);
     let path = format!("/v2/{}/manifests/{tag}", reference.path());
     let kind = image.record.manifest.media_type.clone();
     let scope = scope(reference.path());
     let response = client
-        .send(Method::PUT, &path, &scope, |r| r.header("content-type", &kind).body(manifest_bytes.clone()))
+        .send(Method::PUT, &path, &scope, |r| {
+            r.header("content-type", &kind).body(manifest_bytes.clone())
+        })
         .await?;
     client.expect(response, "the manifest").await?;
     let digest = image.record.manifest.digest;
     let size = manifest_bytes.len() as u64;
     store.name_by_digest(&image.id, &reference.with_digest(digest))?;
-    progress.report(Event::message(format!("{tag}: digest: {digest} size: {size}")));
+    progress.report(Event::message(format!(
+        "{tag}: digest: {digest} size: {size}"
+    )));
     Ok(Pushed { tag, digest, size })
 }
 
@@ -121,7 +144,8 @@ impl Upload {
         let path = format!("/v2/{}/blobs/{}", self.repository, self.blob.digest);
         let head = self.client.send(Method::HEAD, &path, &scope, |r| r).await?;
         if head.status().is_success() {
-            self.progress.report(Event::about(&id, "Layer already exists"));
+            self.progress
+                .report(Event::about(&id, "Layer already exists"));
             return Ok(());
         }
         let mut last = None;
@@ -129,7 +153,13 @@ impl Upload {
         for _ in 0..ATTEMPTS {
             self.cancel.check()?;
             match self.upload(&id, &scope).await {
-                Err(error @ (Error::Unreachable { .. } | Error::Registry { status: 416 | 500.., .. })) => {
+                Err(
+                    error @ (Error::Unreachable { .. }
+                    | Error::Registry {
+                        status: 416 | 500..,
+                        ..
+                    }),
+                ) => {
                     self.progress.report(Event::about(&id, "Retrying"));
                     last = Some(error);
                     tokio::time::sleep(pause).await;
@@ -144,10 +174,20 @@ impl Upload {
     async fn upload(&self, id: &str, scope: &str) -> Result<()> {
         let begin = format!("/v2/{}/blobs/uploads/", self.repository);
         for neighbour in self.neighbours.iter().take(3) {
-            let mount = format!("{begin}?mount={}&from={}", escape(&self.blob.digest.to_string()), escape(neighbour));
-            let response = self.client.send(Method::POST, &mount, scope, |r| r.header("content-length", 0)).await?;
+            let mount = format!(
+                "{begin}?mount={}&from={}",
+                escape(&self.blob.digest.to_string()),
+                escape(neighbour)
+            );
+            let response = self
+                .client
+                .send(Method::POST, &mount, scope, |r| {
+                    r.header("content-length", 0)
+                })
+                .await?;
             if response.status() == StatusCode::CREATED {
-                self.progress.report(Event::about(id, format!("Mounted from {neighbour}")));
+                self.progress
+                    .report(Event::about(id, format!("Mounted from {neighbour}")));
                 return Ok(());
             }
             if response.status() == StatusCode::ACCEPTED {
@@ -155,7 +195,12 @@ impl Upload {
                 return self.send(id, scope, location).await;
             }
         }
-        let response = self.client.send(Method::POST, &begin, scope, |r| r.header("content-length", 0)).await?;
+        let response = self
+            .client
+            .send(Method::POST, &begin, scope, |r| {
+                r.header("content-length", 0)
+            })
+            .await?;
         let response = self.client.expect(response, "an upload").await?;
         let location = location(&self.client, &response)?;
         self.send(id, scope, location).await
@@ -171,17 +216,29 @@ impl Upload {
             let end = offset + CHUNK;
             let body = self.body(id, offset, CHUNK, size).await?;
             let response = self
-                .once(Method::PATCH, &location, scope, body, CHUNK, Some(format!("{offset}-{}", end - 1)))
+                .once(
+                    Method::PATCH,
+                    &location,
+                    scope,
+                    body,
+                    CHUNK,
+                    Some(format!("{offset}-{}", end - 1)),
+                )
                 .await?;
             let response = self.client.expect(response, "an upload").await?;
             location = self::location(&self.client, &response)?;
             offset = end;
         }
         let separator = if location.contains('?') { '&' } else { '?' };
-        let target = format!("{location}{separator}digest={}", escape(&self.blob.digest.to_string()));
+        let target = format!(
+            "{location}{separator}digest={}",
+            escape(&self.blob.digest.to_string())
+        );
         let body = self.body(id, offset, size - offset, size).await?;
         let range = (offset > 0).then(|| format!("{offset}-{}", size.saturating_sub(1)));
-        let response = self.once(Method::PUT, &target, scope, body, size - offset, range).await?;
+        let response = self
+            .once(Method::PUT, &target, scope, body, size - offset, range)
+            .await?;
         self.client.expect(response, &format!("layer {id}")).await?;
         self.progress.report(Event::about(id, "Pushed"));
         Ok(())
