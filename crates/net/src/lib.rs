@@ -14,6 +14,7 @@ mod firewall;
 mod ipam;
 mod manager;
 mod namespace;
+mod neighbour;
 mod netlink;
 mod network;
 mod proxy;
@@ -30,6 +31,7 @@ pub use error::{Error, Result};
 pub use ipam::{SubnetPool, default_pools};
 pub use manager::{Manager, NetConfig};
 pub use namespace::Sandbox;
+pub use neighbour::Finding;
 pub use network::{
     Driver, Ipam, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
     OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,

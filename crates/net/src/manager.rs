@@ -22,6 +22,7 @@ use crate::error::{Context, Error, Result};
 use crate::firewall::{Firewall, Forward, NetworkRules};
 use crate::ipam::{Addresses, SubnetPool, default_pools};
 use crate::namespace::{Pool, Sandbox};
+use crate::neighbour::{self, Finding};
 use crate::netlink::Netlink;
 use crate::network::{Driver, Network, OPTION_MASQUERADE};
 use crate::services::Services;
@@ -225,7 +226,7 @@ impl Manager {
     ///
     /// # Errors
     /// The first failure; the rest is removed nevertheless.
-    pub fn cleanup(&mut self) -> Result<()> {
+    pub fn cleanup(&self) -> Result<()> {
         self.pool.close();
         self.settle();
         let mut setup = lock(&self.setup);
@@ -253,6 +254,9 @@ impl Manager {
                 .collect();
             (bridges, ends)
         };
+        for bridge in &bridges {
+            let _ = neighbour::pass_docker(&self.config.tag, bridge, false);
+        }
         {
             let mut netlink = lock(&self.netlink);
             for name in ends.iter().chain(&bridges).filter(|name| !name.is_empty()) {
@@ -270,6 +274,13 @@ impl Manager {
         }
         setup.settings.restore();
         first
+    }
+
+    /// What on this host keeps the networks from working, each with the command that helps.
+    pub fn findings(&self) -> Vec<Finding> {
+        let bridges: Vec<_> =
+            self.list().into_iter().map(|n| n.bridge).filter(|b| !b.is_empty()).collect();
+        neighbour::findings(&bridges)
     }
 
     fn table_marker(&self) -> PathBuf {

@@ -118,7 +118,7 @@ fn make(home: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     size: usize,
-    filler: Option<thread::JoinHandle<()>>,
+    filler: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -146,11 +146,10 @@ impl Pool {
             home,
             prefix,
         });
-        let mut pool = Pool {
+        let pool = Pool {
             shared,
             size,
-            filler: None,
-        };
+            filler: Mutex::new(None) };
         if size > 0 {
             let shared = Arc::clone(&pool.shared);
             let filler = thread::Builder::new()
@@ -158,7 +157,7 @@ impl Pool {
                 .stack_size(256 * 1024)
                 .spawn(move || fill(&shared, size))
                 .map_err(Error::Namespace)?;
-            pool.filler = Some(filler);
+            *pool.filler.lock().unwrap_or_else(PoisonError::into_inner) = Some(filler);
         }
         Ok(pool)
     }
@@ -210,14 +209,15 @@ impl Pool {
     }
 
     /// Ends the filler and all that are ready.
-    pub(crate) fn close(&mut self) {
+    pub(crate) fn close(&self) {
         self.shared
             .state
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .closing = true;
         self.shared.changed.notify_all();
-        if let Some(filler) = self.filler.take() {
+        let filler = self.filler.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(filler) = filler {
             let _ = filler.join();
         }
         let ready: Vec<_> = {

@@ -126,7 +126,7 @@ fn host_words(text: &str, keyword: &str) -> Vec<String> {
         .filter_map(|line| line.trim().strip_prefix(keyword));
     let last = lines
         .filter(|rest| rest.starts_with([' ', '\t']))
-        .last()
+        .next_back()
         .unwrap_or_default();
     last.split_whitespace().map(str::to_owned).collect()
 }

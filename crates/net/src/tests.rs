@@ -334,7 +334,7 @@ fn the_hosts_rules_and_settings_are_as_before_when_we_are_gone() {
         let script = "table ip mine { chain c { type filter hook input priority 0; policy accept; tcp dport 22 accept; }; }";
         firewall::run_nft(&["-f", "-"], script).unwrap();
         let before = (ruleset(), links(), sysctl::read("ipv4/ip_forward").unwrap());
-        let mut manager = open(directory);
+        let manager = open(directory);
         let sandbox = manager.sandbox().unwrap();
         let a = manager.connect(&sandbox, spec("bridge", "a")).unwrap();
         manager.publish(&a, &[port(None, 8080, 80)]).unwrap();
@@ -357,7 +357,7 @@ fn the_hosts_rules_and_settings_are_as_before_when_we_are_gone() {
 #[test]
 fn a_hundred_at_once_leave_nothing() {
     on_a_host_of_its_own(|directory| {
-        let mut manager = open(directory);
+        let manager = open(directory);
         manager.restore(&[]).unwrap();
         manager.wait_ready();
         let bare = links();
@@ -405,7 +405,7 @@ fn a_new_daemon_takes_over_what_lives_and_sweeps_the_rest() {
         drop(first);
         // The record survives its text form, as the engine keeps it.
         let a: Endpoint = serde_json::from_str(&serde_json::to_string(&a).unwrap()).unwrap();
-        let mut second = open(directory);
+        let second = open(directory);
         second.restore(std::slice::from_ref(&a)).unwrap();
         second.settle();
         assert_eq!(second.inspect("n").unwrap(), network);
@@ -685,5 +685,36 @@ fn containers_of_a_network_without_icc_do_not_reach_each_other() {
         serve(&one.netns, "0.0.0.0:80");
         assert!(ask(&two.netns, to(&a, 80)).is_err());
         assert!(ask(&two.netns, "192.0.2.9:7".parse().unwrap()).is_ok());
+    });
+}
+
+#[test]
+fn our_networks_work_beside_dockers_forward_drop() {
+    on_a_host_of_its_own(|directory| {
+        let iptables = |line: &str| {
+            let done = std::process::Command::new("iptables").args(line.split(' ')).output();
+            done.is_ok_and(|o| o.status.success())
+        };
+        if !iptables("-N DOCKER-USER") {
+            eprintln!("SKIPPED: the iptables program is missing");
+            return;
+        }
+        for line in ["-A DOCKER-USER -j RETURN", "-I FORWARD -j DOCKER-USER", "-P FORWARD DROP"] {
+            assert!(iptables(line));
+        }
+        let world = outside();
+        serve(&world, "0.0.0.0:7");
+        let before = ruleset();
+        let manager = open(directory);
+        let sandbox = manager.sandbox().unwrap();
+        let a = manager.connect(&sandbox, spec("bridge", "a")).unwrap();
+        assert!(ask(&sandbox.netns, "192.0.2.9:7".parse().unwrap()).is_ok());
+        serve(&sandbox.netns, "0.0.0.0:80");
+        manager.publish(&a, &[port(None, 8080, 80)]).unwrap();
+        assert!(ask(&world, "192.0.2.1:8080".parse().unwrap()).is_ok());
+        assert_eq!(manager.findings(), []);
+        manager.cleanup().unwrap();
+        let strip = |text: String| text.replace(|c: char| c.is_ascii_digit(), "");
+        assert_eq!(strip(ruleset()), strip(before));
     });
 }

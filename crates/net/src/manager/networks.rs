@@ -11,6 +11,7 @@ use crate::address::{Mac, Subnet, address_of};
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, Result};
 use crate::ipam::{SubnetPool, choose};
+use crate::neighbour;
 use crate::netlink::LinkChange;
 use crate::network::{
     Driver, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
@@ -189,14 +190,13 @@ impl Manager {
             routes
         };
         let configs = &mut record.ipam.config;
-        for index in 0..configs.len() {
-            let Some(asked) = configs[index].subnet else {
-                if configs[index].gateway.is_some() || configs[index].ip_range.is_some() {
+        for config in configs.iter_mut() {
+            let Some(asked) = config.subnet else {
+                if config.gateway.is_some() || config.ip_range.is_some() {
                     return Err(Error::invalid("a gateway or an IP range needs a subnet"));
                 }
                 continue;
             };
-            let config = &mut configs[index];
             let subnet = asked.network();
             config.subnet = Some(subnet);
             let longest = if subnet.is_v4() { 30 } else { 126 };
@@ -408,6 +408,7 @@ impl Manager {
 
     fn take_down(&self, setup: &mut Setup, record: &Network) -> Result<()> {
         self.services.remove_network(&record.id);
+        let _ = neighbour::pass_docker(&self.config.tag, &record.bridge, false);
         if setup.table && self.firewall.remove_network(&rules_of(record)).is_err() {
             // Someone changed the table: put it back as it shall be, without this network.
             self.install_table(setup)?;
@@ -468,6 +469,9 @@ impl Manager {
                 let _ = lock(&self.netlink).remove_link(&record.bridge);
             }
             return Err(error);
+        }
+        if let Err(error) = neighbour::pass_docker(&self.config.tag, &record.bridge, true) {
+            tracing::warn!(%error, "Docker's firewall rules may block our networks");
         }
         let redirects = self.services.add_network(&record);
         if let Err(error) = self.firewall.add_forwards(&redirects) {
