@@ -278,8 +278,12 @@ impl Manager {
 
     /// What on this host keeps the networks from working, each with the command that helps.
     pub fn findings(&self) -> Vec<Finding> {
-        let bridges: Vec<_> =
-            self.list().into_iter().map(|n| n.bridge).filter(|b| !b.is_empty()).collect();
+        let bridges: Vec<_> = self
+            .list()
+            .into_iter()
+            .map(|n| n.bridge)
+            .filter(|b| !b.is_empty())
+            .collect();
         neighbour::findings(&bridges)
     }
 

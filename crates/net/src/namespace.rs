@@ -149,7 +149,8 @@ impl Pool {
         let pool = Pool {
             shared,
             size,
-            filler: Mutex::new(None) };
+            filler: Mutex::new(None),
+        };
         if size > 0 {
             let shared = Arc::clone(&pool.shared);
             let filler = thread::Builder::new()
@@ -216,7 +217,11 @@ impl Pool {
             .unwrap_or_else(PoisonError::into_inner)
             .closing = true;
         self.shared.changed.notify_all();
-        let filler = self.filler.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let filler = self
+            .filler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(filler) = filler {
             let _ = filler.join();
         }

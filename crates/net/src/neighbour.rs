@@ -44,9 +44,13 @@ fn chains() -> Result<Vec<Chain>> {
 }
 
 fn parse(json: &str) -> Result<Vec<Chain>> {
-    let listing: Listing =
-        serde_json::from_str(json).map_err(|error| Error::Nft(format!("unreadable list of chains: {error}")))?;
-    Ok(listing.nftables.into_iter().filter_map(|item| item.chain).collect())
+    let listing: Listing = serde_json::from_str(json)
+        .map_err(|error| Error::Nft(format!("unreadable list of chains: {error}")))?;
+    Ok(listing
+        .nftables
+        .into_iter()
+        .filter_map(|item| item.chain)
+        .collect())
 }
 
 /// What stands in the way of the networks on `bridges`.
@@ -64,7 +68,11 @@ fn judge(chains: &[Chain], bridges: &[String]) -> Vec<Finding> {
     let mut found = Vec::new();
     let has = |table: &str, name: &str| chains.iter().any(|c| c.table == table && c.name == name);
     let each = |command: &dyn Fn(&str) -> String| {
-        bridges.iter().map(|b| command(b)).collect::<Vec<_>>().join(" && ")
+        bridges
+            .iter()
+            .map(|b| command(b))
+            .collect::<Vec<_>>()
+            .join(" && ")
     };
     if chains.iter().any(|c| c.table == "firewalld") {
         found.push(Finding {
@@ -74,7 +82,10 @@ fn judge(chains: &[Chain], bridges: &[String]) -> Vec<Finding> {
         });
     }
     let ufw = has("filter", "ufw-user-forward");
-    for chain in chains.iter().filter(|c| c.policy.as_deref() == Some("drop")) {
+    for chain in chains
+        .iter()
+        .filter(|c| c.policy.as_deref() == Some("drop"))
+    {
         let place = format!("{} {} {}", chain.family, chain.table, chain.name);
         match chain.hook.as_deref() {
             Some("forward") if has(&chain.table, "DOCKER-USER") => {}
@@ -106,13 +117,30 @@ fn judge(chains: &[Chain], bridges: &[String]) -> Vec<Finding> {
 pub(crate) fn pass_docker(tag: &str, bridge: &str, let_through: bool) -> Result<()> {
     let chains = chains()?;
     for (family, program) in [("ip", "iptables"), ("ip6", "ip6tables")] {
-        if !chains.iter().any(|c| c.family == family && c.table == "filter" && c.name == "DOCKER-USER") {
+        if !chains
+            .iter()
+            .any(|c| c.family == family && c.table == "filter" && c.name == "DOCKER-USER")
+        {
             continue;
         }
         let comment = format!("berth-{tag}");
         for direction in ["-i", "-o"] {
-            let rule = [direction, bridge, "-m", "comment", "--comment", &comment, "-j", "ACCEPT"];
-            let there = |verb: &str| run(program, &[&["-w", "5", verb, "DOCKER-USER"], &rule[..]].concat());
+            let rule = [
+                direction,
+                bridge,
+                "-m",
+                "comment",
+                "--comment",
+                &comment,
+                "-j",
+                "ACCEPT",
+            ];
+            let there = |verb: &str| {
+                run(
+                    program,
+                    &[&["-w", "5", verb, "DOCKER-USER"], &rule[..]].concat(),
+                )
+            };
             // As often as it is there, should a crash have left it.
             if !let_through {
                 for _ in 0..8 {
@@ -128,7 +156,9 @@ pub(crate) fn pass_docker(tag: &str, bridge: &str, let_through: bool) -> Result<
             // After the user's own rules, before the final RETURN of older Dockers.
             let listed = run(program, &["-w", "5", "-S", "DOCKER-USER"])?;
             let rules: Vec<_> = listed.lines().filter(|l| l.starts_with("-A ")).collect();
-            let before_return = rules.last().is_some_and(|l| l.trim() == "-A DOCKER-USER -j RETURN");
+            let before_return = rules
+                .last()
+                .is_some_and(|l| l.trim() == "-A DOCKER-USER -j RETURN");
             let position = (rules.len() + usize::from(!before_return)).to_string();
             let place = ["-w", "5", "-I", "DOCKER-USER", &position];
             run(program, &[&place, &rule[..]].concat())?;
@@ -138,7 +168,10 @@ pub(crate) fn pass_docker(tag: &str, bridge: &str, let_through: bool) -> Result<
 }
 
 fn run(program: &str, arguments: &[&str]) -> Result<String> {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_else(|_| "/usr/bin:/bin".into()));
+    let path = format!(
+        "{}:/usr/sbin:/sbin",
+        std::env::var("PATH").unwrap_or_else(|_| "/usr/bin:/bin".into())
+    );
     let output = Command::new(program)
         .args(arguments)
         .env("PATH", path)
@@ -148,7 +181,11 @@ fn run(program: &str, arguments: &[&str]) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let text: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(300).collect();
+    let text: String = String::from_utf8_lossy(&output.stderr)
+        .trim()
+        .chars()
+        .take(300)
+        .collect();
     Err(Error::Nft(format!("{program}: {text}")))
 }
 
@@ -171,11 +208,18 @@ mod tests {
         let bridges = ["br0".to_owned()];
         let drop = chain("filter", "FORWARD", Some("forward"), Some("drop"));
         let found = judge(std::slice::from_ref(&drop), &bridges);
-        assert_eq!(found[0].fix, "iptables -I FORWARD -i br0 -j ACCEPT && iptables -I FORWARD -o br0 -j ACCEPT");
+        assert_eq!(
+            found[0].fix,
+            "iptables -I FORWARD -i br0 -j ACCEPT && iptables -I FORWARD -o br0 -j ACCEPT"
+        );
         let docker = chain("filter", "DOCKER-USER", None, None);
         assert_eq!(judge(&[drop.clone(), docker], &bridges), []);
         let ufw = chain("filter", "ufw-user-forward", None, None);
-        assert!(judge(&[drop, ufw], &bridges)[0].fix.starts_with("ufw route allow"));
+        assert!(
+            judge(&[drop, ufw], &bridges)[0]
+                .fix
+                .starts_with("ufw route allow")
+        );
         let accept = chain("filter", "INPUT", Some("input"), Some("accept"));
         assert_eq!(judge(&[accept], &bridges), []);
     }
@@ -185,7 +229,10 @@ mod tests {
         let text = r#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"chain": {"family": "ip",
             "table": "filter", "name": "FORWARD", "handle": 3, "type": "filter", "hook": "forward", "prio": 0,
             "policy": "drop"}}]}"#;
-        assert_eq!(parse(text).unwrap(), [chain("filter", "FORWARD", Some("forward"), Some("drop"))]);
+        assert_eq!(
+            parse(text).unwrap(),
+            [chain("filter", "FORWARD", Some("forward"), Some("drop"))]
+        );
         assert!(parse("[]").is_err());
     }
 }

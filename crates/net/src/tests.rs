@@ -692,14 +692,20 @@ fn containers_of_a_network_without_icc_do_not_reach_each_other() {
 fn our_networks_work_beside_dockers_forward_drop() {
     on_a_host_of_its_own(|directory| {
         let iptables = |line: &str| {
-            let done = std::process::Command::new("iptables").args(line.split(' ')).output();
+            let done = std::process::Command::new("iptables")
+                .args(line.split(' '))
+                .output();
             done.is_ok_and(|o| o.status.success())
         };
         if !iptables("-N DOCKER-USER") {
             eprintln!("SKIPPED: the iptables program is missing");
             return;
         }
-        for line in ["-A DOCKER-USER -j RETURN", "-I FORWARD -j DOCKER-USER", "-P FORWARD DROP"] {
+        for line in [
+            "-A DOCKER-USER -j RETURN",
+            "-I FORWARD -j DOCKER-USER",
+            "-P FORWARD DROP",
+        ] {
             assert!(iptables(line));
         }
         let world = outside();
