@@ -101,11 +101,19 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             let size = operand::size(i, 0);
             let expected = cpu.gpr[RAX] & mask(size);
             let new = operand::read(cpu, i, 1, size)?;
-            let old = operand::modify(cpu, i, 0, size, |a| if a == expected { new } else { a })?;
+            // A failed compare leaves a register alone, also its upper half, but writes memory back.
+            let old = if i.op0_kind() == OpKind::Register {
+                let old = read_register(cpu, i.op0_register());
+                if old == expected {
+                    write_register(cpu, i.op0_register(), new);
+                }
+                old
+            } else {
+                operand::modify(cpu, i, 0, size, |a| if a == expected { new } else { a })?
+            };
             alu::sub(expected, old, 0, size).set(cpu);
             if old != expected {
                 write_register(cpu, accumulator(size), old);
-                // A failed 32-bit compare of registers still writes its destination, clearing the upper half.
             }
         }
         M::Cmpxchg8b => compare_exchange_pair(cpu, i, 4)?,
@@ -305,6 +313,8 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         }
         _ => match i.condition_code() {
             ConditionCode::None => return Ok(None),
+            // FCMOVcc and CMPccXADD have conditions too.
+            _ if i.encoding() != iced_x86::EncodingKind::Legacy || i.op0_register().is_st() => return Ok(None),
             // SETcc and CMOVcc: Jcc went above.
             condition => {
                 let holds = condition_holds(cpu.rflags, condition);
@@ -657,11 +667,23 @@ fn compare_exchange_pair(cpu: &mut Cpu, i: &Instruction, half: usize) -> Result<
 
 /// # Safety
 /// `at` is valid for reads and writes of 16 bytes and aligned to 16.
-#[target_feature(enable = "cmpxchg16b")]
 unsafe fn exchange16(at: *mut u128, old: u128, new: u128) -> u128 {
-    use std::sync::atomic::Ordering::SeqCst;
-    // SAFETY: the caller's promise.
-    unsafe { core::arch::x86_64::cmpxchg16b(at, old, new, SeqCst, SeqCst) }
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // SAFETY: the caller's promise; RBX, which the compiler keeps for itself, is put back.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, {new}",
+            "lock cmpxchg16b [{at}]",
+            "mov rbx, {new}",
+            at = in(reg) at,
+            new = inout(reg) new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    u128::from(high) << 64 | u128::from(low)
 }
 
 /// BT, BTS, BTR, BTC. A register index reaches beyond the memory operand.

@@ -60,3 +60,6 @@ fn load(cpu: &mut Cpu, at: u64, out: &mut [u8]) -> Result<(), Fault> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
