@@ -314,7 +314,9 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         _ => match i.condition_code() {
             ConditionCode::None => return Ok(None),
             // FCMOVcc and CMPccXADD have conditions too.
-            _ if i.encoding() != iced_x86::EncodingKind::Legacy || i.op0_register().is_st() => return Ok(None),
+            _ if i.encoding() != iced_x86::EncodingKind::Legacy || i.op0_register().is_st() => {
+                return Ok(None);
+            }
             // SETcc and CMOVcc: Jcc went above.
             condition => {
                 let holds = condition_holds(cpu.rflags, condition);

@@ -17,7 +17,8 @@ const RAM: usize = 0x1_0000;
 /// A CPU in 64-bit mode with paging off, so that addresses are those of RAM.
 pub(crate) fn cpu() -> Box<Frame> {
     let machine = Arc::new(Machine::new(1, cpu::CpuModel::Max));
-    let memory = cpu::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), RAM)]).expect("memory");
+    let memory =
+        cpu::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), RAM)]).expect("memory");
     assert!(machine.set_memory(Arc::new(memory)));
     let mut frame = Frame::new(0, machine, Arc::new(Mailbox::new()));
     let cpu = frame.cpu.get_mut();
@@ -31,13 +32,19 @@ pub(crate) fn cpu() -> Box<Frame> {
 
 fn write_ram(cpu: &mut Cpu, at: u64, bytes: &[u8]) {
     for (i, chunk) in bytes.chunks(4096).enumerate() {
-        cpu.write_bytes(at + i as u64 * 4096, chunk, crate::state::Rights::Supervisor).expect("in RAM");
+        cpu.write_bytes(
+            at + i as u64 * 4096,
+            chunk,
+            crate::state::Rights::Supervisor,
+        )
+        .expect("in RAM");
     }
 }
 
 fn read_ram(cpu: &mut Cpu, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
-    cpu.read_bytes(at, &mut bytes, crate::state::Rights::Supervisor).expect("in RAM");
+    cpu.read_bytes(at, &mut bytes, crate::state::Rights::Supervisor)
+        .expect("in RAM");
     bytes
 }
 
@@ -131,7 +138,9 @@ fn comparable(i: &Instruction) -> bool {
             (r.is_gpr()) && r.full_register() != Register::RSP
         }
         OpKind::Memory => {
-            i.memory_segment() != Register::FS && i.memory_segment() != Register::GS && i.memory_base().full_register() != Register::RSP
+            i.memory_segment() != Register::FS
+                && i.memory_segment() != Register::GS
+                && i.memory_base().full_register() != Register::RSP
         }
         _ => true,
     });
@@ -149,12 +158,19 @@ fn comparable(i: &Instruction) -> bool {
 fn undefined(i: &Instruction, cpu: &Cpu) -> u64 {
     use Mnemonic as M;
     let mut mask = native::undefined_flags(i);
-    let shifts = matches!(i.mnemonic(), M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd);
+    let shifts = matches!(
+        i.mnemonic(),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    );
     if shifts {
         mask |= flag::OF | flag::AF;
         let size = super::operand::size(i, 0);
         let last = i.op_count() - 1;
-        let count = if i.op_kind(last) == OpKind::Register { cpu.gpr[1] } else { i.immediate(last) } & 63;
+        let count = if i.op_kind(last) == OpKind::Register {
+            cpu.gpr[1]
+        } else {
+            i.immediate(last)
+        } & 63;
         if count & if size == 8 { 63 } else { 31 } >= size as u64 * 8 {
             mask |= flag::CF;
         }
@@ -166,7 +182,12 @@ fn undefined(i: &Instruction, cpu: &Cpu) -> u64 {
 fn undefined_value(i: &Instruction, cpu: &Cpu) -> bool {
     matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
         && super::operand::size(i, 0) == 2
-        && (if i.op2_kind() == OpKind::Register { cpu.gpr[1] } else { i.immediate(2) }) & 31 > 16
+        && (if i.op2_kind() == OpKind::Register {
+            cpu.gpr[1]
+        } else {
+            i.immediate(2)
+        }) & 31
+            > 16
 }
 
 fn value() -> impl Strategy<Value = u64> {
@@ -185,36 +206,55 @@ fn value() -> impl Strategy<Value = u64> {
 fn instruction() -> impl Strategy<Value = Instruction> {
     let prefix = prop::collection::vec(prop::sample::select(vec![0x66u8, 0xf2, 0xf3, 0xf0]), 0..2);
     let map = prop::sample::select(vec![0u8, 0, 0, 1, 1, 2, 3, 4, 5]);
-    (prefix, any::<[u8; 12]>(), map, any::<u8>(), any::<bool>(), 0u8..16).prop_filter_map(
-        "not comparable",
-        |(prefix, tail, map, opcode, memory, rex)| {
-            let mut code = Vec::new();
-            if map < 4 {
-                code.extend(&prefix);
-                code.push(0x40 | rex);
-            }
-            match map {
-                1 => code.push(0x0f),
-                2 => code.extend([0x0f, 0x38]),
-                3 => code.extend([0x0f, 0x3a]),
-                // VEX: three-byte form of maps 2 and 3.
-                4 => code.extend([0xc4, tail[10] & 0xe0 | 2, tail[11] & 0xfb]),
-                5 => code.extend([0xc4, tail[10] & 0xe0 | 3, tail[11] & 0xfb]),
-                _ => {}
-            }
-            code.push(opcode);
-            let modrm = if memory { tail[0] & 0x3f } else { tail[0] | 0xc0 };
-            code.push(modrm);
-            code.extend(&tail[1..10]);
-            let mut decoder = Decoder::with_ip(64, &code, 0x4000, DecoderOptions::NONE);
-            let i = decoder.decode();
-            (!i.is_invalid() && comparable(&i)).then_some(i)
-        },
+    (
+        prefix,
+        any::<[u8; 12]>(),
+        map,
+        any::<u8>(),
+        any::<bool>(),
+        0u8..16,
     )
+        .prop_filter_map(
+            "not comparable",
+            |(prefix, tail, map, opcode, memory, rex)| {
+                let mut code = Vec::new();
+                if map < 4 {
+                    code.extend(&prefix);
+                    code.push(0x40 | rex);
+                }
+                match map {
+                    1 => code.push(0x0f),
+                    2 => code.extend([0x0f, 0x38]),
+                    3 => code.extend([0x0f, 0x3a]),
+                    // VEX: three-byte form of maps 2 and 3.
+                    4 => code.extend([0xc4, tail[10] & 0xe0 | 2, tail[11] & 0xfb]),
+                    5 => code.extend([0xc4, tail[10] & 0xe0 | 3, tail[11] & 0xfb]),
+                    _ => {}
+                }
+                code.push(opcode);
+                let modrm = if memory {
+                    tail[0] & 0x3f
+                } else {
+                    tail[0] | 0xc0
+                };
+                code.push(modrm);
+                code.extend(&tail[1..10]);
+                let mut decoder = Decoder::with_ip(64, &code, 0x4000, DecoderOptions::NONE);
+                let i = decoder.decode();
+                (!i.is_invalid() && comparable(&i)).then_some(i)
+            },
+        )
 }
 
 /// Runs `i` in both ways from the same state; an error says what differs.
-fn compare(a: &mut Cpu, b: &mut Cpu, i: &Instruction, registers: &[u64; 16], flags: u64, at: u64) -> Result<Option<()>, String> {
+fn compare(
+    a: &mut Cpu,
+    b: &mut Cpu,
+    i: &Instruction,
+    registers: &[u64; 16],
+    flags: u64,
+    at: u64,
+) -> Result<Option<()>, String> {
     let data: Vec<u8> = registers.iter().flat_map(|r| r.to_le_bytes()).collect();
     for cpu in [&mut *a, &mut *b] {
         cpu.gpr = *registers;
@@ -227,13 +267,23 @@ fn compare(a: &mut Cpu, b: &mut Cpu, i: &Instruction, registers: &[u64; 16], fla
             if base == Register::None {
                 base = i.memory_index();
             }
-            if base.is_ip() || base == Register::None || i.memory_index() == i.memory_base() || base.size() != 8 {
+            if base.is_ip()
+                || base == Register::None
+                || i.memory_index() == i.memory_base()
+                || base.size() != 8
+            {
                 return Ok(None);
             }
-            let Some(place) = super::operand::general(base) else { return Ok(None) };
+            let Some(place) = super::operand::general(base) else {
+                return Ok(None);
+            };
             cpu.gpr[place.index] = 0;
             let rest = super::operand::offset(cpu, i);
-            let scale = if i.memory_base() == Register::None { u64::from(i.memory_index_scale()) } else { 1 };
+            let scale = if i.memory_base() == Register::None {
+                u64::from(i.memory_index_scale())
+            } else {
+                1
+            };
             if at.wrapping_sub(rest) % scale != 0 {
                 return Ok(None);
             }
@@ -265,7 +315,10 @@ fn compare(a: &mut Cpu, b: &mut Cpu, i: &Instruction, registers: &[u64; 16], fla
     }
     let difference = (a.rflags ^ b.rflags) & !ignored;
     if difference != 0 {
-        return Err(format!("flags: ours {:#x}, host {:#x}, ignored {ignored:#x}", a.rflags, b.rflags));
+        return Err(format!(
+            "flags: ours {:#x}, host {:#x}, ignored {ignored:#x}",
+            a.rflags, b.rflags
+        ));
     }
     if a.rip != b.rip {
         return Err(format!("rip {:#x} and {:#x}", a.rip, b.rip));
@@ -284,11 +337,18 @@ fn integer_instructions_do_what_the_host_cpu_does() {
     let (mut a, mut b) = (cpu(), cpu());
     let (a, b) = (a.cpu.get_mut(), b.cpu.get_mut());
     let mut runner = TestRunner::new(Config::default());
-    let strategy = (instruction(), prop::array::uniform16(value()), any::<u64>(), prop::sample::select(vec![0x1000u64, 0x1fd0, 0x1ffc, 0x2008]));
+    let strategy = (
+        instruction(),
+        prop::array::uniform16(value()),
+        any::<u64>(),
+        prop::sample::select(vec![0x1000u64, 0x1fd0, 0x1ffc, 0x2008]),
+    );
     let mut seen: BTreeMap<String, u32> = BTreeMap::new();
     let mut wrong = BTreeMap::new();
     for _ in 0..60_000 {
-        let Ok(tree) = strategy.new_tree(&mut runner) else { continue };
+        let Ok(tree) = strategy.new_tree(&mut runner) else {
+            continue;
+        };
         let (i, mut registers, flags, at) = tree.current();
         // Counts and small divisors come up often enough to matter.
         registers[4] = 0x8000;
@@ -296,11 +356,20 @@ fn integer_instructions_do_what_the_host_cpu_does() {
         match compare(a, b, &i, &registers, flags, at) {
             Ok(Some(())) => *seen.entry(name).or_default() += 1,
             Ok(None) => {}
-            Err(what) => _ = wrong.entry(name).or_insert_with(|| format!("{:?}: {what}", i.code())),
+            Err(what) => {
+                _ = wrong
+                    .entry(name)
+                    .or_insert_with(|| format!("{:?}: {what}", i.code()))
+            }
         }
     }
     eprintln!("{} forms of instructions compared", seen.len());
-    assert!(wrong.is_empty(), "{} forms differ:\n{}", wrong.len(), wrong.values().cloned().collect::<Vec<_>>().join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} forms differ:\n{}",
+        wrong.len(),
+        wrong.values().cloned().collect::<Vec<_>>().join("\n")
+    );
     assert!(seen.len() > 250, "only {} forms were compared", seen.len());
 }
 
@@ -313,7 +382,11 @@ fn a_vector_addition_of_memory_in_a_device_is_run_on_the_host() {
     let mut frame = cpu();
     let cpu = frame.cpu.get_mut();
     cpu.ymm[1] = [1, 2, 0, 0];
-    write_ram(cpu, 0x1000, &[5, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
+    write_ram(
+        cpu,
+        0x1000,
+        &[5, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0],
+    );
     cpu.gpr[0] = 0x1000;
     // paddq xmm1, [rax]
     let i = decode(&[0x66, 0x0f, 0xd4, 0x08], 64);
@@ -345,7 +418,10 @@ fn a_repeated_move_with_overlap_repeats_the_pattern() {
     // rep movsb
     let i = decode(&[0xf3, 0xa4], 64);
     assert_eq!(crate::system::execute(cpu, &i), Ok(Flow::Continue));
-    assert_eq!((cpu.gpr[1], cpu.gpr[6], cpu.gpr[7]), (0, 0x1000 + 5000, 0x1002 + 5000));
+    assert_eq!(
+        (cpu.gpr[1], cpu.gpr[6], cpu.gpr[7]),
+        (0, 0x1000 + 5000, 0x1002 + 5000)
+    );
     let all = read_ram(cpu, 0x1000, 4096);
     assert!(all.chunks(2).all(|c| c == b"ab"));
 }
@@ -387,7 +463,10 @@ fn real_mode_code_switches_to_protected_mode_and_pushes_there() {
     ];
     write_ram(cpu, 0x1020, flat);
     write_ram(cpu, 0x1040, &[0x17, 0, 0x50, 0x10, 0, 0]);
-    for (n, descriptor) in [0u64, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff].into_iter().enumerate() {
+    for (n, descriptor) in [0u64, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff]
+        .into_iter()
+        .enumerate()
+    {
         write_ram(cpu, 0x1050 + n as u64 * 8, &descriptor.to_le_bytes());
     }
     cpu.segments[3].base = 0x1000;
