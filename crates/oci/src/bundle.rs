@@ -1,0 +1,256 @@
+//! Bundles: `config.json` read once, and checked before anything is made.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+
+use crate::error::{Context, Error, Result};
+
+/// A bundle's configuration with the bytes it came from.
+pub struct Bundle {
+    pub directory: PathBuf,
+    pub spec: Spec,
+    /// `config.json` as it was, kept in the container's state.
+    pub raw: Vec<u8>,
+}
+
+/// Reads and checks the bundle in `directory`.
+///
+/// # Errors
+/// [`Error::Json`] with the place where the JSON is broken, [`Error::Invalid`] naming the field that cannot be.
+pub fn load(directory: &Path) -> Result<Bundle> {
+    let directory =
+        fs::canonicalize(directory).during(|| format!("the bundle {}", directory.display()))?;
+    let path = directory.join("config.json");
+    let raw = fs::read(&path).during(|| format!("read {}", path.display()))?;
+    let spec = parse(&raw, &path)?;
+    validate(&spec)?;
+    Ok(Bundle {
+        directory,
+        spec,
+        raw,
+    })
+}
+
+/// Parses a configuration; `path` is for the error alone.
+///
+/// # Errors
+/// [`Error::Json`].
+pub fn parse(raw: &[u8], path: &Path) -> Result<Spec> {
+    serde_json::from_slice(raw).map_err(|source| Error::Json {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Entry of the fuzz target: any bytes are a configuration or an error.
+pub fn fuzz_config(data: &[u8]) {
+    if let Ok(spec) = parse(data, Path::new("config.json")) {
+        let _ = validate(&spec);
+    }
+}
+
+/// The container's root directory.
+///
+/// # Errors
+/// [`Error::Invalid`] where `root` is missing.
+pub fn root(spec: &Spec, directory: &Path) -> Result<PathBuf> {
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| Error::invalid("config.json: root is missing"))?;
+    if root.path().as_os_str().is_empty() {
+        return Err(Error::invalid("config.json: root.path is empty"));
+    }
+    Ok(directory.join(root.path()))
+}
+
+/// What can be told wrong from the configuration alone.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the field.
+pub fn validate(spec: &Spec) -> Result<()> {
+    let version = spec.version();
+    if !version.is_empty() && !version.starts_with("1.") {
+        return Err(Error::invalid(format!(
+            "config.json: ociVersion {version:?} is not supported: 1.x is"
+        )));
+    }
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| Error::invalid("config.json: linux is missing"))?;
+    let names: Vec<LinuxNamespaceType> = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .map(|entry| entry.typ())
+        .collect();
+    let has = |kind: LinuxNamespaceType| names.contains(&kind);
+    if !has(LinuxNamespaceType::Mount) {
+        return Err(Error::invalid(
+            "config.json: linux.namespaces must hold a mount namespace",
+        ));
+    }
+    let own_uts = has(LinuxNamespaceType::Uts);
+    if !own_uts
+        && spec
+            .hostname()
+            .as_ref()
+            .is_some_and(|name| !name.is_empty())
+    {
+        return Err(Error::invalid(
+            "config.json: hostname is set without a uts namespace",
+        ));
+    }
+    if !own_uts
+        && spec
+            .domainname()
+            .as_ref()
+            .is_some_and(|name| !name.is_empty())
+    {
+        return Err(Error::invalid(
+            "config.json: domainname is set without a uts namespace",
+        ));
+    }
+    for mount in spec.mounts().iter().flatten() {
+        let destination = mount.destination();
+        if destination.as_os_str().is_empty() || destination == Path::new("/") {
+            return Err(Error::invalid(
+                "config.json: a mount's destination must be a path below /",
+            ));
+        }
+    }
+    for (name, _) in linux.sysctl().iter().flatten() {
+        let allowed = sysctl_namespace(name).is_some_and(|kind| match kind {
+            LinuxNamespaceType::Uts => own_uts && name != "kernel.hostname",
+            kind => has(kind),
+        });
+        if !allowed {
+            return Err(Error::invalid(format!(
+                "config.json: sysctl {name:?} is not of a namespace of this container: it would change the host"
+            )));
+        }
+    }
+    for path in linux
+        .masked_paths()
+        .iter()
+        .chain(linux.readonly_paths())
+        .flatten()
+    {
+        if !path.starts_with('/') {
+            return Err(Error::invalid(format!(
+                "config.json: masked or read-only path {path:?} is not absolute"
+            )));
+        }
+    }
+    if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
+        return Err(Error::unsupported(
+            "config.json: linux.intelRdt is asked for, but resctrl is not mounted on this host",
+        ));
+    }
+    if linux
+        .net_devices()
+        .as_ref()
+        .is_some_and(|devices| !devices.is_empty())
+    {
+        return Err(Error::unsupported(
+            "config.json: linux.netDevices is not supported: give the container a network namespace that has the device",
+        ));
+    }
+    if let Some(process) = spec.process() {
+        validate_process(process)?;
+    }
+    Ok(())
+}
+
+/// As [`validate`], for a process alone.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the field.
+pub fn validate_process(process: &Process) -> Result<()> {
+    if !process.cwd().is_absolute() {
+        return Err(Error::invalid(format!(
+            "config.json: process.cwd {:?} is not an absolute path",
+            process.cwd().display()
+        )));
+    }
+    if process.args().as_ref().is_none_or(|args| args.is_empty()) {
+        return Err(Error::invalid(
+            "config.json: process.args must not be empty",
+        ));
+    }
+    Ok(())
+}
+
+/// Which namespace a kernel parameter belongs to.
+fn sysctl_namespace(name: &str) -> Option<LinuxNamespaceType> {
+    const IPC: [&str; 9] = [
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.sem",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+        "kernel.auto_msgmni",
+    ];
+    let dotted = name.replace('/', ".");
+    if dotted.contains("..") {
+        return None;
+    }
+    if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
+        return Some(LinuxNamespaceType::Ipc);
+    }
+    if dotted.starts_with("net.") {
+        return Some(LinuxNamespaceType::Network);
+    }
+    matches!(dotted.as_str(), "kernel.domainname" | "kernel.hostname")
+        .then_some(LinuxNamespaceType::Uts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn check(json: &str) -> String {
+        match validate(&parse(json.as_bytes(), Path::new("config.json")).unwrap()) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_parameter_of_the_host_is_refused() {
+        let with = |name: &str| {
+            check(&format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{{"type":"mount"}},{{"type":"ipc"}}],"sysctl":{{"{name}":"1"}}}}}}"#
+            ))
+        };
+        assert_eq!(with("kernel.shmmax"), "");
+        assert!(with("kernel.panic").contains("would change the host"));
+        assert!(with("net.ipv4.ip_forward").contains("would change the host"));
+        assert!(with("kernel.shm/../panic").contains("would change the host"));
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        assert!(check(r#"{"ociVersion":"2.0.0"}"#).contains("ociVersion"));
+        assert!(check(r#"{"ociVersion":"1.0.0"}"#).contains("linux is missing"));
+        let hostname =
+            r#"{"ociVersion":"1.0.0","hostname":"x","linux":{"namespaces":[{"type":"mount"}]}}"#;
+        assert!(check(hostname).contains("uts"));
+        let cwd = r#"{"ociVersion":"1.0.0","process":{"user":{"uid":0,"gid":0},"cwd":"x","args":["a"]},"linux":{"namespaces":[{"type":"mount"}]}}"#;
+        assert!(check(cwd).contains("cwd"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(data in proptest::collection::vec(any::<u8>(), 0..200)) {
+            fuzz_config(&data);
+        }
+    }
+}
