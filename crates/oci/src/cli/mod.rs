@@ -27,25 +27,25 @@ use crate::state::{self, Store};
 )]
 pub struct Cli {
     /// Where the state of containers is kept [default: /run/berth-oci]
-    #[arg(long, global = true)]
+    #[arg(long)]
     pub root: Option<PathBuf>,
     /// Append errors to this file
-    #[arg(long, global = true)]
+    #[arg(long)]
     pub log: Option<PathBuf>,
     /// The form of the log
-    #[arg(long, global = true, default_value = "text")]
+    #[arg(long, default_value = "text")]
     pub log_format: LogFormat,
     /// Accepted for runc's callers
-    #[arg(long, global = true)]
+    #[arg(long)]
     pub debug: bool,
     /// Let systemd make the cgroups; linux.cgroupsPath is slice:prefix:name
-    #[arg(long, global = true)]
+    #[arg(long)]
     pub systemd_cgroup: bool,
     /// Do without cgroups that cannot be made: true, false or auto
-    #[arg(long, global = true, default_value = "auto")]
+    #[arg(long, default_value = "auto")]
     pub rootless: String,
     /// Accepted for runc's callers
-    #[arg(long, global = true, hide = true)]
+    #[arg(long, hide = true)]
     pub criu: Option<PathBuf>,
     #[command(subcommand)]
     pub command: Command,
