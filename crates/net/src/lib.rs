@@ -22,6 +22,7 @@ mod resolv;
 mod services;
 mod sysctl;
 mod tap;
+pub mod user;
 
 pub use address::{InvalidAddress, Mac, Subnet};
 pub use dhcp::fuzz_dhcp;

@@ -121,12 +121,10 @@ fn is_plain(word: &str) -> bool {
 
 /// The words of the last line of this kind, as resolv.conf(5) has it.
 fn host_words(text: &str, keyword: &str) -> Vec<String> {
-    let lines = text
+    let mut lines = text
         .lines()
         .filter_map(|line| line.trim().strip_prefix(keyword));
-    let last = lines
-        .filter(|rest| rest.starts_with([' ', '\t']))
-        .next_back()
+    let last = lines.rfind(|rest| rest.starts_with([' ', '\t']))
         .unwrap_or_default();
     last.split_whitespace().map(str::to_owned).collect()
 }

@@ -1,0 +1,252 @@
+//! A network for users without rights: Ethernet frames on a descriptor, the host's own sockets on the other side.
+//!
+//! The guest is alone on a small IPv4 network with a gateway that answers ARP, DHCP and ping, forwards DNS to the host's
+//! resolver, and makes each TCP connection and UDP flow of the guest one of the daemon's. The TCP towards the guest
+//! is smoltcp's. Everything is on one thread, by poll(2).
+
+mod flow;
+mod frame;
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::address::{Mac, Subnet};
+use crate::dhcp::{self, Lease};
+use crate::error::{Context, Error, Result};
+use flow::{TcpFlows, UdpFlows};
+use frame::{Frame, Transport};
+
+/// The guest's side of the network. The default is the one users of other user-mode stacks know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserConfig {
+    /// The guest's address with the prefix length.
+    pub guest: Subnet,
+    pub gateway: Ipv4Addr,
+    /// The guest's MAC address; DHCP answers no other.
+    pub mac: Mac,
+    pub hostname: String,
+    /// Whether the gateway's address leads to the host's own 127.0.0.1. Off: a guest shall not see what the user's own
+    /// services say to the user only.
+    pub host_loopback: bool,
+    /// Host addresses that lead to TCP ports of the guest.
+    pub forwards: Vec<(SocketAddr, u16)>,
+}
+
+impl UserConfig {
+    /// 10.0.2.15/24 behind 10.0.2.2.
+    pub fn new(mac: Mac) -> UserConfig {
+        UserConfig {
+            guest: Subnet::new(Ipv4Addr::new(10, 0, 2, 15).into(), 24).expect("24 is short"),
+            gateway: Ipv4Addr::new(10, 0, 2, 2),
+            mac,
+            hostname: "machine".into(),
+            host_loopback: false,
+            forwards: Vec::new(),
+        }
+    }
+
+    fn guest_v4(&self) -> Option<Ipv4Addr> {
+        match self.guest.address() {
+            std::net::IpAddr::V4(v4) => Some(v4),
+            std::net::IpAddr::V6(_) => None,
+        }
+    }
+}
+
+/// A running user-mode network; it ends when dropped.
+#[derive(Debug)]
+pub struct UserNet {
+    stop: Arc<OwnedFd>,
+    thread: Option<thread::JoinHandle<()>>,
+    /// Where the forwarded ports really are, in the order asked: port 0 was chosen by the kernel.
+    pub forwards: Vec<SocketAddr>,
+}
+
+impl UserNet {
+    /// Serves the frames of `link`, one per read or write: a datagram or seqpacket socket, or a tap.
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, and forwarded ports that are taken.
+    pub fn spawn(link: OwnedFd, config: UserConfig) -> Result<UserNet> {
+        let guest = config.guest_v4().ok_or_else(|| Error::invalid("the guest needs an IPv4 address"))?;
+        let gateway_inside = config.guest.contains(config.gateway.into());
+        if !gateway_inside || guest == config.gateway || config.guest.prefix() > 30 {
+            return Err(Error::invalid(format!("gateway {} does not fit {}", config.gateway, config.guest)));
+        }
+        rustix::io::ioctl_fionbio(&link, true).context(|| "setting up the link".into())?;
+        let tcp = TcpFlows::new(&config, guest)?;
+        let forwards = tcp.listening();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let stop = Arc::new(stop.context(|| "making an eventfd".into())?);
+        let stopped = Arc::clone(&stop);
+        let mut state = State { link, guest, config, tcp, udp: UdpFlows::default() };
+        let thread = thread::Builder::new()
+            .name("berth-usernet".into())
+            .spawn(move || {
+                if let Err(error) = state.run(stopped.as_fd()) {
+                    tracing::warn!(%error, "a user-mode network ended");
+                }
+            })
+            .context(|| "starting a thread".into())?;
+        Ok(UserNet { stop, thread: Some(thread), forwards })
+    }
+}
+
+impl Drop for UserNet {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct State {
+    link: OwnedFd,
+    guest: Ipv4Addr,
+    config: UserConfig,
+    tcp: TcpFlows,
+    udp: UdpFlows,
+}
+
+impl State {
+    fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
+        let mut buffer = vec![0u8; 65_536];
+        loop {
+            let wait = self.tcp.delay().min(Duration::from_secs(5));
+            let link_ended = {
+                let mut fds = vec![
+                    PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                    PollFd::new(&self.link, PollFlags::IN),
+                ];
+                self.tcp.interests(&mut fds);
+                self.udp.interests(&mut fds);
+                let timeout = Timespec {
+                    tv_sec: wait.as_secs().cast_signed(),
+                    tv_nsec: i64::from(wait.subsec_nanos()),
+                };
+                match poll(&mut fds, Some(&timeout)) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                if fds[0].revents().intersects(PollFlags::IN) {
+                    return Ok(());
+                }
+                let ended = PollFlags::HUP | PollFlags::ERR;
+                fds[1].revents().intersects(ended) && !fds[1].revents().intersects(PollFlags::IN)
+            };
+            if link_ended {
+                return Ok(());
+            }
+            // A busy guest does not starve the sockets.
+            for _ in 0..256 {
+                match rustix::io::read(&self.link, &mut buffer[..]) {
+                    Ok(0) => return Ok(()),
+                    Ok(length) => self.receive(&buffer[..length]),
+                    Err(rustix::io::Errno::AGAIN) => break,
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            for reply in self.udp.receive(Instant::now()) {
+                let (from, to) = (reply.from, reply.to);
+                self.send(frame::udp(self.ethernet(), from, (self.guest, to), &reply.data));
+            }
+            self.tcp.pump();
+            while let Some(packet) = self.tcp.outgoing() {
+                self.send(frame::ethernet(self.ethernet(), frame::IPV4, &packet));
+            }
+        }
+    }
+
+    /// The guest's MAC address and ours.
+    fn ethernet(&self) -> (Mac, Mac) {
+        (self.config.mac, Mac::of_v4(self.config.gateway))
+    }
+
+    fn send(&self, frame: Vec<u8>) {
+        // A full link loses frames, as Ethernet does.
+        let _ = rustix::io::write(&self.link, &frame);
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        match Frame::parse(bytes) {
+            // All the network but the guest is the gateway.
+            Some(Frame::Arp { sender, asked })
+                if asked != self.guest && self.config.guest.contains(asked.into()) =>
+            {
+                self.send(frame::arp_reply(self.ethernet(), asked, sender));
+            }
+            Some(Frame::Ipv4 { source, destination, transport, packet }) => {
+                self.route(source, destination, transport, packet);
+            }
+            _ => {}
+        }
+    }
+
+    fn route(&mut self, source: Ipv4Addr, destination: Ipv4Addr, transport: Transport<'_>, packet: &[u8]) {
+        if let Transport::Udp { destination_port: 67, data, .. } = transport {
+            let lease = Lease {
+                address: self.config.guest,
+                router: Some(self.config.gateway),
+                hostname: self.config.hostname.clone(),
+                mtu: None,
+            };
+            if let Some(reply) = dhcp::answer(data, self.config.mac, &lease, self.config.gateway) {
+                let from = (self.config.gateway, 67);
+                self.send(frame::udp(self.ethernet(), from, (Ipv4Addr::BROADCAST, 68), &reply));
+            }
+            return;
+        }
+        if source != self.guest {
+            return;
+        }
+        match transport {
+            Transport::Echo { data } if destination == self.config.gateway => {
+                let (guest, gateway) = (self.guest, destination);
+                self.send(frame::echo_reply(self.ethernet(), gateway, guest, data));
+            }
+            Transport::Udp { source_port, destination_port, data } => {
+                if let Some(target) = self.target(destination, destination_port, true) {
+                    self.udp.send((source_port, (destination, destination_port)), target, data);
+                }
+            }
+            Transport::Tcp { source_port, destination_port, opens } => {
+                let target = self.target(destination, destination_port, false);
+                self.tcp.receive((source_port, (destination, destination_port)), target, opens, packet);
+            }
+            _ => {}
+        }
+    }
+
+    /// Where on the host's side an address of the guest's view is; `None` for what it may not reach.
+    fn target(&self, address: Ipv4Addr, port: u16, udp: bool) -> Option<SocketAddr> {
+        if address == self.config.gateway {
+            if port == 53 {
+                return flow::resolver();
+            }
+            return self.config.host_loopback.then(|| (Ipv4Addr::LOCALHOST, port).into());
+        }
+        let bad = address.is_loopback()
+            || address.is_unspecified()
+            || address.is_multicast()
+            || address.is_broadcast()
+            || self.config.guest.contains(address.into())
+            || (udp && port == 0);
+        (!bad).then(|| (address, port).into())
+    }
+}
+
+/// Entry for fuzzing: any bytes as a frame of the guest. Nothing is sent to the host's network.
+pub fn fuzz_user_frame(data: &[u8]) {
+    let _ = Frame::parse(data);
+}
+
+#[cfg(test)]
+mod tests;
