@@ -124,7 +124,8 @@ fn host_words(text: &str, keyword: &str) -> Vec<String> {
     let mut lines = text
         .lines()
         .filter_map(|line| line.trim().strip_prefix(keyword));
-    let last = lines.rfind(|rest| rest.starts_with([' ', '\t']))
+    let last = lines
+        .rfind(|rest| rest.starts_with([' ', '\t']))
         .unwrap_or_default();
     last.split_whitespace().map(str::to_owned).collect()
 }

@@ -74,10 +74,15 @@ impl UserNet {
     /// # Errors
     /// A configuration that makes no sense, and forwarded ports that are taken.
     pub fn spawn(link: OwnedFd, config: UserConfig) -> Result<UserNet> {
-        let guest = config.guest_v4().ok_or_else(|| Error::invalid("the guest needs an IPv4 address"))?;
+        let guest = config
+            .guest_v4()
+            .ok_or_else(|| Error::invalid("the guest needs an IPv4 address"))?;
         let gateway_inside = config.guest.contains(config.gateway.into());
         if !gateway_inside || guest == config.gateway || config.guest.prefix() > 30 {
-            return Err(Error::invalid(format!("gateway {} does not fit {}", config.gateway, config.guest)));
+            return Err(Error::invalid(format!(
+                "gateway {} does not fit {}",
+                config.gateway, config.guest
+            )));
         }
         rustix::io::ioctl_fionbio(&link, true).context(|| "setting up the link".into())?;
         let tcp = TcpFlows::new(&config, guest)?;
@@ -85,7 +90,13 @@ impl UserNet {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context(|| "making an eventfd".into())?);
         let stopped = Arc::clone(&stop);
-        let mut state = State { link, guest, config, tcp, udp: UdpFlows::default() };
+        let mut state = State {
+            link,
+            guest,
+            config,
+            tcp,
+            udp: UdpFlows::default(),
+        };
         let thread = thread::Builder::new()
             .name("berth-usernet".into())
             .spawn(move || {
@@ -94,7 +105,11 @@ impl UserNet {
                 }
             })
             .context(|| "starting a thread".into())?;
-        Ok(UserNet { stop, thread: Some(thread), forwards })
+        Ok(UserNet {
+            stop,
+            thread: Some(thread),
+            forwards,
+        })
     }
 }
 
@@ -156,7 +171,12 @@ impl State {
             }
             for reply in self.udp.receive(Instant::now()) {
                 let (from, to) = (reply.from, reply.to);
-                self.send(frame::udp(self.ethernet(), from, (self.guest, to), &reply.data));
+                self.send(frame::udp(
+                    self.ethernet(),
+                    from,
+                    (self.guest, to),
+                    &reply.data,
+                ));
             }
             self.tcp.pump();
             while let Some(packet) = self.tcp.outgoing() {
@@ -183,15 +203,31 @@ impl State {
             {
                 self.send(frame::arp_reply(self.ethernet(), asked, sender));
             }
-            Some(Frame::Ipv4 { source, destination, transport, packet }) => {
+            Some(Frame::Ipv4 {
+                source,
+                destination,
+                transport,
+                packet,
+            }) => {
                 self.route(source, destination, transport, packet);
             }
             _ => {}
         }
     }
 
-    fn route(&mut self, source: Ipv4Addr, destination: Ipv4Addr, transport: Transport<'_>, packet: &[u8]) {
-        if let Transport::Udp { destination_port: 67, data, .. } = transport {
+    fn route(
+        &mut self,
+        source: Ipv4Addr,
+        destination: Ipv4Addr,
+        transport: Transport<'_>,
+        packet: &[u8],
+    ) {
+        if let Transport::Udp {
+            destination_port: 67,
+            data,
+            ..
+        } = transport
+        {
             let lease = Lease {
                 address: self.config.guest,
                 router: Some(self.config.gateway),
@@ -200,7 +236,12 @@ impl State {
             };
             if let Some(reply) = dhcp::answer(data, self.config.mac, &lease, self.config.gateway) {
                 let from = (self.config.gateway, 67);
-                self.send(frame::udp(self.ethernet(), from, (Ipv4Addr::BROADCAST, 68), &reply));
+                self.send(frame::udp(
+                    self.ethernet(),
+                    from,
+                    (Ipv4Addr::BROADCAST, 68),
+                    &reply,
+                ));
             }
             return;
         }
@@ -212,14 +253,28 @@ impl State {
                 let (guest, gateway) = (self.guest, destination);
                 self.send(frame::echo_reply(self.ethernet(), gateway, guest, data));
             }
-            Transport::Udp { source_port, destination_port, data } => {
+            Transport::Udp {
+                source_port,
+                destination_port,
+                data,
+            } => {
                 if let Some(target) = self.target(destination, destination_port, true) {
-                    self.udp.send((source_port, (destination, destination_port)), target, data);
+                    self.udp
+                        .send((source_port, (destination, destination_port)), target, data);
                 }
             }
-            Transport::Tcp { source_port, destination_port, opens } => {
+            Transport::Tcp {
+                source_port,
+                destination_port,
+                opens,
+            } => {
                 let target = self.target(destination, destination_port, false);
-                self.tcp.receive((source_port, (destination, destination_port)), target, opens, packet);
+                self.tcp.receive(
+                    (source_port, (destination, destination_port)),
+                    target,
+                    opens,
+                    packet,
+                );
             }
             _ => {}
         }
@@ -231,7 +286,10 @@ impl State {
             if port == 53 {
                 return flow::resolver();
             }
-            return self.config.host_loopback.then(|| (Ipv4Addr::LOCALHOST, port).into());
+            return self
+                .config
+                .host_loopback
+                .then(|| (Ipv4Addr::LOCALHOST, port).into());
         }
         let bad = address.is_loopback()
             || address.is_unspecified()

@@ -28,10 +28,10 @@ const MTU: usize = 1500;
 /// The first resolver of the host.
 pub(super) fn resolver() -> Option<SocketAddr> {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    crate::resolv::name_servers(&text).first().map(|server| SocketAddr::new(*server, 53))
+    crate::resolv::name_servers(&text)
+        .first()
+        .map(|server| SocketAddr::new(*server, 53))
 }
-
-
 
 #[derive(Default)]
 pub(super) struct UdpFlows {
@@ -56,11 +56,19 @@ impl UdpFlows {
         let now = Instant::now();
         if !self.flows.contains_key(&key) {
             if self.flows.len() >= MOST_UDP {
-                let oldest = self.flows.iter().min_by_key(|(_, flow)| flow.used).map(|(key, _)| *key);
+                let oldest = self
+                    .flows
+                    .iter()
+                    .min_by_key(|(_, flow)| flow.used)
+                    .map(|(key, _)| *key);
                 self.flows.remove(&oldest.expect("there are many"));
             }
             let opened = (|| {
-                let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let any = if target.is_ipv4() {
+                    "0.0.0.0:0"
+                } else {
+                    "[::]:0"
+                };
                 let socket = UdpSocket::bind(any)?;
                 socket.set_nonblocking(true)?;
                 socket.connect(target)?;
@@ -76,7 +84,11 @@ impl UdpFlows {
     }
 
     pub(super) fn interests<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        fds.extend(self.flows.values().map(|flow| PollFd::new(&flow.socket, PollFlags::IN)));
+        fds.extend(
+            self.flows
+                .values()
+                .map(|flow| PollFd::new(&flow.socket, PollFlags::IN)),
+        );
     }
 
     /// What arrived since; what fits the guest's MTU.
@@ -87,7 +99,11 @@ impl UdpFlows {
             while let Ok(length) = flow.socket.recv(&mut buffer) {
                 flow.used = now;
                 if length <= MTU - 28 {
-                    replies.push(Reply { from: key.1, to: key.0, data: buffer[..length].to_vec() });
+                    replies.push(Reply {
+                        from: key.1,
+                        to: key.0,
+                        data: buffer[..length].to_vec(),
+                    });
                 }
             }
             now.duration_since(flow.used) < UDP_SILENCE
@@ -95,8 +111,6 @@ impl UdpFlows {
         replies
     }
 }
-
-
 
 /// smoltcp's view of the link: IP packets in two queues.
 #[derive(Default)]
@@ -177,8 +191,11 @@ impl TcpFlows {
     pub(super) fn new(config: &UserConfig, guest: Ipv4Addr) -> Result<TcpFlows> {
         let mut listeners = Vec::new();
         for (address, port) in &config.forwards {
-            let listener = TcpListener::bind(address).context(|| format!("forwarding {address}"))?;
-            listener.set_nonblocking(true).context(|| format!("forwarding {address}"))?;
+            let listener =
+                TcpListener::bind(address).context(|| format!("forwarding {address}"))?;
+            listener
+                .set_nonblocking(true)
+                .context(|| format!("forwarding {address}"))?;
             listeners.push((listener, *port));
         }
         let mut queues = Queues::default();
@@ -194,7 +211,10 @@ impl TcpFlows {
         });
         // Every address is ours, so that the guest may call any.
         interface.set_any_ip(true);
-        interface.routes_mut().add_default_ipv4_route(config.gateway).expect("there is room for one");
+        interface
+            .routes_mut()
+            .add_default_ipv4_route(config.gateway)
+            .expect("there is room for one");
         Ok(TcpFlows {
             queues,
             interface,
@@ -209,19 +229,37 @@ impl TcpFlows {
     }
 
     pub(super) fn listening(&self) -> Vec<SocketAddr> {
-        self.listeners.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
+        self.listeners
+            .iter()
+            .filter_map(|(listener, _)| listener.local_addr().ok())
+            .collect()
     }
 
     /// A segment of the guest.
-    pub(super) fn receive(&mut self, key: Key, target: Option<SocketAddr>, opens: bool, packet: &[u8]) {
+    pub(super) fn receive(
+        &mut self,
+        key: Key,
+        target: Option<SocketAddr>,
+        opens: bool,
+        packet: &[u8],
+    ) {
         match self.flows.get(&key) {
             // A repeated SYN, while the host still connects.
-            Some(Flow { stage: Stage::Connecting(..), .. }) => return,
+            Some(Flow {
+                stage: Stage::Connecting(..),
+                ..
+            }) => return,
             Some(_) => {}
             None if opens && self.flows.len() < MOST_TCP => {
                 if let Some(Ok(host)) = target.map(connect) {
                     let stage = Stage::Connecting(packet.to_vec(), Instant::now());
-                    let flow = Flow { host, stage, host_ended: false, guest_ended: false, can_write: false };
+                    let flow = Flow {
+                        host,
+                        stage,
+                        host_ended: false,
+                        guest_ended: false,
+                        can_write: false,
+                    };
                     self.flows.insert(key, flow);
                     return;
                 }
@@ -237,12 +275,18 @@ impl TcpFlows {
         if !self.queues.incoming.is_empty() {
             return Duration::ZERO;
         }
-        let delay = self.interface.poll_delay(smoltcp::time::Instant::now(), &self.sockets);
+        let delay = self
+            .interface
+            .poll_delay(smoltcp::time::Instant::now(), &self.sockets);
         delay.map_or(Duration::from_secs(5), Into::into)
     }
 
     pub(super) fn interests<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        fds.extend(self.listeners.iter().map(|(listener, _)| PollFd::new(listener, PollFlags::IN)));
+        fds.extend(
+            self.listeners
+                .iter()
+                .map(|(listener, _)| PollFd::new(listener, PollFlags::IN)),
+        );
         for flow in self.flows.values() {
             let mut wanted = PollFlags::empty();
             match &flow.stage {
@@ -274,7 +318,9 @@ impl TcpFlows {
         self.poll();
         let mut done = Vec::new();
         for (key, flow) in &mut self.flows {
-            let Stage::Open(handle) = flow.stage else { continue };
+            let Stage::Open(handle) = flow.stage else {
+                continue;
+            };
             let socket = self.sockets.get_mut::<tcp::Socket>(handle);
             if let Err(error) = relay(flow, socket, &mut self.scratch) {
                 tracing::trace!(%error, "a connection of the guest broke");
@@ -294,19 +340,24 @@ impl TcpFlows {
 
     fn poll(&mut self) {
         let now = smoltcp::time::Instant::now();
-        self.interface.poll(now, &mut self.queues, &mut self.sockets);
+        self.interface
+            .poll(now, &mut self.queues, &mut self.sockets);
     }
 
     fn accept(&mut self) {
         for index in 0..self.listeners.len() {
             while self.flows.len() < MOST_TCP {
-                let Ok((host, _)) = self.listeners[index].0.accept() else { break };
+                let Ok((host, _)) = self.listeners[index].0.accept() else {
+                    break;
+                };
                 if host.set_nonblocking(true).is_err() {
                     continue;
                 }
                 let _ = host.set_nodelay(true);
                 let guest_port = self.listeners[index].1;
-                let Some(own) = self.free_port(guest_port) else { break };
+                let Some(own) = self.free_port(guest_port) else {
+                    break;
+                };
                 let mut socket = new_socket();
                 let to = (IpAddress::Ipv4(self.guest), guest_port);
                 let from = (IpAddress::Ipv4(self.gateway), own);
@@ -314,7 +365,13 @@ impl TcpFlows {
                     continue;
                 }
                 let stage = Stage::Open(self.sockets.add(socket));
-                let flow = Flow { host, stage, host_ended: false, guest_ended: false, can_write: true };
+                let flow = Flow {
+                    host,
+                    stage,
+                    host_ended: false,
+                    guest_ended: false,
+                    can_write: true,
+                };
                 self.flows.insert((guest_port, (self.gateway, own)), flow);
             }
         }
@@ -335,7 +392,9 @@ impl TcpFlows {
         let mut failed = Vec::new();
         let mut connected = Vec::new();
         for (key, flow) in &self.flows {
-            let Stage::Connecting(_, since) = &flow.stage else { continue };
+            let Stage::Connecting(_, since) = &flow.stage else {
+                continue;
+            };
             match flow.host.take_error() {
                 Ok(None) if flow.host.peer_addr().is_ok() => connected.push(*key),
                 Ok(None) if since.elapsed() < Duration::from_secs(60) => {}
@@ -343,16 +402,25 @@ impl TcpFlows {
             }
         }
         for key in failed {
-            if let Some(Flow { stage: Stage::Connecting(syn, _), .. }) = self.flows.remove(&key) {
+            if let Some(Flow {
+                stage: Stage::Connecting(syn, _),
+                ..
+            }) = self.flows.remove(&key)
+            {
                 // Nobody listens: refused.
                 self.queues.incoming.push_back(syn);
             }
         }
         for key in connected {
-            let Some(flow) = self.flows.get_mut(&key) else { continue };
+            let Some(flow) = self.flows.get_mut(&key) else {
+                continue;
+            };
             let mut socket = new_socket();
             let (address, port) = key.1;
-            let at = IpListenEndpoint { addr: Some(IpAddress::Ipv4(address)), port };
+            let at = IpListenEndpoint {
+                addr: Some(IpAddress::Ipv4(address)),
+                port,
+            };
             if socket.listen(at).is_err() {
                 continue; // port 0, which nobody connects to
             }
@@ -364,7 +432,8 @@ impl TcpFlows {
             }
             // At once, so that this listening socket takes this SYN and no other.
             let now = smoltcp::time::Instant::now();
-            self.interface.poll(now, &mut self.queues, &mut self.sockets);
+            self.interface
+                .poll(now, &mut self.queues, &mut self.sockets);
         }
     }
 }
@@ -380,7 +449,11 @@ fn new_socket() -> tcp::Socket<'static> {
 
 /// A socket that is about to be connected.
 fn connect(target: SocketAddr) -> io::Result<TcpStream> {
-    let family = if target.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if target.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     match rustix::net::connect(&socket, &target) {
@@ -406,7 +479,9 @@ fn relay(flow: &mut Flow, socket: &mut tcp::Socket<'_>, scratch: &mut [u8]) -> i
             Ok(length) => {
                 let taken = socket.send_slice(&scratch[..length]).unwrap_or(0);
                 if taken != length {
-                    return Err(io::Error::other("the guest's side took less than it had room for"));
+                    return Err(io::Error::other(
+                        "the guest's side took less than it had room for",
+                    ));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

@@ -10,27 +10,49 @@ const ARP: u16 = 0x0806;
 /// A frame of the guest that means something to us.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Frame<'a> {
-    Arp { sender: Ipv4Addr, asked: Ipv4Addr },
-    Ipv4 { source: Ipv4Addr, destination: Ipv4Addr, transport: Transport<'a>, packet: &'a [u8] },
+    Arp {
+        sender: Ipv4Addr,
+        asked: Ipv4Addr,
+    },
+    Ipv4 {
+        source: Ipv4Addr,
+        destination: Ipv4Addr,
+        transport: Transport<'a>,
+        packet: &'a [u8],
+    },
 }
 
 /// What an IPv4 packet carries.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Transport<'a> {
-    Udp { source_port: u16, destination_port: u16, data: &'a [u8] },
+    Udp {
+        source_port: u16,
+        destination_port: u16,
+        data: &'a [u8],
+    },
     /// `opens`: SYN without ACK.
-    Tcp { source_port: u16, destination_port: u16, opens: bool },
+    Tcp {
+        source_port: u16,
+        destination_port: u16,
+        opens: bool,
+    },
     /// An echo request's bytes after the checksum.
-    Echo { data: &'a [u8] },
+    Echo {
+        data: &'a [u8],
+    },
     Other,
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2).map(|b| u16::from_be_bytes([b[0], b[1]]))
+    bytes
+        .get(at..at + 2)
+        .map(|b| u16::from_be_bytes([b[0], b[1]]))
 }
 
 fn v4_at(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {
-    bytes.get(at..at + 4).map(|b| Ipv4Addr::new(b[0], b[1], b[2], b[3]))
+    bytes
+        .get(at..at + 4)
+        .map(|b| Ipv4Addr::new(b[0], b[1], b[2], b[3]))
 }
 
 impl<'a> Frame<'a> {
@@ -39,9 +61,10 @@ impl<'a> Frame<'a> {
         let payload = bytes.get(14..)?;
         match u16_at(bytes, 12)? {
             // Ethernet, IPv4, a request.
-            ARP if payload.get(..8)? == [0, 1, 8, 0, 6, 4, 0, 1] => {
-                Some(Frame::Arp { sender: v4_at(payload, 14)?, asked: v4_at(payload, 24)? })
-            }
+            ARP if payload.get(..8)? == [0, 1, 8, 0, 6, 4, 0, 1] => Some(Frame::Arp {
+                sender: v4_at(payload, 14)?,
+                asked: v4_at(payload, 24)?,
+            }),
             IPV4 => Frame::parse_ipv4(payload),
             _ => None,
         }
@@ -77,7 +100,12 @@ impl<'a> Frame<'a> {
             }
             _ => Transport::Other,
         };
-        Some(Frame::Ipv4 { source: v4_at(packet, 12)?, destination: v4_at(packet, 16)?, transport, packet })
+        Some(Frame::Ipv4 {
+            source: v4_at(packet, 12)?,
+            destination: v4_at(packet, 16)?,
+            transport,
+            packet,
+        })
     }
 }
 
@@ -126,7 +154,12 @@ fn ipv4(protocol: u8, from: Ipv4Addr, to: Ipv4Addr, body: &[u8]) -> Vec<u8> {
 }
 
 /// `data` must fit one packet (at most 65,507 bytes, which what a socket received does).
-pub(super) fn udp(addresses: (Mac, Mac), from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), data: &[u8]) -> Vec<u8> {
+pub(super) fn udp(
+    addresses: (Mac, Mac),
+    from: (Ipv4Addr, u16),
+    to: (Ipv4Addr, u16),
+    data: &[u8],
+) -> Vec<u8> {
     let length = (8 + data.len()).min(usize::from(u16::MAX)) as u16;
     let mut body = Vec::with_capacity(8 + data.len());
     body.extend(from.1.to_be_bytes());
@@ -134,7 +167,13 @@ pub(super) fn udp(addresses: (Mac, Mac), from: (Ipv4Addr, u16), to: (Ipv4Addr, u
     body.extend(length.to_be_bytes());
     body.extend([0, 0]);
     body.extend(data);
-    let pseudo = [&from.0.octets()[..], &to.0.octets(), &[0, 17], &length.to_be_bytes()].concat();
+    let pseudo = [
+        &from.0.octets()[..],
+        &to.0.octets(),
+        &[0, 17],
+        &length.to_be_bytes(),
+    ]
+    .concat();
     let sum = match checksum(&[&pseudo, &body]) {
         0 => 0xffff, // zero says "none" in UDP
         sum => sum,
@@ -143,7 +182,12 @@ pub(super) fn udp(addresses: (Mac, Mac), from: (Ipv4Addr, u16), to: (Ipv4Addr, u
     ethernet(addresses, IPV4, &ipv4(17, from.0, to.0, &body))
 }
 
-pub(super) fn echo_reply(addresses: (Mac, Mac), from: Ipv4Addr, to: Ipv4Addr, data: &[u8]) -> Vec<u8> {
+pub(super) fn echo_reply(
+    addresses: (Mac, Mac),
+    from: Ipv4Addr,
+    to: Ipv4Addr,
+    data: &[u8],
+) -> Vec<u8> {
     let mut body = vec![0, 0, 0, 0];
     body.extend(data);
     let sum = checksum(&[&body]);

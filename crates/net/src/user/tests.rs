@@ -21,27 +21,54 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
             eprintln!("SKIPPED: no /dev/net/tun");
             return;
         }
-        let up = LinkChange { up: Some(true), ..LinkChange::default() };
+        let up = LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        };
         // The "world" is another address of this host.
-        Netlink::open().unwrap().add_address(1, "192.0.2.1/24".parse().unwrap()).unwrap();
+        Netlink::open()
+            .unwrap()
+            .add_address(1, "192.0.2.1/24".parse().unwrap())
+            .unwrap();
         let mac = Mac([2, 0, 0, 0, 0, 9]);
         let (guest, link) = thread::spawn(move || {
             // SAFETY: only this thread's network namespace changes; it holds no sockets yet.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-            let queues = tap::make("eth0", TapOptions { vnet_header: false, queues: 1 }).unwrap();
+            let queues = tap::make(
+                "eth0",
+                TapOptions {
+                    vnet_header: false,
+                    queues: 1,
+                },
+            )
+            .unwrap();
             let mut netlink = Netlink::open().unwrap();
             let index = netlink.link("eth0").unwrap().unwrap().index;
-            netlink.set_link(index, &LinkChange { mac: Some(mac), ..LinkChange::default() }).unwrap();
-            netlink.add_address(index, "10.0.2.15/24".parse().unwrap()).unwrap();
+            netlink
+                .set_link(
+                    index,
+                    &LinkChange {
+                        mac: Some(mac),
+                        ..LinkChange::default()
+                    },
+                )
+                .unwrap();
+            netlink
+                .add_address(index, "10.0.2.15/24".parse().unwrap())
+                .unwrap();
             netlink.set_link(index, &up).unwrap();
             netlink.set_link(1, &up).unwrap();
-            netlink.replace_default_route("10.0.2.2".parse().unwrap(), index).unwrap();
+            netlink
+                .replace_default_route("10.0.2.2".parse().unwrap(), index)
+                .unwrap();
             (current().unwrap(), queues)
         })
         .join()
         .unwrap();
-        let config =
-            UserConfig { forwards: vec![("127.0.0.1:0".parse().unwrap(), 80)], ..UserConfig::new(mac) };
+        let config = UserConfig {
+            forwards: vec![("127.0.0.1:0".parse().unwrap(), 80)],
+            ..UserConfig::new(mac)
+        };
         let network = UserNet::spawn(link.into_iter().next().unwrap(), config).unwrap();
         let server = TcpListener::bind("0.0.0.0:7").unwrap();
         // Echoes until the guest's end, then ends.
@@ -68,12 +95,21 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
         })
         .unwrap();
         echo.join().unwrap();
-        assert!(back == data, "{} of {} bytes came back", back.len(), data.len());
+        assert!(
+            back == data,
+            "{} of {} bytes came back",
+            back.len(),
+            data.len()
+        );
         // Nobody listens: refused at once. The host's loopback: not there.
         let _secret = TcpListener::bind("127.0.0.1:22").unwrap();
         for address in ["192.0.2.1:9", "10.0.2.2:22"] {
             let result = within(guest.as_fd(), || TcpStream::connect(address));
-            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::ConnectionRefused, "{address}");
+            assert_eq!(
+                result.unwrap_err().kind(),
+                io::ErrorKind::ConnectionRefused,
+                "{address}"
+            );
         }
         let server = UdpSocket::bind("0.0.0.0:7").unwrap();
         let echo = thread::spawn(move || {
@@ -89,7 +125,10 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
             let (length, from) = socket.recv_from(&mut buffer)?;
             Ok((buffer[..length].to_vec(), from.ip()))
         });
-        assert_eq!(answer.unwrap(), (b"hello".to_vec(), "192.0.2.1".parse::<IpAddr>().unwrap()));
+        assert_eq!(
+            answer.unwrap(),
+            (b"hello".to_vec(), "192.0.2.1".parse::<IpAddr>().unwrap())
+        );
         echo.join().unwrap();
         // And in, by the forwarded port.
         let inside = within(guest.as_fd(), || TcpListener::bind("0.0.0.0:80")).unwrap();
@@ -98,7 +137,9 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
             write!(stream, "{}", peer.ip()).unwrap();
         });
         let mut stream = TcpStream::connect(network.forwards[0]).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         assert_eq!(text, "10.0.2.2");
