@@ -1,9 +1,24 @@
 //! The software CPU: runs x86-64 guests on hosts without hardware virtualization, by translating guest code to host code.
+//!
+//! [`run`] finds and runs blocks that [`translate`] makes; [`system`] holds what is done in Rust. See [`translate`] for
+//! how guest state lies in host registers.
+//!
+//! Debugging: `BERTH_SOFT_MODE=single` translates one instruction at a time and never chains (the reference
+//! interpreter); `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters. Both may be given,
+//! with a comma.
 
+pub mod cache;
 pub mod clock;
+mod host;
 pub mod machine;
 pub mod mem;
 pub mod run;
+mod saved;
 pub mod state;
+mod stubs;
 pub mod system;
 pub mod tlb;
+pub mod translate;
+mod vcpu;
+
+pub use vcpu::{SoftVcpu, SoftVm};

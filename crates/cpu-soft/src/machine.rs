@@ -15,11 +15,15 @@ struct Bank {
     gpa: u64,
     len: u64,
     host: *mut u8,
+    /// Index of its first page in [`Machine::code`].
+    first: usize,
 }
 
 /// One machine's shared side.
 pub struct Machine {
     memory: OnceLock<(Arc<GuestMemory>, Vec<Bank>)>,
+    /// For each page of RAM, one bit per 64 bytes that some CPU has translated.
+    code: OnceLock<Vec<AtomicU64>>,
     /// By CPU number; set once when a CPU is made.
     pub(crate) mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     pub vcpus: u32,
@@ -34,8 +38,7 @@ unsafe impl Sync for Machine {}
 
 impl Machine {
     pub fn new(vcpus: u32, model: cpu::CpuModel) -> Machine {
-        Machine {
-            memory: OnceLock::new(),
+        Machine { memory: OnceLock::new(), code: OnceLock::new(),
             mailboxes: Mutex::new(Vec::new()),
             vcpus,
             model,
@@ -45,16 +48,20 @@ impl Machine {
     /// Sets guest RAM; false when it was set before or a region is not page-aligned.
     pub fn set_memory(&self, memory: Arc<GuestMemory>) -> bool {
         let mut banks = Vec::new();
+        let mut pages = 0;
         for region in memory.iter() {
             let gpa = vm_memory::Address::raw_value(&region.start_addr());
             if gpa % 4096 != 0 || region.len() % 4096 != 0 || region.as_ptr() as usize % 4096 != 0 {
                 return false;
             }
-            banks.push(Bank {
-                gpa,
-                len: region.len(),
-                host: region.as_ptr(),
-            });
+            banks.push(Bank { gpa, len: region.len(), host: region.as_ptr(), first: pages });
+            pages += (region.len() / 4096) as usize;
+        }
+        // Zeroed memory of the allocator is untouched memory of the kernel: pages without code cost nothing.
+        let mut code = Vec::with_capacity(pages);
+        code.resize_with(pages, || AtomicU64::new(0));
+        if self.code.set(code).is_err() {
+            return false;
         }
         // The largest bank first: most accesses end at the first comparison.
         banks.sort_by_key(|b| std::cmp::Reverse(b.len));
@@ -73,6 +80,48 @@ impl Machine {
             }
         }
         None
+    }
+
+    /// The bits of translated code of the page of `gpa`; `None` where there is no RAM.
+    #[inline]
+    pub(crate) fn granules(&self, gpa: u64) -> Option<&AtomicU64> {
+        let (_, banks) = self.memory.get()?;
+        for bank in banks {
+            let offset = gpa.wrapping_sub(bank.gpa);
+            if offset < bank.len {
+                return self.code.get()?.get(bank.first + (offset >> 12) as usize);
+            }
+        }
+        None
+    }
+
+    /// Guest-physical bytes were written behind the CPUs' backs, or by the CPU `by`: all others drop translated code of them.
+    /// True where there was any.
+    pub(crate) fn drop_code(&self, gpa: u64, len: u64, by: Option<u32>) -> bool {
+        let mut found = false;
+        let mut at = gpa;
+        let end = gpa.saturating_add(len);
+        while at < end {
+            let stop = ((at | 0xfff) + 1).min(end);
+            if let Some(bits) = self.granules(at) {
+                let hit = granule_mask(at, stop - at);
+                if bits.load(Ordering::SeqCst) & hit != 0 {
+                    bits.fetch_and(!hit, Ordering::SeqCst);
+                    found = true;
+                    let first = at & !63;
+                    let last = (stop + 63) & !63;
+                    for (id, mailbox) in self.mailboxes.lock().unwrap_or_else(|e| e.into_inner()).iter().enumerate() {
+                        if by != Some(id as u32) {
+                            mailbox.stale.lock().unwrap_or_else(|e| e.into_inner()).push((first, last - first));
+                            mailbox.requests.fetch_or(request::SAFE_POINT, Ordering::SeqCst);
+                            mailbox.ring();
+                        }
+                    }
+                }
+            }
+            at = stop;
+        }
+        found
     }
 
     /// Sends a fixed interrupt to one CPU (by APIC id).
@@ -100,6 +149,13 @@ impl Machine {
             .get(apic_id as usize)
             .cloned()
     }
+}
+
+/// Bits of a page's granules that `len` bytes at `gpa` (inside one page) touch.
+pub(crate) fn granule_mask(gpa: u64, len: u64) -> u64 {
+    let first = (gpa & 0xfff) >> 6;
+    let last = ((gpa & 0xfff) + len.max(1) - 1).min(0xfff) >> 6;
+    (u64::MAX >> (63 - (last - first))) << first
 }
 
 /// Where a CPU's `attention` word is, as long as the CPU exists.
@@ -138,6 +194,7 @@ impl Mailbox {
             sipi_vector: AtomicU32::new(0),
             alarm: AtomicU64::new(0),
             apic: crate::system::apic::Shared::default(),
+            stale: Mutex::default(),
             attention: AttentionPointer::default(),
             sleeper: Sleeper::default(),
         }

@@ -176,6 +176,8 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// An access that could not be made in place: where it goes once the instruction has run (see `translate`).
     pub bounce: Bounce,
+    /// FXSAVE image of x87 and MMX state while no run is under way.
+    pub x87: FxImage,
     /// The bus, valid while the run loop runs.
     pub(crate) io: Option<*mut (dyn CpuIo + 'static)>,
     /// The run loop's side: code cache, lookup, counters. Null in tests of single helpers.
@@ -186,6 +188,23 @@ pub struct Cpu {
     pub id: u32,
     /// What the system side keeps: MSRs, local APIC, time.
     pub system: System,
+}
+
+/// An FXSAVE64 image (SDM vol. 1, 10.5.1).
+#[derive(Clone)]
+#[repr(C, align(64))]
+pub struct FxImage(pub [u8; 512]);
+
+impl FxImage {
+    /// After FNINIT, with MXCSR 0x1f80.
+    pub const fn reset() -> FxImage {
+        let mut bytes = [0u8; 512];
+        bytes[0] = 0x7f;
+        bytes[1] = 0x03;
+        bytes[24] = 0x80;
+        bytes[25] = 0x1f;
+        FxImage(bytes)
+    }
 }
 
 /// See [`Cpu::bounce`].
@@ -209,6 +228,8 @@ pub struct Mailbox {
     pub alarm: AtomicU64,
     /// What senders of interrupts must know of this CPU's APIC.
     pub apic: crate::system::apic::Shared,
+    /// Guest-physical bytes (address, length) whose translated code is to be dropped at the next safe point.
+    pub(crate) stale: std::sync::Mutex<Vec<(u64, u64)>>,
     pub(crate) attention: crate::machine::AttentionPointer,
     pub(crate) sleeper: crate::machine::Sleeper,
 }
@@ -225,18 +246,18 @@ pub mod request {
     pub const ALARM: u32 = 32;
 }
 
-/// One entry of the inline look-aside buffers: `tag` is the page's virtual address (`u64::MAX`: empty),
-/// `addend` is host address minus guest virtual address.
+/// One entry of the inline look-aside buffers: `tag` is the page's virtual address, `host` the page's host address.
+/// An empty entry has the tag of a page that belongs to another entry, so that nothing matches.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct TlbEntry {
     pub tag: u64,
-    pub addend: u64,
+    pub host: u64,
 }
 
 pub const TLB_ENTRIES: usize = 1024;
 /// Entries of the table for indirect jumps.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 16384;
 
 /// Look-aside buffers of one privilege level.
 #[repr(C)]
@@ -293,6 +314,7 @@ impl Frame {
                 address: 0,
                 len: 0,
             },
+            x87: FxImage::reset(),
             io: None,
             engine: std::ptr::null_mut(),
             machine,

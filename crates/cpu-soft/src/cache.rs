@@ -1,0 +1,252 @@
+//! Where translated code lives: one memfd mapped twice, once writable and once executable, and the index of its blocks.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::mm::{MapFlags, ProtFlags};
+
+/// What blocks are told apart by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    pub rip: u64,
+    /// See [`mode`].
+    pub mode: u8,
+}
+
+/// Bits of [`Key::mode`].
+pub mod mode {
+    pub const USER: u8 = 1;
+    /// CR0.TS or CR0.EM: floating point faults.
+    pub const NO_FPU: u8 = 2;
+    /// One instruction, then back to the run loop.
+    pub const SINGLE: u8 = 4;
+}
+
+/// A stretch of translated guest code.
+#[derive(Debug, Clone)]
+pub struct Block {
+    pub key: Key,
+    /// Guest-physical page of the bytes beyond the first page, for the one kind of block that crosses: a single instruction.
+    pub second: Option<u64>,
+    /// Host address of the entry for indirect jumps (checks r10, polls).
+    pub indirect: u64,
+    /// Host address of the entry with flags in EFLAGS.
+    pub direct: u64,
+    /// Host address of code that leaves for the run loop with rip at the block's start.
+    pub leave: u64,
+    pub end: u64,
+    /// Guest bytes.
+    pub len: u32,
+    pub flags_live: bool,
+    pub dead: bool,
+}
+
+/// The multiply-rotate hash of rustc, enough for addresses.
+#[derive(Default)]
+pub struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+    fn write_u8(&mut self, v: u8) {
+        self.write_u64(u64::from(v));
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x517c_c1b7_2722_0a95);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// The code cache of one CPU.
+pub struct Cache {
+    writable: *mut u8,
+    executable: *const u8,
+    size: usize,
+    /// Bytes of stubs at the front, which survive a flush.
+    reserved: usize,
+    used: usize,
+    /// In the order of their host addresses.
+    pub blocks: Vec<Block>,
+    by_key: AddressMap<Key, u32>,
+    by_page: AddressMap<u64, Vec<u32>>,
+    /// Counts flushes: numbers of blocks from before mean nothing after.
+    pub generation: u64,
+}
+
+// SAFETY: the mappings belong to this value alone.
+unsafe impl Send for Cache {}
+
+impl Cache {
+    pub fn new(size: usize) -> io::Result<Cache> {
+        let size = size.next_multiple_of(4096).max(1 << 20);
+        let fd = rustix::fs::memfd_create("translated-code", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&fd, size as u64)?;
+        let map = |prot| {
+            // SAFETY: a new mapping of our own file, at an address the kernel chooses.
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, fd.as_fd(), 0) }
+        };
+        let writable = map(ProtFlags::READ | ProtFlags::WRITE)?.cast::<u8>();
+        let executable = map(ProtFlags::READ | ProtFlags::EXEC)?.cast::<u8>();
+        Ok(Cache {
+            writable,
+            executable,
+            size,
+            reserved: 0,
+            used: 0,
+            blocks: Vec::new(),
+            by_key: AddressMap::default(),
+            by_page: AddressMap::default(),
+            generation: 0,
+        })
+    }
+
+    /// Host address the next code will get.
+    pub fn next(&self) -> u64 {
+        self.executable as u64 + self.used as u64
+    }
+
+    pub fn room(&self) -> usize {
+        self.size - self.used
+    }
+
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// True for addresses of translated code and stubs.
+    pub fn contains(&self, host: u64) -> bool {
+        host.wrapping_sub(self.executable as u64) < self.size as u64
+    }
+
+    /// Host addresses of the executable mapping.
+    pub fn range(&self) -> (u64, u64) {
+        (self.executable as u64, self.executable as u64 + self.size as u64)
+    }
+
+    /// Appends code, which must have been made for [`Cache::next`]. False when it does not fit.
+    #[must_use]
+    pub fn append(&mut self, code: &[u8]) -> bool {
+        if code.len() > self.room() {
+            return false;
+        }
+        // SAFETY: inside the writable mapping, which nothing else borrows.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len()) };
+        self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
+        true
+    }
+
+    /// Keeps everything so far through flushes.
+    pub fn reserve(&mut self) {
+        self.reserved = self.used;
+    }
+
+    /// Reads a word of emitted code.
+    pub fn word(&self, host: u64) -> u32 {
+        let at = (host - self.executable as u64) as usize;
+        assert!(at + 4 <= self.size);
+        // SAFETY: in bounds, just checked.
+        unsafe { self.writable.add(at).cast::<u32>().read_unaligned() }
+    }
+
+    /// Points the 32-bit displacement at host address `site` to `target`.
+    pub fn patch(&mut self, site: u64, target: u64) {
+        let at = (site - self.executable as u64) as usize;
+        assert!(at + 4 <= self.size);
+        let delta = target.wrapping_sub(site + 4) as u32;
+        // SAFETY: in bounds, just checked; only this thread runs this cache's code, and it is not in it now.
+        unsafe { self.writable.add(at).cast::<u32>().write_unaligned(delta) };
+    }
+
+    /// Writes `jmp target` over the code at `site`.
+    fn patch_jump(&mut self, site: u64, target: u64) {
+        let at = (site - self.executable as u64) as usize;
+        assert!(at + 5 <= self.size);
+        // SAFETY: in bounds, just checked.
+        unsafe { self.writable.add(at).write(0xe9) };
+        self.patch(site + 1, target);
+    }
+
+    pub fn find(&self, key: &Key) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    pub fn insert(&mut self, block: Block) -> u32 {
+        let number = self.blocks.len() as u32;
+        self.by_key.insert(block.key, number);
+        self.by_page.entry(block.key.gpa >> 12).or_default().push(number);
+        if let Some(second) = block.second {
+            self.by_page.entry(second >> 12).or_default().push(number);
+        }
+        self.blocks.push(block);
+        number
+    }
+
+    /// The block whose code holds `host`.
+    pub fn block_at(&self, host: u64) -> Option<u32> {
+        let after = self.blocks.partition_point(|b| b.indirect <= host);
+        let number = after.checked_sub(1)?;
+        (host < self.blocks[number].end).then_some(number as u32)
+    }
+
+    /// Drops the blocks that hold any of the guest-physical bytes; true where there was one.
+    pub fn invalidate(&mut self, gpa: u64, len: u64, jump_miss: u64) -> bool {
+        let page = gpa >> 12;
+        let Some(numbers) = self.by_page.get_mut(&page) else { return false };
+        let mut gone = Vec::new();
+        let blocks = &self.blocks;
+        numbers.retain(|n| {
+            let b = &blocks[*n as usize];
+            let hit = b.second.is_some() || (gpa < b.key.gpa + u64::from(b.len) && b.key.gpa < gpa + len);
+            if hit {
+                gone.push(*n);
+            }
+            !hit
+        });
+        if numbers.is_empty() {
+            self.by_page.remove(&page);
+        }
+        for n in &gone {
+            let b = &mut self.blocks[*n as usize];
+            if b.dead {
+                continue;
+            }
+            b.dead = true;
+            let (key, indirect, direct, leave) = (b.key, b.indirect, b.direct, b.leave);
+            self.by_key.remove(&key);
+            self.patch_jump(indirect, jump_miss);
+            self.patch_jump(direct, leave);
+        }
+        !gone.is_empty()
+    }
+
+    /// Forgets every block.
+    pub fn flush(&mut self) {
+        self.used = self.reserved;
+        self.blocks.clear();
+        self.by_key.clear();
+        self.by_page.clear();
+        self.generation += 1;
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        // SAFETY: our own mappings, not used after this.
+        unsafe {
+            let _ = rustix::mm::munmap(self.writable.cast(), self.size);
+            let _ = rustix::mm::munmap(self.executable.cast_mut().cast(), self.size);
+        }
+    }
+}

@@ -1,0 +1,675 @@
+//! One instruction at a time: native copies, memory operands, stack and control flow.
+
+use std::mem::offset_of;
+
+use iced_x86::{Code as C, Instruction, Mnemonic, OpKind, Register};
+
+use super::emit::*;
+use super::kind::{self, Way};
+use super::{Address, FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Site, Slow, Translator, leave};
+use crate::state::{Cpu, FS, GS, Level};
+use crate::tlb;
+
+/// A register the guest's code names but which lives in memory.
+fn in_memory(register: Register) -> Option<usize> {
+    match register.full_register() {
+        Register::R10 => Some(10),
+        Register::R11 => Some(11),
+        _ => None,
+    }
+}
+
+fn number(register: Register) -> u8 {
+    register.full_register().number() as u8
+}
+
+/// Host r11 in the size of `like`.
+fn r11_like(like: Register) -> Register {
+    match like.size() {
+        1 => Register::R11L,
+        2 => Register::R11W,
+        4 => Register::R11D,
+        _ => Register::R11,
+    }
+}
+
+fn gpr(n: usize) -> Mem {
+    Mem::gs(GPR + n * 8)
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+impl Translator<'_> {
+    /// Translates [`Translator::at`]; false when the block ends with it.
+    pub(super) fn instruction(&mut self, no_fpu: bool) -> bool {
+        let k = kind::kind(&self.at);
+        if k.way == Way::Nothing {
+            return true;
+        }
+        if k.way == Way::Rust || (k.fpu && no_fpu) {
+            self.call_rust();
+            if self.at.flow_control() != iced_x86::FlowControl::Next || self.at.is_invalid() {
+                // Never reached when the helper did as promised; leave with rip as it set it.
+                let next = self.at.next_ip();
+                self.exit_to(next, true);
+                return false;
+            }
+            return true;
+        }
+        if k.way == Way::Own {
+            return self.own();
+        }
+        let memory = self.at.mnemonic() != Mnemonic::Lea && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
+        if self.at.mnemonic() == Mnemonic::Lea && self.at.memory_base() == Register::RIP {
+            self.lea_rip();
+        } else if memory {
+            self.with_memory(k);
+        } else {
+            self.registers_only(k);
+        }
+        true
+    }
+
+    fn site(&mut self, start: u64, traps: bool) {
+        if traps {
+            let slot = self.flags != super::Flags::Host;
+            self.lists.sites.push(Site { host: start, end: self.code.here(), rip: self.at.ip(), slot });
+        }
+    }
+
+    /// The guest's own bytes.
+    fn copy(&mut self) {
+        let offset = self.at.ip().wrapping_sub(self.request.key.rip) as usize;
+        let bytes = &self.request.bytes[offset..offset + self.at.len()];
+        self.code.raw(bytes);
+    }
+
+    fn registers_only(&mut self, k: kind::Kind) {
+        self.flags_for_instruction();
+        let mut used = [false; 2];
+        let mut written = [false; 2];
+        for n in 0..self.at.op_count() {
+            if self.at.op_kind(n) == OpKind::Register
+                && let Some(r) = in_memory(self.at.op_register(n))
+            {
+                used[r - 10] = true;
+                written[r - 10] |= k.register_writes >> n & 1 != 0;
+            }
+        }
+        if self.at.mnemonic() == Mnemonic::Lea {
+            for register in [self.at.memory_base(), self.at.memory_index()] {
+                if let Some(r) = in_memory(register) {
+                    used[r - 10] = true;
+                }
+            }
+        }
+        for r in [10usize, 11] {
+            if used[r - 10] {
+                self.code.load(r as u8, gpr(r));
+            }
+        }
+        let start = self.code.here();
+        self.copy();
+        self.site(start, k.traps);
+        for r in [10usize, 11] {
+            if written[r - 10] {
+                self.code.store(gpr(r), r as u8);
+            }
+        }
+    }
+
+    fn lea_rip(&mut self) {
+        let target = self.at.memory_displacement64();
+        let register = self.at.op0_register();
+        let home = in_memory(register);
+        let host = if home.is_some() { R10 } else { number(register) };
+        match register.size() {
+            8 => self.code.mov_imm(host, target),
+            4 => self.code.mov_imm(host, target & 0xffff_ffff),
+            _ => {
+                if let Some(r) = home {
+                    self.code.load(R10, gpr(r));
+                }
+                self.code.byte(0x66);
+                if host >= 8 {
+                    self.code.byte(0x41);
+                }
+                self.code.byte(0xb8 | (host & 7));
+                self.code.raw(&(target as u16).to_le_bytes());
+            }
+        }
+        if let Some(r) = home {
+            self.code.store(gpr(r), R10);
+        }
+    }
+
+    /// The effective address when it is known now.
+    fn constant_address(&self) -> Option<u64> {
+        let i = &self.at;
+        if matches!(i.memory_segment(), Register::FS | Register::GS) {
+            return None;
+        }
+        match (i.memory_base(), i.memory_index()) {
+            (Register::RIP | Register::EIP | Register::None, Register::None) => Some(i.memory_displacement64()),
+            _ => None,
+        }
+    }
+
+    /// Guest-virtual address of the memory operand into r10; destroys r11, keeps EFLAGS.
+    fn address(&mut self) {
+        let i = self.at;
+        let mut base = i.memory_base();
+        let index = i.memory_index();
+        let mut disp = i.memory_displacement64();
+        let segment = match i.memory_segment() {
+            Register::FS => Some(FS),
+            Register::GS => Some(GS),
+            _ => None,
+        };
+        if matches!(base, Register::RIP | Register::EIP) {
+            base = Register::None;
+        }
+        if base == Register::None && index == Register::None {
+            if let Some(segment) = segment {
+                self.code.load(R10, Mem::gs(segment_base(segment)));
+                if let Ok(small) = i32::try_from(disp as i64) {
+                    self.code.lea(R10, Mem::base(R10, small));
+                } else {
+                    self.code.mov_imm(R11, disp);
+                    self.code.lea(R10, Mem::sum(R10, R11));
+                }
+            } else {
+                self.code.mov_imm(R10, disp);
+            }
+            return;
+        }
+        let narrow = base.size() == 4 || index.size() == 4;
+        if narrow {
+            disp = disp as u32 as i32 as i64 as u64;
+        }
+        let host_base = match base {
+            Register::None => None,
+            r => Some(match in_memory(r) {
+                Some(home) => {
+                    self.code.load(R10, gpr(home));
+                    R10
+                }
+                None => number(r),
+            }),
+        };
+        let host_index = match index {
+            Register::None => None,
+            r => Some((
+                match in_memory(r) {
+                    Some(home) => {
+                        self.code.load(R11, gpr(home));
+                        R11
+                    }
+                    None => number(r),
+                },
+                i.memory_index_scale().trailing_zeros() as u8,
+            )),
+        };
+        let mem = Mem { base: host_base, index: host_index, disp: disp as i32, gs: false };
+        if narrow {
+            self.code.byte(0x67);
+            self.code.with_mem(None, false, &[0x8d], R10, mem);
+        } else if mem.disp == 0 && mem.index.is_none() {
+            if host_base != Some(R10)
+                && let Some(b) = host_base
+            {
+                self.code.mov(R10, b);
+            }
+        } else {
+            self.code.lea(R10, mem);
+        }
+        if let Some(segment) = segment {
+            self.code.load(R11, Mem::gs(segment_base(segment)));
+            self.code.lea(R10, Mem::sum(R10, R11));
+        }
+    }
+
+    /// With the guest address in r10: leaves the offset in the page in r10 and the page's host address in r11.
+    /// Destroys EFLAGS (the caller spared them).
+    fn check(&mut self, size: usize, write: bool, modify: bool) {
+        let table = self.table(write);
+        let words = self.memory_words(size, write, modify);
+        self.code.mov32(R11, R10);
+        self.code.shr32(R11, 8);
+        self.code.and32(R11, (tlb::index(u64::MAX) as u32) << 4);
+        self.code.xor_load(R10, Mem::gs_at(R11, table));
+        self.code.cmp_imm(R10, 4096 - size as i32);
+        let branch = self.code.jcc(CC_A);
+        self.code.load(R11, Mem::gs_at(R11, table + 8));
+        let back = self.code.here();
+        self.slow.push(Slow { branch, address: Address::Undo(table), words, back });
+        self.flags_destroyed();
+    }
+
+    fn memory_words(&self, size: usize, write: bool, modify: bool) -> u32 {
+        // The check itself destroys EFLAGS: only the slot can still hold them.
+        self.word(leave::MEMORY)
+            | if write { leave::WRITE } else { 0 }
+            | if modify { leave::MODIFY } else { 0 }
+            | (size as u32) << leave::SIZE_SHIFT
+    }
+
+    /// As `check` for an address known now; answers the operand.
+    fn check_constant(&mut self, va: u64, size: usize, write: bool, modify: bool) -> Mem {
+        let offset = va & 0xfff;
+        if offset + size as u64 > 4096 {
+            self.code.mov_imm(R10, va);
+            self.check(size, write, modify);
+            return Mem::sum(R10, R11);
+        }
+        let entry = self.table(write) + tlb::index(va) * 16;
+        let words = self.memory_words(size, write, modify);
+        let page = va - offset;
+        if let Ok(imm) = i32::try_from(page as i64) {
+            self.code.cmp_mem_imm(Mem::gs(entry), imm);
+        } else {
+            self.code.mov_imm(R10, page);
+            self.code.cmp_mem_reg(Mem::gs(entry), R10);
+        }
+        let branch = self.code.jcc(CC_NE);
+        self.code.load(R11, Mem::gs(entry + 8));
+        let back = self.code.here();
+        self.slow.push(Slow { branch, address: Address::Constant(va), words, back });
+        self.flags_destroyed();
+        Mem::base(R11, offset as i32)
+    }
+
+    /// Checks the memory operand of the instruction; answers where it is.
+    fn operand(&mut self, size: usize, write: bool, modify: bool) -> Mem {
+        self.spare_flags(self.live_before != 0);
+        if let Some(va) = self.constant_address() {
+            return self.check_constant(va, size, write, modify);
+        }
+        self.address();
+        self.check(size, write, modify);
+        Mem::sum(R10, R11)
+    }
+
+    /// A stack access at rsp + `offset`.
+    fn stack(&mut self, offset: i32, write: bool) {
+        self.spare_flags(self.live_before != 0);
+        if offset == 0 {
+            self.code.mov(R10, RSP);
+        } else {
+            self.code.lea(R10, Mem::base(RSP, offset));
+        }
+        self.check(8, write, false);
+    }
+
+    /// `BT [memory], register` and its kin address bits beyond the operand.
+    fn bit_string(&mut self, k: kind::Kind) {
+        self.spare_flags(self.live_before != 0);
+        let bits = self.at.op1_register();
+        let (size, log) = match bits.size() {
+            2 => (2, 1u8),
+            4 => (4, 2),
+            _ => (8, 3),
+        };
+        self.address();
+        match in_memory(bits) {
+            Some(home) => self.code.load(R11, gpr(home)),
+            None => self.code.mov(R11, number(bits)),
+        }
+        match size {
+            // movsxd r11, r11d / movsx r11, r11w
+            4 => self.code.with_reg(true, &[0x63], R11, R11),
+            2 => self.code.with_reg(true, &[0x0f, 0xbf], R11, R11),
+            _ => {}
+        }
+        self.code.sar64(R11, log + 3);
+        self.code.lea(R10, Mem { base: Some(R10), index: Some((R11, log)), disp: 0, gs: false });
+        self.flags_destroyed();
+        self.check(size, k.writes, k.writes);
+        self.code.lea(R10, Mem::sum(R10, R11));
+        match in_memory(bits) {
+            Some(home) => self.code.load(R11, gpr(home)),
+            None => self.code.mov(R11, number(bits)),
+        }
+        self.code.and32(R11, size as u32 * 8 - 1);
+        self.flags_for_instruction();
+        let mut i = self.at;
+        i.set_op1_register(r11_like(bits));
+        self.encode_at(&mut i, Register::R10, Register::None, 0);
+    }
+
+    fn with_memory(&mut self, k: kind::Kind) {
+        let bit_form = matches!(self.at.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+        if bit_form && self.at.op1_kind() == OpKind::Register {
+            return self.bit_string(k);
+        }
+        let size = self.at.memory_size().size();
+        let mem = self.operand(size, k.writes, k.writes && k.reads);
+        self.flags_for_instruction();
+        let mut i = self.at;
+        // Which register operands live in memory, which keep a REX prefix away?
+        let mut homes = [None; 2];
+        let mut high = false;
+        let mut written = false;
+        for n in 0..i.op_count() {
+            if i.op_kind(n) == OpKind::Register {
+                let r = i.op_register(n);
+                high |= is_high_byte(r);
+                if let Some(home) = in_memory(r) {
+                    homes[home - 10] = Some(n);
+                    written |= k.register_writes >> n & 1 != 0;
+                }
+            }
+        }
+        match homes {
+            [None, None] if high => {
+                let low = self.low_register();
+                self.code.store(Mem::gs(SAVED_LOW), low);
+                self.code.lea(low, mem);
+                self.encode_at(&mut i, low_name(low), Register::None, 0);
+                self.code.load(low, Mem::gs(SAVED_LOW));
+            }
+            [None, None] => {
+                let start = self.code.here();
+                let index = if mem.index.is_some() { Register::R11 } else { Register::None };
+                let base = if mem.base == Some(R10) { Register::R10 } else { Register::R11 };
+                self.encode_at(&mut i, base, index, mem.disp);
+                self.site(start, k.traps);
+            }
+            [Some(_), Some(_)] => {
+                // Both scratch registers are operands (BMI2 and the like, which only read memory): the value goes by the frame.
+                self.code.lea(R10, mem);
+                self.code.load(R11, Mem::base(R10, 0));
+                if size == 4 {
+                    self.code.load32(R11, Mem::base(R10, 0));
+                }
+                self.code.store(Mem::gs(SAVED_OPERAND), R11);
+                self.code.load(R10, gpr(10));
+                self.code.load(R11, gpr(11));
+                i.set_segment_prefix(Register::GS);
+                i.set_memory_base(Register::None);
+                i.set_memory_index(Register::None);
+                i.set_memory_displacement64(SAVED_OPERAND as u64);
+                i.set_memory_displ_size(4);
+                self.encode(&i);
+                self.code.store(gpr(10), R10);
+                self.code.store(gpr(11), R11);
+            }
+            [Some(_), None] | [None, Some(_)] => {
+                let home = if homes[0].is_some() { 10 } else { 11 };
+                self.code.lea(R10, mem);
+                self.code.load(R11, gpr(home));
+                for n in 0..i.op_count() {
+                    if i.op_kind(n) == OpKind::Register && in_memory(i.op_register(n)).is_some() {
+                        let like = r11_like(i.op_register(n));
+                        i.set_op_register(n, like);
+                    }
+                }
+                let start = self.code.here();
+                self.encode_at(&mut i, Register::R10, Register::None, 0);
+                self.site(start, k.traps);
+                if written {
+                    self.code.store(gpr(home), R11);
+                }
+            }
+        }
+    }
+
+    /// A register below 8 that the instruction does not name, for operands that cannot have a REX prefix.
+    fn low_register(&self) -> u8 {
+        let mut taken = [false; 16];
+        for n in 0..self.at.op_count() {
+            if self.at.op_kind(n) == OpKind::Register {
+                taken[number(self.at.op_register(n)) as usize] = true;
+            }
+        }
+        // CMPXCHG uses AL.
+        if !taken[usize::from(RSI)] { RSI } else { RDI }
+    }
+
+    fn encode_at(&mut self, i: &mut Instruction, base: Register, index: Register, disp: i32) {
+        i.set_segment_prefix(Register::None);
+        i.set_memory_base(base);
+        i.set_memory_index(index);
+        i.set_memory_index_scale(1);
+        i.set_memory_displacement64(disp as i64 as u64);
+        i.set_memory_displ_size(if disp == 0 { 0 } else { 4 });
+        // The forms with an absolute address have no ModRM: take those that do.
+        match i.code() {
+            C::Mov_AL_moffs8 => i.set_code(C::Mov_r8_rm8),
+            C::Mov_AX_moffs16 => i.set_code(C::Mov_r16_rm16),
+            C::Mov_EAX_moffs32 => i.set_code(C::Mov_r32_rm32),
+            C::Mov_RAX_moffs64 => i.set_code(C::Mov_r64_rm64),
+            C::Mov_moffs8_AL => i.set_code(C::Mov_rm8_r8),
+            C::Mov_moffs16_AX => i.set_code(C::Mov_rm16_r16),
+            C::Mov_moffs32_EAX => i.set_code(C::Mov_rm32_r32),
+            C::Mov_moffs64_RAX => i.set_code(C::Mov_rm64_r64),
+            _ => {}
+        }
+        self.encode(i);
+    }
+
+    fn encode(&mut self, i: &Instruction) {
+        self.encoder.set_buffer(std::mem::take(&mut self.code.bytes));
+        let done = self.encoder.encode(i, 0);
+        self.code.bytes = self.encoder.take_buffer();
+        if let Err(e) = done {
+            // Never seen for what `kind` lets through; a trap here becomes #UD for the guest instead of wrong work.
+            tracing::error!(instruction = ?i, error = %e, "cannot encode");
+            self.code.raw(&[0x0f, 0x0b]);
+        }
+    }
+
+    /// A value for a store: the register that holds it once r10 is the whole address.
+    fn store_value(&mut self, value: Value) {
+        match value {
+            Value::Register(r) => match in_memory(r) {
+                None => self.code.store(Mem::sum(R10, R11), number(r)),
+                Some(home) => {
+                    self.code.lea(R10, Mem::sum(R10, R11));
+                    self.code.load(R11, gpr(home));
+                    self.code.store(Mem::base(R10, 0), R11);
+                }
+            },
+            Value::Immediate(v) => {
+                if let Ok(small) = i32::try_from(v as i64) {
+                    self.code.store_imm(Mem::sum(R10, R11), small);
+                } else {
+                    self.code.lea(R10, Mem::sum(R10, R11));
+                    self.code.mov_imm(R11, v);
+                    self.code.store(Mem::base(R10, 0), R11);
+                }
+            }
+            Value::Saved => {
+                self.code.lea(R10, Mem::sum(R10, R11));
+                self.code.load(R11, Mem::gs(SAVED_OPERAND));
+                self.code.store(Mem::base(R10, 0), R11);
+            }
+        }
+    }
+
+    fn push(&mut self, value: Value) {
+        self.stack(-8, true);
+        self.store_value(value);
+        self.code.lea(RSP, Mem::base(RSP, -8));
+    }
+
+    /// A branch target or operand from register or memory into `r10`.
+    fn value_to_r10(&mut self) {
+        if self.at.op0_kind() == OpKind::Memory {
+            let mem = self.operand(8, false, false);
+            self.code.load(R10, mem);
+        } else {
+            let r = self.at.op0_register();
+            match in_memory(r) {
+                Some(home) => self.code.load(R10, gpr(home)),
+                None => self.code.mov(R10, number(r)),
+            }
+        }
+    }
+
+    fn own(&mut self) -> bool {
+        let i = self.at;
+        match i.code() {
+            C::Push_r64 => self.push(Value::Register(i.op0_register())),
+            C::Push_rm64 => {
+                if i.op0_kind() == OpKind::Memory {
+                    let mem = self.operand(8, false, false);
+                    self.code.load(R10, mem);
+                    self.code.store(Mem::gs(SAVED_OPERAND), R10);
+                    self.push(Value::Saved);
+                } else {
+                    self.push(Value::Register(i.op0_register()));
+                }
+            }
+            C::Pushq_imm32 => self.push(Value::Immediate(i.immediate32to64() as u64)),
+            C::Pushq_imm8 => self.push(Value::Immediate(i.immediate8to64() as u64)),
+            C::Pop_rm64 if i.op0_kind() == OpKind::Memory => {
+                self.stack(0, false);
+                self.code.load(R10, Mem::sum(R10, R11));
+                self.code.store(Mem::gs(SAVED_OPERAND), R10);
+                // An address by rsp is computed after the increment.
+                self.spare_flags(self.live_before != 0);
+                let by_rsp = i.memory_base() == Register::RSP;
+                if by_rsp {
+                    self.at.set_memory_displacement64(i.memory_displacement64().wrapping_add(8));
+                }
+                if let Some(va) = self.constant_address() {
+                    self.code.mov_imm(R10, va);
+                } else {
+                    self.address();
+                }
+                self.check(8, true, false);
+                self.store_value(Value::Saved);
+                self.code.lea(RSP, Mem::base(RSP, 8));
+            }
+            C::Pop_r64 | C::Pop_rm64 => {
+                self.stack(0, false);
+                let r = i.op0_register();
+                if r == Register::RSP {
+                    self.code.load(RSP, Mem::sum(R10, R11));
+                } else {
+                    match in_memory(r) {
+                        Some(home) => {
+                            self.code.load(R10, Mem::sum(R10, R11));
+                            self.code.store(gpr(home), R10);
+                        }
+                        None => self.code.load(number(r), Mem::sum(R10, R11)),
+                    }
+                    self.code.lea(RSP, Mem::base(RSP, 8));
+                }
+            }
+            C::Leaveq => {
+                self.spare_flags(self.live_before != 0);
+                self.code.mov(R10, RBP);
+                self.check(8, false, false);
+                self.code.lea(RSP, Mem::base(RBP, 8));
+                self.code.load(RBP, Mem::sum(R10, R11));
+            }
+            C::Call_rel32_64 => {
+                self.push(Value::Immediate(i.next_ip()));
+                self.exit_to(i.near_branch_target(), true);
+                return false;
+            }
+            C::Call_rm64 => {
+                self.value_to_r10();
+                self.code.store(Mem::gs(SAVED_OPERAND), R10);
+                self.push(Value::Immediate(i.next_ip()));
+                self.spare_flags(true);
+                self.code.load(R10, Mem::gs(SAVED_OPERAND));
+                self.exit_indirect();
+                return false;
+            }
+            C::Jmp_rm64 => {
+                self.spare_flags(true);
+                self.value_to_r10();
+                self.exit_indirect();
+                return false;
+            }
+            C::Retnq | C::Retnq_imm16 => {
+                self.spare_flags(true);
+                self.code.mov(R10, RSP);
+                self.check(8, false, false);
+                self.code.load(R10, Mem::sum(R10, R11));
+                let pop = 8 + if i.code() == C::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
+                self.code.lea(RSP, Mem::base(RSP, pop));
+                self.exit_indirect();
+                return false;
+            }
+            C::Jmp_rel8_64 | C::Jmp_rel32_64 => {
+                self.exit_to(i.near_branch_target(), self.live_after != 0);
+                return false;
+            }
+            C::Rdtsc => {
+                if !self.request.tsc_shifted {
+                    self.code.raw(&[0x0f, 0x31]);
+                } else {
+                    self.spare_flags(self.live_before != 0);
+                    self.code.raw(&[0x0f, 0x31]);
+                    // shl rdx,32; or rax,rdx; add rax,[offset]; mov rdx,rax; shr rdx,32; mov eax,eax
+                    self.code.raw(&[0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]);
+                    self.code.with_mem(None, true, &[0x03], RAX, Mem::gs(offset_of!(Cpu, tsc_offset)));
+                    self.code.mov(RDX, RAX);
+                    self.code.raw(&[0x48, 0xc1, 0xea, 0x20]);
+                    self.code.mov32(RAX, RAX);
+                    self.flags_destroyed();
+                }
+            }
+            _ => {
+                self.conditional();
+                return false;
+            }
+        }
+        true
+    }
+
+    fn conditional(&mut self) {
+        let i = self.at;
+        let counting = matches!(i.mnemonic(), Mnemonic::Loop | Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz);
+        if !counting {
+            self.want_flags();
+        }
+        let live = self.live_after != 0;
+        if i.is_jcc_short_or_near() {
+            let condition = (i.condition_code() as u8) - 1;
+            let taken = self.code.jcc(condition);
+            let before = self.flags;
+            self.exit_to(i.next_ip(), live);
+            self.flags = before;
+            self.code.bind(taken);
+            self.exit_to(i.near_branch_target(), live);
+            return;
+        }
+        // LOOP and JRCXZ only have short forms: over a jump.
+        let mut bytes: Vec<u8> = Vec::with_capacity(6);
+        let offset = i.ip().wrapping_sub(self.request.key.rip) as usize;
+        bytes.extend_from_slice(&self.request.bytes[offset..offset + i.len()]);
+        if let Some(last) = bytes.last_mut() {
+            *last = 5;
+        }
+        self.code.raw(&bytes);
+        let not_taken = self.code.jmp();
+        let before = self.flags;
+        self.exit_to(i.near_branch_target(), live);
+        self.flags = before;
+        self.code.bind(not_taken);
+        self.exit_to(i.next_ip(), live);
+    }
+}
+
+enum Value {
+    Register(Register),
+    Immediate(u64),
+    Saved,
+}
+
+fn low_name(register: u8) -> Register {
+    if register == RSI { Register::RSI } else { Register::RDI }
+}
+
+fn segment_base(segment: usize) -> usize {
+    offset_of!(Cpu, segments) + segment * size_of::<cpu::x86::Segment>() + offset_of!(cpu::x86::Segment, base)
+}
+
+const _: () = assert!(FLAGS_SLOT < 4096 && offset_of!(Level, read) == 0);

@@ -1,0 +1,519 @@
+//! Same-ISA translation: guest instructions are copied to the code cache, with memory operands sent through the inline
+//! look-aside buffer, r10 and r11 kept in memory, control flow made into exits, and system instructions into calls.
+//!
+//! While translated code runs: host GS = the CPU's [`Frame`], fourteen guest registers in their own host registers, host
+//! r10 and r11 free, guest flags in EFLAGS. Two conventions join blocks:
+//! - a *direct* entry (same guest page): flags in EFLAGS;
+//! - an *indirect* entry: guest target in r10, flags in the slot [`FLAGS_SLOT`] (LAHF and SETO form). It compares r10 with
+//!   its own address, since the table it was reached by is a hash, and polls [`Cpu::attention`].
+//!
+//! A memory check leaves r10 = offset in the page and r11 = host address of the page. It destroys EFLAGS, so where the
+//! block's liveness says that flags are still needed they are first saved to the slot. Flags that are dead are not kept, even
+//! where the instruction then faults: the handler sees some value in them.
+
+pub mod emit;
+mod instruction;
+pub mod kind;
+#[cfg(test)]
+mod tests;
+
+use std::mem::offset_of;
+
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Encoder, Instruction};
+
+use crate::cache::{Key, mode};
+use crate::state::{Cpu, Frame, JUMP_ENTRIES, Level};
+use emit::*;
+use kind::{ALL_FLAGS, Way};
+
+pub(crate) const GPR: usize = offset_of!(Cpu, gpr);
+pub(crate) const SCRATCH: usize = offset_of!(Cpu, scratch);
+/// AX after LAHF and SETO AL.
+pub(crate) const FLAGS_SLOT: usize = SCRATCH;
+const SAVED_RAX: usize = SCRATCH + 8;
+const SAVED_OPERAND: usize = SCRATCH + 16;
+const SAVED_LOW: usize = SCRATCH + 24;
+pub(crate) const TARGET: usize = SCRATCH + 32;
+pub(crate) const RETURN: usize = SCRATCH + 40;
+
+pub(crate) fn level_offset(user: bool) -> usize {
+    offset_of!(Frame, levels) + if user { size_of::<Level>() } else { 0 }
+}
+
+/// Index of a guest address in [`Level::jump`].
+pub fn jump_index(rip: u64) -> usize {
+    rip as usize & (JUMP_ENTRIES - 1)
+}
+
+/// Why translated code leaves for Rust: the low byte of the first descriptor word, which `r11` points at.
+pub mod leave {
+    /// A memory access missed the inline buffer. Second word: displacement of the place to go on at, from the descriptor.
+    pub const MEMORY: u32 = 1;
+    /// An instruction for Rust. Second word: its number in the engine's list.
+    pub const INSTRUCTION: u32 = 2;
+    /// A direct exit not yet chained. Second word: number of the exit.
+    pub const CHAIN: u32 = 3;
+    /// As CHAIN, but only the target is meant: a poll saw attention, or a single-instruction block ended.
+    pub const TARGET: u32 = 4;
+    /// Guest target in r10.
+    pub const INDIRECT: u32 = 5;
+    /// At the start of the block itself.
+    pub const START: u32 = 6;
+
+    /// Flags are in the slot.
+    pub const SLOT: u32 = 1 << 8;
+    pub const WRITE: u32 = 1 << 9;
+    /// A write that also reads.
+    pub const MODIFY: u32 = 1 << 10;
+    pub const SIZE_SHIFT: u32 = 12;
+    /// Guest offset of the instruction from the block's start.
+    pub const OFFSET_SHIFT: u32 = 20;
+}
+
+/// Host addresses of the stubs that blocks jump to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Stubs {
+    pub enter: u64,
+    pub memory: u64,
+    pub instruction: u64,
+    pub exit: u64,
+    pub jump_miss: u64,
+    pub host_fault: u64,
+}
+
+/// What to translate.
+pub struct Request<'a> {
+    pub key: Key,
+    /// Guest bytes from rip on, to the end of the page; a few of the next page's behind them only when `crossing`.
+    pub bytes: &'a [u8],
+    /// How many of the bytes are of the first page.
+    pub first_page: usize,
+    pub stubs: Stubs,
+    /// Whether a block of the same page is known for an address, and whether flags are live there.
+    pub known: &'a dyn Fn(u64) -> Option<bool>,
+    /// The page's bytes, for a look at the flags jump targets need.
+    pub page: &'a [u8],
+    pub tsc_shifted: bool,
+}
+
+/// A direct exit.
+#[derive(Debug, Clone, Copy)]
+pub struct Exit {
+    pub target: u64,
+    /// Host address of the displacement to patch; 0: never chained.
+    pub site: u64,
+}
+
+/// An instruction that may trap on the host: where, and which.
+#[derive(Debug, Clone, Copy)]
+pub struct Site {
+    pub host: u64,
+    pub end: u64,
+    pub rip: u64,
+    pub slot: bool,
+}
+
+/// What came of a [`Request`], beside the code.
+pub struct Built {
+    pub indirect: u64,
+    pub direct: u64,
+    pub leave: u64,
+    pub len: u32,
+    pub crossing: bool,
+    pub flags_live: bool,
+    pub instructions: u32,
+}
+
+/// Numbers that exits, instructions and sites get, and where they are put.
+#[derive(Default)]
+pub struct Lists {
+    pub exits: Vec<Exit>,
+    pub instructions: Vec<Instruction>,
+    pub sites: Vec<Site>,
+}
+
+/// Instructions in a block at most.
+const BLOCK_LIMIT: usize = 48;
+
+/// Where the guest's flags are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flags {
+    Host,
+    Slot,
+    Both,
+}
+
+struct Slow {
+    branch: Patch,
+    /// How r10 becomes the guest address again.
+    address: Address,
+    words: u32,
+    back: u64,
+}
+
+enum Address {
+    /// `xor r10, gs:[r11 + table]`.
+    Undo(usize),
+    Constant(u64),
+}
+
+struct Translator<'a> {
+    request: &'a Request<'a>,
+    code: &'a mut Code,
+    lists: &'a mut Lists,
+    encoder: Encoder,
+    slow: Vec<Slow>,
+    flags: Flags,
+    user: bool,
+    single: bool,
+    /// Of the instruction under way.
+    at: Instruction,
+    live_before: u32,
+    live_after: u32,
+}
+
+/// The reusable parts of a translator.
+pub struct Workshop {
+    decoded: Vec<Instruction>,
+    live: Vec<u32>,
+}
+
+impl Workshop {
+    pub fn new() -> Workshop {
+        Workshop { decoded: Vec::with_capacity(64), live: Vec::with_capacity(64) }
+    }
+
+    /// Translates one block into `code` (made for the address it will have). `None`: not even one instruction could be
+    /// decoded from the bytes given, because it goes on in the next page.
+    pub fn build(&mut self, request: &Request<'_>, code: &mut Code, lists: &mut Lists) -> Option<Built> {
+        let single = request.key.mode & mode::SINGLE != 0;
+        let no_fpu = request.key.mode & mode::NO_FPU != 0;
+        let limit = if single { 1 } else { BLOCK_LIMIT };
+        self.decoded.clear();
+        let mut decoder = Decoder::with_ip(64, request.bytes, request.key.rip, DecoderOptions::NONE);
+        let mut crossing = false;
+        let mut ended = false;
+        while self.decoded.len() < limit && !ended {
+            let before = decoder.position();
+            if before >= request.first_page {
+                break;
+            }
+            let mut instruction = Instruction::default();
+            decoder.decode_out(&mut instruction);
+            if instruction.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                if self.decoded.is_empty() {
+                    return None;
+                }
+                break;
+            }
+            if decoder.position() > request.first_page {
+                if !self.decoded.is_empty() {
+                    break;
+                }
+                crossing = true;
+                ended = true;
+            }
+            let way = kind::kind(&instruction).way;
+            ended |= match way {
+                Way::Own => instruction.flow_control() != iced_x86::FlowControl::Next,
+                Way::Rust => instruction.is_invalid() || instruction.flow_control() != iced_x86::FlowControl::Next,
+                _ => false,
+            };
+            self.decoded.push(instruction);
+        }
+        let len = self.decoded.iter().map(Instruction::len).sum::<usize>();
+        let next = request.key.rip.wrapping_add(len as u64);
+
+        // Liveness, backwards.
+        self.live.clear();
+        self.live.resize(self.decoded.len() + 1, 0);
+        let mut live = ALL_FLAGS;
+        if let Some(last) = self.decoded.last()
+            && !single
+            && !crossing
+        {
+            // Both ways out known and of this page: what they need.
+            let falls = last.flow_control() != iced_x86::FlowControl::UnconditionalBranch;
+            let branches = matches!(last.flow_control(), iced_x86::FlowControl::UnconditionalBranch | iced_x86::FlowControl::ConditionalBranch)
+                && kind::kind(last).way == Way::Own;
+            let plain = last.flow_control() == iced_x86::FlowControl::Next && kind::kind(last).way != Way::Rust;
+            if branches || plain {
+                let a = branches && needs_flags(request, last.near_branch_target());
+                let b = falls && needs_flags(request, next);
+                live = if a || b { ALL_FLAGS } else { 0 };
+            }
+        }
+        self.live[self.decoded.len()] = live;
+        for (n, instruction) in self.decoded.iter().enumerate().rev() {
+            let k = kind::kind(instruction);
+            if k.way == Way::Rust || (k.fpu && no_fpu) {
+                live = ALL_FLAGS;
+            } else {
+                let (reads, kills) = kind::flags(instruction);
+                live = (live & !kills) | reads;
+            }
+            self.live[n] = live;
+        }
+        let flags_live = self.live[0] != 0;
+
+        let mut t = Translator {
+            request,
+            code,
+            lists,
+            encoder: Encoder::new(64),
+            slow: Vec::new(),
+            flags: Flags::Host,
+            user: request.key.mode & mode::USER != 0,
+            single,
+            at: Instruction::default(),
+            live_before: 0,
+            live_after: 0,
+        };
+        // The way out at the start, for polls and for blocks that died.
+        let leave = t.code.here();
+        t.leave(leave::START, 0);
+        let indirect = t.code.here();
+        t.indirect_entry(flags_live);
+        let direct = t.code.here();
+        let mut open = true;
+        for (n, instruction) in self.decoded.iter().enumerate() {
+            t.at = *instruction;
+            t.live_before = self.live[n];
+            t.live_after = self.live[n + 1];
+            open = t.instruction(no_fpu);
+        }
+        if open {
+            t.exit_to(next, self.live[self.decoded.len()] != 0);
+        }
+        t.finish();
+        let instructions = self.decoded.len() as u32;
+        Some(Built { indirect, direct, leave, len: len as u32, crossing, flags_live, instructions })
+    }
+}
+
+impl Default for Workshop {
+    fn default() -> Self {
+        Workshop::new()
+    }
+}
+
+/// Whether code at `target` may use flags from before it: looked up or decoded when it is in the request's page.
+fn needs_flags(request: &Request<'_>, target: u64) -> bool {
+    if (target ^ request.key.rip) >> 12 != 0 {
+        return true;
+    }
+    if let Some(live) = (request.known)(target) {
+        return live;
+    }
+    let bytes = &request.page[(target & 0xfff) as usize..];
+    let mut decoder = Decoder::with_ip(64, bytes, target, DecoderOptions::NONE);
+    let mut killed = 0;
+    let mut instruction = Instruction::default();
+    for _ in 0..6 {
+        decoder.decode_out(&mut instruction);
+        if instruction.is_invalid() || kind::kind(&instruction).way == Way::Rust {
+            return true;
+        }
+        let (reads, kills) = kind::flags(&instruction);
+        if reads & !killed != 0 {
+            return true;
+        }
+        killed |= kills;
+        if killed == ALL_FLAGS {
+            return false;
+        }
+        if instruction.flow_control() != iced_x86::FlowControl::Next {
+            return true;
+        }
+    }
+    true
+}
+
+impl Translator<'_> {
+    fn level(&self) -> usize {
+        level_offset(self.user)
+    }
+
+    fn table(&self, write: bool) -> usize {
+        self.level() + if write { offset_of!(Level, write) } else { offset_of!(Level, read) }
+    }
+
+    fn word(&self, reason: u32) -> u32 {
+        let offset = self.at.ip().wrapping_sub(self.request.key.rip) as u32;
+        let offset = if reason == leave::START || reason == leave::TARGET { 0 } else { offset };
+        reason | if self.flags == Flags::Host { 0 } else { leave::SLOT } | offset << leave::OFFSET_SHIFT
+    }
+
+    /// Leaves for the run loop with a descriptor.
+    fn leave(&mut self, reason: u32, payload: u32) {
+        let word = self.word(reason);
+        self.descriptor(self.request.stubs.exit, word, payload);
+    }
+
+    fn descriptor(&mut self, stub: u64, word: u32, payload: u32) {
+        let lea = self.code.lea_r11_rip();
+        self.code.jmp_to(stub);
+        self.code.bind(lea);
+        self.code.u32(word);
+        self.code.u32(payload);
+    }
+
+    fn indirect_entry(&mut self, flags_live: bool) {
+        let rip = self.request.key.rip;
+        let miss = self.request.stubs.jump_miss;
+        if let Ok(imm) = i32::try_from(rip as i64) {
+            self.code.with_reg(true, &[0x81], 7, R10);
+            self.code.u32(imm as u32);
+        } else {
+            self.code.mov_imm(R11, rip);
+            self.code.cmp_reg(R10, R11);
+        }
+        self.code.jcc_to(CC_NE, miss);
+        self.code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
+        self.code.jcc_to(CC_NE, miss);
+        if flags_live {
+            self.restore_flags_code();
+        }
+    }
+
+    /// EFLAGS from the slot; needs no scratch register.
+    fn restore_flags_code(&mut self) {
+        self.code.store(Mem::gs(SAVED_RAX), RAX);
+        self.code.load32(RAX, Mem::gs(FLAGS_SLOT));
+        self.code.raw(&[0x04, 0x7f, 0x9e]);
+        self.code.load(RAX, Mem::gs(SAVED_RAX));
+    }
+
+    /// Slot from EFLAGS; destroys r10.
+    fn save_flags_code(&mut self) {
+        self.code.mov(R10, RAX);
+        self.code.raw(&[0x9f, 0x0f, 0x90, 0xc0]);
+        self.code.store32(Mem::gs(FLAGS_SLOT), RAX);
+        self.code.mov(RAX, R10);
+    }
+
+    /// Before code that destroys EFLAGS: keeps the flags where `needed`.
+    fn spare_flags(&mut self, needed: bool) {
+        if self.flags == Flags::Host && needed {
+            self.save_flags_code();
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Before code that uses EFLAGS.
+    fn want_flags(&mut self) {
+        if self.flags == Flags::Slot {
+            self.restore_flags_code();
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Before the instruction itself: EFLAGS hold what it reads or leaves alone; afterwards they are as it leaves them.
+    fn flags_for_instruction(&mut self) {
+        let (reads, kills) = kind::flags(&self.at);
+        if reads == 0 && kills == 0 {
+            return;
+        }
+        if reads != 0 || self.live_after & !kills != 0 {
+            self.want_flags();
+        }
+        if self.at.rflags_modified() & ALL_FLAGS != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// After code that destroyed EFLAGS.
+    fn flags_destroyed(&mut self) {
+        if self.flags == Flags::Both {
+            self.flags = Flags::Slot;
+        }
+    }
+
+    /// Goes to a known guest address: chained inside the page, by the table else. `live`: flags may be needed there.
+    fn exit_to(&mut self, target: u64, live: bool) {
+        if self.single {
+            let exit = self.lists.exits.len() as u32;
+            self.lists.exits.push(Exit { target, site: 0 });
+            self.leave(leave::TARGET, exit);
+            return;
+        }
+        let here = self.request.key.rip;
+        if (target ^ here) >> 12 != 0 {
+            self.spare_flags(true);
+            self.code.mov_imm(R10, target);
+            let slot = self.level() + offset_of!(Level, jump) + jump_index(target) * 8;
+            self.code.jmp_mem(Mem::gs(slot));
+            return;
+        }
+        if live {
+            self.want_flags();
+        }
+        let exit = self.lists.exits.len() as u32;
+        self.lists.exits.push(Exit { target, site: 0 });
+        if target <= self.at.ip() {
+            // A back edge polls.
+            let attention = Mem::gs(offset_of!(Cpu, attention));
+            if live {
+                self.code.mov(R10, RCX);
+                self.code.load32(RCX, attention);
+                let mut out = Code::new(0);
+                out.mov(RCX, R10);
+                let skip = out.bytes.len() + 7 + 5 + 8;
+                self.code.raw(&[0xe3, skip as u8]);
+                self.code.mov(RCX, R10);
+                self.leave(leave::TARGET, exit);
+                self.code.mov(RCX, R10);
+            } else {
+                self.code.cmp32_mem_imm8(attention, 0);
+                let calm = self.code.bytes.len();
+                self.code.raw(&[0x74, 0]);
+                self.leave(leave::TARGET, exit);
+                let end = self.code.bytes.len();
+                self.code.bytes[calm + 1] = (end - calm - 2) as u8;
+            }
+        }
+        let jump = self.code.jmp();
+        self.lists.exits[exit as usize].site = self.code.address_of(jump);
+        // Until it is chained: right behind.
+        self.code.bind(jump);
+        self.leave(leave::CHAIN, exit);
+    }
+
+    /// Goes to the guest address in r10; flags are in the slot.
+    fn exit_indirect(&mut self) {
+        if self.single {
+            self.code.jmp_to(self.request.stubs.jump_miss);
+            return;
+        }
+        self.code.mov32(R11, R10);
+        self.code.and32(R11, JUMP_ENTRIES as u32 - 1);
+        self.code.jmp_mem(Mem { base: None, index: Some((R11, 3)), disp: (self.level() + offset_of!(Level, jump)) as i32, gs: true });
+    }
+
+    /// An instruction for Rust.
+    fn call_rust(&mut self) {
+        let number = self.lists.instructions.len() as u32;
+        self.lists.instructions.push(self.at);
+        let word = self.word(leave::INSTRUCTION);
+        self.descriptor(self.request.stubs.instruction, word, number);
+        // The stub comes back behind the descriptor with everything reloaded.
+        self.flags = Flags::Host;
+    }
+
+    /// The slow ways, behind the block.
+    fn finish(&mut self) {
+        for slow in std::mem::take(&mut self.slow) {
+            self.code.bind(slow.branch);
+            match slow.address {
+                Address::Undo(table) => self.code.xor_load(R10, Mem::gs_at(R11, table)),
+                Address::Constant(va) => self.code.mov_imm(R10, va),
+            }
+            let lea = self.code.lea_r11_rip();
+            self.code.jmp_to(self.request.stubs.memory);
+            self.code.bind(lea);
+            let back = slow.back.wrapping_sub(self.code.here()) as u32;
+            self.code.u32(slow.words);
+            self.code.u32(back);
+        }
+    }
+}
