@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use cpu::x86::Activity;
 use cpu::{CpuError, CpuIo, Exit as RunExit};
 
 use crate::cache::{Block, Cache, Key, mode};
@@ -37,7 +38,6 @@ pub struct Engine {
     tsc_offset: u64,
     always_single: bool,
     trace: bool,
-    halted: bool,
     pub(crate) counters: Counters,
 }
 
@@ -88,7 +88,6 @@ impl Engine {
             tsc_offset: 0,
             always_single: debug.split(',').any(|w| w == "single"),
             trace: debug.split(',').any(|w| w == "trace"),
-            halted: false,
             counters: Counters::default(),
         })
     }
@@ -374,14 +373,14 @@ impl Cpu {
         }
         let mut poll = true;
         loop {
-            if poll || self.attention.load(Ordering::Relaxed) != 0 {
+            if (poll || self.attention.load(Ordering::Relaxed) != 0) && !self.interrupt_shadow {
                 poll = false;
                 if let Some(exit) = self.attend()? {
                     return Ok(exit);
                 }
-                if self.engine().halted {
-                    if system::wakes(self) {
-                        self.engine().halted = false;
+                if self.system.activity != Activity::Running {
+                    if self.system.activity == Activity::Halted && system::wakes(self) {
+                        self.system.activity = Activity::Running;
                     } else {
                         self.doze();
                         poll = true;
@@ -390,7 +389,6 @@ impl Cpu {
                 }
             }
             if self.efer >> 10 & 1 == 0 || self.segments[CS].attributes >> 13 & 1 == 0 {
-                let trap = self.rflags & flag::TF != 0;
                 let shadow = std::mem::take(&mut self.interrupt_shadow);
                 match system::interpret(self) {
                     Ok(flow) => {
@@ -398,10 +396,6 @@ impl Cpu {
                             return Ok(exit);
                         }
                         poll |= shadow || self.interrupt_waits != 0;
-                        if trap {
-                            self.dr[6] |= 1 << 14;
-                            deliver!(Fault::DB);
-                        }
                     }
                     Err(fault) => deliver!(fault),
                 }
@@ -485,7 +479,7 @@ impl Cpu {
             // Whoever set IF may let a waiting interrupt in.
             Flow::EndBlock => *poll |= self.interrupt_waits != 0 && !self.interrupt_shadow,
             Flow::Halt => {
-                self.engine().halted = true;
+                self.system.activity = Activity::Halted;
                 *poll = true;
             }
             Flow::Stop => return Some(RunExit::Stopped),
@@ -511,8 +505,8 @@ impl Cpu {
         }
         match system::poll_interrupts(self) {
             Ok(delivered) => {
-                if delivered {
-                    self.engine().halted = false;
+                if delivered && self.system.activity == Activity::Halted {
+                    self.system.activity = Activity::Running;
                 }
                 Ok(None)
             }
@@ -697,14 +691,12 @@ impl Cpu {
         }
     }
 
-    pub(crate) fn is_halted(&mut self) -> bool {
-        self.engine_mut().is_some_and(|e| e.halted)
-    }
-
-    pub(crate) fn set_halted(&mut self, halted: bool) {
-        if let Some(engine) = self.engine_mut() {
-            engine.halted = halted;
-        }
+    /// Runs `work` with the guest's x87 state in the host's unit.
+    pub(crate) fn with_x87<T>(&mut self, work: impl FnOnce(&mut Cpu) -> T) -> T {
+        self.x87_load();
+        let result = work(self);
+        self.x87_store();
+        result
     }
 
     /// Makes every jump table entry lead to the miss stub.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use cpu::x86::{Activity, CpuState};
+use cpu::x86::CpuState;
 use cpu::{CpuError, CpuIo, Exit, GuestMemory, Kick, Vcpu, Vm, VmConfig};
 
 use crate::clock;
@@ -66,8 +66,7 @@ impl Vm for SoftVm {
     }
 
     fn signal_msi(&self, address: u64, data: u32) -> Result<(), CpuError> {
-        // Physical destination, fixed delivery (SDM vol. 3, 11.11).
-        self.machine.post_interrupt((address >> 12 & 0xff) as u32, data as u8);
+        system::signal_msi(&self.machine, address, data);
         Ok(())
     }
 
@@ -122,16 +121,11 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<CpuState, CpuError> {
-        let halted = self.cpu().is_halted();
-        let activity = if halted { Activity::Halted } else { Activity::Running };
-        Ok(self.cpu().save_state(activity))
+        Ok(self.cpu().with_x87(system::save))
     }
 
     fn restore(&mut self, state: &CpuState) -> Result<(), CpuError> {
-        self.cpu().restore_state(state)?;
-        self.cpu().set_halted(state.activity != Activity::Running);
-        self.cpu().flush_tlb();
-        Ok(())
+        self.cpu().with_x87(|cpu| system::restore(cpu, state)).map_err(CpuError::State)
     }
 
     fn translate(&mut self, gva: u64) -> Option<u64> {

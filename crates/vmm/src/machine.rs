@@ -145,10 +145,8 @@ pub fn open_cpus(
     }
 }
 
-fn soft_cpus(_: VmConfig) -> Result<Arc<dyn Vm>, CpuError> {
-    Err(CpuError::Broken(
-        "the software CPU is not built in yet".into(),
-    ))
+fn soft_cpus(config: VmConfig) -> Result<Arc<dyn Vm>, CpuError> {
+    Ok(Arc::new(cpu_soft::SoftVm::new(&config)?))
 }
 
 /// A CPU of a machine, with the lock its thread holds while it runs.
