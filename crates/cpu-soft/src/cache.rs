@@ -36,7 +36,7 @@ pub struct Block {
     pub indirect: u64,
     /// Host address of the entry with flags in EFLAGS.
     pub direct: u64,
-    /// Host address of code that leaves for the run loop with rip at the block's start.
+    /// Host address of code that leaves for the run loop with rip at the block's start: the first of the block's code.
     pub leave: u64,
     pub end: u64,
     /// Guest bytes.
@@ -195,7 +195,7 @@ impl Cache {
 
     /// The block whose code holds `host`.
     pub fn block_at(&self, host: u64) -> Option<u32> {
-        let after = self.blocks.partition_point(|b| b.indirect <= host);
+        let after = self.blocks.partition_point(|b| b.leave <= host);
         let number = after.checked_sub(1)?;
         (host < self.blocks[number].end).then_some(number as u32)
     }

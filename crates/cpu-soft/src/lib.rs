@@ -13,6 +13,7 @@ mod host;
 pub mod machine;
 pub mod mem;
 pub mod run;
+mod saved;
 pub mod state;
 mod stubs;
 pub mod system;

@@ -691,14 +691,6 @@ impl Cpu {
         }
     }
 
-    /// Runs `work` with the guest's x87 state in the host's unit.
-    pub(crate) fn with_x87<T>(&mut self, work: impl FnOnce(&mut Cpu) -> T) -> T {
-        self.x87_load();
-        let result = work(self);
-        self.x87_store();
-        result
-    }
-
     /// Makes every jump table entry lead to the miss stub.
     pub(crate) fn reset_jumps(&mut self) {
         let miss = self.engine().stubs.jump_miss;

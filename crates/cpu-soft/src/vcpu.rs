@@ -121,11 +121,16 @@ impl Vcpu for SoftVcpu {
     }
 
     fn save(&mut self) -> Result<CpuState, CpuError> {
-        Ok(self.cpu().with_x87(system::save))
+        let mut state = self.cpu().save_state();
+        system::save(self.cpu(), &mut state);
+        Ok(state)
     }
 
     fn restore(&mut self, state: &CpuState) -> Result<(), CpuError> {
-        self.cpu().with_x87(|cpu| system::restore(cpu, state)).map_err(CpuError::State)
+        self.cpu().restore_state(state)?;
+        system::restore(self.cpu(), state).map_err(CpuError::State)?;
+        self.cpu().flush_tlb();
+        Ok(())
     }
 
     fn translate(&mut self, gva: u64) -> Option<u64> {

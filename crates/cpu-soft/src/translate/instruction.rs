@@ -434,7 +434,7 @@ impl Translator<'_> {
         i.set_memory_index(index);
         i.set_memory_index_scale(1);
         i.set_memory_displacement64(disp as i64 as u64);
-        i.set_memory_displ_size(if disp == 0 { 0 } else { 4 });
+        i.set_memory_displ_size(if disp == 0 { 0 } else { 8 });
         // The forms with an absolute address have no ModRM: take those that do.
         match i.code() {
             C::Mov_AL_moffs8 => i.set_code(C::Mov_r8_rm8),
