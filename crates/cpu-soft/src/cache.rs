@@ -95,7 +95,16 @@ impl Cache {
         rustix::fs::ftruncate(&fd, size as u64)?;
         let map = |prot| {
             // SAFETY: a new mapping of our own file, at an address the kernel chooses.
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, fd.as_fd(), 0) }
+            unsafe {
+                rustix::mm::mmap(
+                    std::ptr::null_mut(),
+                    size,
+                    prot,
+                    MapFlags::SHARED,
+                    fd.as_fd(),
+                    0,
+                )
+            }
         };
         let writable = map(ProtFlags::READ | ProtFlags::WRITE)?.cast::<u8>();
         let executable = map(ProtFlags::READ | ProtFlags::EXEC)?.cast::<u8>();
@@ -132,7 +141,10 @@ impl Cache {
 
     /// Host addresses of the executable mapping.
     pub fn range(&self) -> (u64, u64) {
-        (self.executable as u64, self.executable as u64 + self.size as u64)
+        (
+            self.executable as u64,
+            self.executable as u64 + self.size as u64,
+        )
     }
 
     /// Appends code, which must have been made for [`Cache::next`]. False when it does not fit.
@@ -142,7 +154,9 @@ impl Cache {
             return false;
         }
         // SAFETY: inside the writable mapping, which nothing else borrows.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len())
+        };
         self.used = (self.used + code.len()).next_multiple_of(16).min(self.size);
         true
     }
@@ -185,7 +199,10 @@ impl Cache {
     pub fn insert(&mut self, block: Block) -> u32 {
         let number = self.blocks.len() as u32;
         self.by_key.insert(block.key, number);
-        self.by_page.entry(block.key.gpa >> 12).or_default().push(number);
+        self.by_page
+            .entry(block.key.gpa >> 12)
+            .or_default()
+            .push(number);
         if let Some(second) = block.second {
             self.by_page.entry(second >> 12).or_default().push(number);
         }
@@ -203,12 +220,15 @@ impl Cache {
     /// Drops the blocks that hold any of the guest-physical bytes; true where there was one.
     pub fn invalidate(&mut self, gpa: u64, len: u64, jump_miss: u64) -> bool {
         let page = gpa >> 12;
-        let Some(numbers) = self.by_page.get_mut(&page) else { return false };
+        let Some(numbers) = self.by_page.get_mut(&page) else {
+            return false;
+        };
         let mut gone = Vec::new();
         let blocks = &self.blocks;
         numbers.retain(|n| {
             let b = &blocks[*n as usize];
-            let hit = b.second.is_some() || (gpa < b.key.gpa + u64::from(b.len) && b.key.gpa < gpa + len);
+            let hit =
+                b.second.is_some() || (gpa < b.key.gpa + u64::from(b.len) && b.key.gpa < gpa + len);
             if hit {
                 gone.push(*n);
             }

@@ -51,7 +51,11 @@ impl Guard {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
             old
         };
-        CURRENT.set(Some(Current { start: range.0, end: range.1, host_fault }));
+        CURRENT.set(Some(Current {
+            start: range.0,
+            end: range.1,
+            host_fault,
+        }));
         Ok(Guard { old_mask, old_gs })
     }
 }
@@ -62,7 +66,11 @@ impl Drop for Guard {
         // SAFETY: puts back what `new` found.
         unsafe {
             libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, self.old_gs);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.old_mask, std::ptr::null_mut());
+            libc::pthread_sigmask(
+                libc::SIG_SETMASK,
+                &raw const self.old_mask,
+                std::ptr::null_mut(),
+            );
         }
     }
 }
@@ -80,7 +88,11 @@ fn ensure_stack() -> io::Result<()> {
             return Ok(());
         }
         let memory = Box::leak(vec![0u8; SIZE].into_boxed_slice());
-        let stack = libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIZE };
+        let stack = libc::stack_t {
+            ss_sp: memory.as_mut_ptr().cast(),
+            ss_flags: 0,
+            ss_size: SIZE,
+        };
         if libc::sigaltstack(&raw const stack, std::ptr::null_mut()) != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -127,13 +139,16 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         registers[libc::REG_RIP as usize] = current.host_fault as i64;
         return;
     }
-    let old = OLD.get().and_then(|o| TRAPS.iter().position(|s| *s == signal).map(|n| o.0[n]));
+    let old = OLD
+        .get()
+        .and_then(|o| TRAPS.iter().position(|s| *s == signal).map(|n| o.0[n]));
     // SAFETY: hands on to whom the signal belonged before; by default puts the default action back and returns to trap again.
     unsafe {
         match old {
             Some(old) if old.sa_sigaction != libc::SIG_DFL && old.sa_sigaction != libc::SIG_IGN => {
                 if old.sa_flags & libc::SA_SIGINFO != 0 {
-                    let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = std::mem::transmute(old.sa_sigaction);
+                    let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                        std::mem::transmute(old.sa_sigaction);
                     f(signal, info, context);
                 } else {
                     let f: extern "C" fn(libc::c_int) = std::mem::transmute(old.sa_sigaction);

@@ -38,7 +38,9 @@ unsafe impl Sync for Machine {}
 
 impl Machine {
     pub fn new(vcpus: u32, model: cpu::CpuModel) -> Machine {
-        Machine { memory: OnceLock::new(), code: OnceLock::new(),
+        Machine {
+            memory: OnceLock::new(),
+            code: OnceLock::new(),
             mailboxes: Mutex::new(Vec::new()),
             vcpus,
             model,
@@ -54,7 +56,12 @@ impl Machine {
             if gpa % 4096 != 0 || region.len() % 4096 != 0 || region.as_ptr() as usize % 4096 != 0 {
                 return false;
             }
-            banks.push(Bank { gpa, len: region.len(), host: region.as_ptr(), first: pages });
+            banks.push(Bank {
+                gpa,
+                len: region.len(),
+                host: region.as_ptr(),
+                first: pages,
+            });
             pages += (region.len() / 4096) as usize;
         }
         // Zeroed memory of the allocator is untouched memory of the kernel: pages without code cost nothing.
@@ -110,10 +117,22 @@ impl Machine {
                     found = true;
                     let first = at & !63;
                     let last = (stop + 63) & !63;
-                    for (id, mailbox) in self.mailboxes.lock().unwrap_or_else(|e| e.into_inner()).iter().enumerate() {
+                    for (id, mailbox) in self
+                        .mailboxes
+                        .lock()
+                        .unwrap_or_else(|e| e.into_inner())
+                        .iter()
+                        .enumerate()
+                    {
                         if by != Some(id as u32) {
-                            mailbox.stale.lock().unwrap_or_else(|e| e.into_inner()).push((first, last - first));
-                            mailbox.requests.fetch_or(request::SAFE_POINT, Ordering::SeqCst);
+                            mailbox
+                                .stale
+                                .lock()
+                                .unwrap_or_else(|e| e.into_inner())
+                                .push((first, last - first));
+                            mailbox
+                                .requests
+                                .fetch_or(request::SAFE_POINT, Ordering::SeqCst);
                             mailbox.ring();
                         }
                     }

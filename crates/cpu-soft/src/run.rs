@@ -66,7 +66,10 @@ pub(crate) struct Counters {
 
 impl Engine {
     pub(crate) fn new(frame: &Frame, cache_bytes: usize) -> Result<Engine, CpuError> {
-        let mut cache = Cache::new(cache_bytes).map_err(|source| CpuError::Host { what: "mapping the code cache", source })?;
+        let mut cache = Cache::new(cache_bytes).map_err(|source| CpuError::Host {
+            what: "mapping the code cache",
+            source,
+        })?;
         let entries = Entries {
             memory: memory_entry as *const () as u64,
             instruction: instruction_entry as *const () as u64,
@@ -138,7 +141,9 @@ impl Cpu {
 
     /// Forgets indirect jump targets; `global`: also of global supervisor pages.
     pub(crate) fn flush_jumps(&mut self, global: bool) {
-        let Some(engine) = self.engine_mut() else { return };
+        let Some(engine) = self.engine_mut() else {
+            return;
+        };
         let miss = engine.stubs.jump_miss;
         let global = global || engine.supervisor_nonglobal;
         if global {
@@ -159,7 +164,10 @@ impl Cpu {
 
     /// A store to guest RAM by Rust code somewhere in the page of `gpa`: drops the page's translated code.
     pub(crate) fn note_store(&mut self, gpa: u64, _va: u64) {
-        let dirty = self.machine.granules(gpa).is_some_and(|bits| bits.load(Ordering::Relaxed) != 0);
+        let dirty = self
+            .machine
+            .granules(gpa)
+            .is_some_and(|bits| bits.load(Ordering::Relaxed) != 0);
         if dirty {
             self.drop_code(gpa & !0xfff, 4096);
         }
@@ -187,7 +195,9 @@ impl Cpu {
             return Ok(known);
         }
         let found = paging::walk(self, va, Access::Fetch, Rights::Current)?;
-        self.engine().notes.note_fetch(va, user, found.gpa, found.global);
+        self.engine()
+            .notes
+            .note_fetch(va, user, found.gpa, found.global);
         Ok((found.gpa & !0xfff, found.global))
     }
 
@@ -202,9 +212,15 @@ impl Cpu {
         if single {
             mode |= mode::SINGLE;
         }
-        let key = Key { gpa: page | rip & 0xfff, rip, mode };
+        let key = Key {
+            gpa: page | rip & 0xfff,
+            rip,
+            mode,
+        };
         if let Some(n) = self.engine().cache.find(&key) {
-            let Some(second) = self.engine().cache.blocks[n as usize].second else { return Ok((n, global)) };
+            let Some(second) = self.engine().cache.blocks[n as usize].second else {
+                return Ok((n, global));
+            };
             let (now, global_too) = self.fetch_page((rip | 0xfff).wrapping_add(1))?;
             if now == second {
                 return Ok((n, global && global_too));
@@ -240,12 +256,25 @@ impl Cpu {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
             engine.tsc_offset = cpu_tsc;
-            let Engine { cache, workshop, lists, code, stubs, .. } = engine;
+            let Engine {
+                cache,
+                workshop,
+                lists,
+                code,
+                stubs,
+                ..
+            } = engine;
             code.origin = cache.next();
             code.bytes.clear();
             let known = |target: u64| {
-                let key = Key { gpa: page | target & 0xfff, rip: target, mode: key.mode };
-                cache.find(&key).map(|n| cache.blocks[n as usize].flags_live)
+                let key = Key {
+                    gpa: page | target & 0xfff,
+                    rip: target,
+                    mode: key.mode,
+                };
+                cache
+                    .find(&key)
+                    .map(|n| cache.blocks[n as usize].flags_live)
             };
             let request = Request {
                 key,
@@ -264,12 +293,16 @@ impl Cpu {
                 let next = (key.rip | 0xfff).wrapping_add(1);
                 let (gpa, global_too) = self.fetch_page(next)?;
                 global &= global_too;
-                let Some(next_host) = self.machine.ram_at(gpa) else { return Err(Fault::UD) };
+                let Some(next_host) = self.machine.ram_at(gpa) else {
+                    return Err(Fault::UD);
+                };
                 self.mark_code(gpa, next_host as u64, 1);
                 let tail = 4096 - offset;
                 joined[..tail].copy_from_slice(&bytes[offset..]);
                 // SAFETY: the first bytes of a page of guest RAM.
-                unsafe { std::ptr::copy_nonoverlapping(next_host, joined[tail..].as_mut_ptr(), 15) };
+                unsafe {
+                    std::ptr::copy_nonoverlapping(next_host, joined[tail..].as_mut_ptr(), 15)
+                };
                 source = &joined[..tail + 15];
                 first_page = tail;
                 second = Some(gpa);
@@ -301,7 +334,9 @@ impl Cpu {
     /// Notes that granules of a page hold translated code; from then on no write entry leads to it.
     fn mark_code(&mut self, page: u64, host_page: u64, mask: u64) {
         let machine = Arc::clone(&self.machine);
-        let Some(bits) = machine.granules(page) else { return };
+        let Some(bits) = machine.granules(page) else {
+            return;
+        };
         let before = bits.fetch_or(mask, Ordering::SeqCst);
         if before == 0 {
             self.forbid_writes(host_page);
@@ -346,7 +381,10 @@ impl Cpu {
             let engine = self.engine();
             (engine.cache.range(), engine.stubs.host_fault)
         };
-        let guard = Guard::new(frame, range, host_fault).map_err(|source| CpuError::Host { what: "preparing the thread", source })?;
+        let guard = Guard::new(frame, range, host_fault).map_err(|source| CpuError::Host {
+            what: "preparing the thread",
+            source,
+        })?;
         // SAFETY: only the lifetime changes; taken back below before `io`'s borrow ends.
         let io: *mut (dyn CpuIo + 'static) = unsafe { std::mem::transmute(std::ptr::from_mut(io)) };
         self.io = Some(io);
@@ -403,7 +441,10 @@ impl Cpu {
             }
             let trap = self.rflags & flag::TF != 0;
             let shadow = std::mem::take(&mut self.interrupt_shadow);
-            let single = std::mem::take(&mut self.engine().single) || trap || shadow || self.engine().always_single;
+            let single = std::mem::take(&mut self.engine().single)
+                || trap
+                || shadow
+                || self.engine().always_single;
             if self.engine().tsc_offset != self.tsc_offset {
                 self.flush_code();
             }
@@ -492,7 +533,9 @@ impl Cpu {
         self.attention.store(0, Ordering::SeqCst);
         let mailbox = Arc::clone(&self.mailbox);
         if mailbox.requests.load(Ordering::SeqCst) & (request::KICK | request::SAFE_POINT) != 0 {
-            let bits = mailbox.requests.fetch_and(!(request::KICK | request::SAFE_POINT), Ordering::SeqCst);
+            let bits = mailbox
+                .requests
+                .fetch_and(!(request::KICK | request::SAFE_POINT), Ordering::SeqCst);
             if bits & request::SAFE_POINT != 0 {
                 self.drop_stale();
             }
@@ -516,7 +559,8 @@ impl Cpu {
 
     /// Drops code that other CPUs or devices have written.
     fn drop_stale(&mut self) {
-        let stale = std::mem::take(&mut *self.mailbox.stale.lock().unwrap_or_else(|e| e.into_inner()));
+        let stale =
+            std::mem::take(&mut *self.mailbox.stale.lock().unwrap_or_else(|e| e.into_inner()));
         let engine = self.engine();
         let miss = engine.stubs.jump_miss;
         for (gpa, len) in stale {
@@ -534,7 +578,11 @@ impl Cpu {
         } else {
             let left = alarm.saturating_sub(clock::host_tsc());
             if left == 0 {
-                if mailbox.alarm.compare_exchange(alarm, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                if mailbox
+                    .alarm
+                    .compare_exchange(alarm, 0, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok()
+                {
                     mailbox.requests.fetch_or(request::ALARM, Ordering::SeqCst);
                 }
                 return;
@@ -587,14 +635,20 @@ impl Cpu {
                 self.rip = exit.target;
                 self.chain(descriptor, exit.site);
             }
-            other => return Err(CpuError::Broken(format!("translated code left with unknown reason {other}"))),
+            other => {
+                return Err(CpuError::Broken(format!(
+                    "translated code left with unknown reason {other}"
+                )));
+            }
         }
         Ok(())
     }
 
     /// Joins the exit at `site` to the block at rip, where that is of the same page.
     fn chain(&mut self, descriptor: u64, site: u64) {
-        let Some(from) = self.engine().cache.block_at(descriptor) else { return };
+        let Some(from) = self.engine().cache.block_at(descriptor) else {
+            return;
+        };
         if self.attention.load(Ordering::Relaxed) != 0 {
             return;
         }
@@ -605,7 +659,9 @@ impl Cpu {
         if dead || self.rip >> 12 != page {
             return;
         }
-        let Ok((to, _)) = self.block(false) else { return };
+        let Ok((to, _)) = self.block(false) else {
+            return;
+        };
         let engine = self.engine();
         if engine.cache.generation != generation {
             return;
@@ -624,7 +680,11 @@ impl Cpu {
         let address = self.bounce.address;
         // Both pages were probed before the instruction ran; a page table changed since by another CPU loses the store, as
         // it could on a processor that had the old translation.
-        let _ = self.write_bytes(address, &data[(address & 63) as usize..][..len], Rights::Current);
+        let _ = self.write_bytes(
+            address,
+            &data[(address & 63) as usize..][..len],
+            Rights::Current,
+        );
     }
 
     /// The guest's exception for a trap of the host in translated code.
@@ -634,10 +694,19 @@ impl Cpu {
         let signal = (value >> 56) as i32;
         let sites = &self.engine().lists.sites;
         let after = sites.partition_point(|s| s.host <= host);
-        let site = after.checked_sub(1).map(|n| sites[n]).filter(|s| host < s.end);
+        let site = after
+            .checked_sub(1)
+            .map(|n| sites[n])
+            .filter(|s| host < s.end);
         let Some(Site { rip, slot, .. }) = site else {
-            let block = self.engine().cache.block_at(host).map(|n| self.engine().cache.blocks[n as usize].clone());
-            return Err(CpuError::Broken(format!("signal {signal} in translated code at {host:#x}, block {block:x?}")));
+            let block = self
+                .engine()
+                .cache
+                .block_at(host)
+                .map(|n| self.engine().cache.blocks[n as usize].clone());
+            return Err(CpuError::Broken(format!(
+                "signal {signal} in translated code at {host:#x}, block {block:x?}"
+            )));
         };
         self.rip = rip;
         if slot {
@@ -659,7 +728,12 @@ impl Cpu {
         let instruction = iced_x86::Decoder::with_ip(64, &bytes, rip, 0).decode();
         match instruction.mnemonic() {
             iced_x86::Mnemonic::Div | iced_x86::Mnemonic::Idiv => Fault::DE,
-            _ if instruction.cpuid_features().iter().any(|f| matches!(f, iced_x86::CpuidFeature::FPU | iced_x86::CpuidFeature::MMX)) => Fault::MF,
+            _ if instruction.cpuid_features().iter().any(|f| {
+                matches!(f, iced_x86::CpuidFeature::FPU | iced_x86::CpuidFeature::MMX)
+            }) =>
+            {
+                Fault::MF
+            }
             _ => Fault::XM,
         }
     }
@@ -670,7 +744,10 @@ impl Cpu {
         for g in self.gpr {
             hash = (hash.rotate_left(7) ^ g).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         }
-        eprintln!("block {rip:#x} cpl {} regs {hash:016x} rax {:x} rsp {:x} fl {:x}", self.cpl, self.gpr[0], self.gpr[4], self.rflags);
+        eprintln!(
+            "block {rip:#x} cpl {} regs {hash:016x} rax {:x} rsp {:x} fl {:x}",
+            self.cpl, self.gpr[0], self.gpr[4], self.rflags
+        );
     }
 
     /// x87 and MMX state from the frame's FXSAVE image to the host.
@@ -679,7 +756,9 @@ impl Cpu {
         // SAFETY: a 16-byte aligned FXSAVE image with MXCSR masked to what every host takes.
         unsafe { core::arch::x86_64::_fxrstor64(image.cast()) };
         // SAFETY: Rust's own setting.
-        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const self.host_mxcsr, options(nostack)) };
+        unsafe {
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const self.host_mxcsr, options(nostack))
+        };
     }
 
     fn x87_store(&mut self) {
@@ -733,8 +812,12 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
     let pending = match system::execute(cpu, &instruction) {
         Ok(Flow::Continue) => {
             let engine = cpu.engine();
-            let alive = engine.cache.generation == generation && block.is_some_and(|n| !engine.cache.blocks[n as usize].dead);
-            if alive && !cpu.interrupt_shadow && cpu.rip == start.wrapping_add(instruction.len() as u64) {
+            let alive = engine.cache.generation == generation
+                && block.is_some_and(|n| !engine.cache.blocks[n as usize].dead);
+            if alive
+                && !cpu.interrupt_shadow
+                && cpu.rip == start.wrapping_add(instruction.len() as u64)
+            {
                 cpu.scratch[4] = descriptor + 8;
                 return 1;
             }
@@ -766,7 +849,10 @@ impl Cpu {
             self.fill_tlb(user, false, va, page, found.global);
             return Ok(page);
         }
-        let bits = self.machine.granules(found.gpa).map_or(0, |b| b.load(Ordering::SeqCst));
+        let bits = self
+            .machine
+            .granules(found.gpa)
+            .map_or(0, |b| b.load(Ordering::SeqCst));
         if bits == 0 {
             if found.writable {
                 self.fill_tlb(user, true, va, page, found.global);
@@ -788,7 +874,13 @@ impl Cpu {
     }
 
     /// An access that cannot be made in place, by way of the bounce buffer. Writes only in blocks of one instruction.
-    fn bounce_access(&mut self, va: u64, size: usize, descriptor: u64, word: u32) -> Result<u64, Pending> {
+    fn bounce_access(
+        &mut self,
+        va: u64,
+        size: usize,
+        descriptor: u64,
+        word: u32,
+    ) -> Result<u64, Pending> {
         let write = word & leave::WRITE != 0;
         // Aligned as the guest's address is, for instructions that look at it.
         let offset = (va & 63) as usize;
@@ -797,15 +889,20 @@ impl Cpu {
         }
         if write {
             let engine = self.engine();
-            let single = engine.cache.block_at(descriptor).is_some_and(|n| engine.cache.blocks[n as usize].key.mode & mode::SINGLE != 0);
+            let single = engine
+                .cache
+                .block_at(descriptor)
+                .is_some_and(|n| engine.cache.blocks[n as usize].key.mode & mode::SINGLE != 0);
             if !single {
                 return Err(Pending::Single);
             }
-            self.write_probe(va, size, Rights::Current).map_err(Pending::Fault)?;
+            self.write_probe(va, size, Rights::Current)
+                .map_err(Pending::Fault)?;
         }
         if !write || word & leave::MODIFY != 0 {
             let mut data = [0u8; 512];
-            self.read_bytes(va, &mut data[..size], Rights::Current).map_err(Pending::Fault)?;
+            self.read_bytes(va, &mut data[..size], Rights::Current)
+                .map_err(Pending::Fault)?;
             self.bounce.data[offset..offset + size].copy_from_slice(&data[..size]);
         }
         if write {
@@ -833,14 +930,20 @@ impl Cpu {
     /// Frame, code and trap stub, for [`Guard::new`].
     pub(crate) fn place_of_code(&mut self) -> (u64, (u64, u64), u64) {
         let frame = std::ptr::from_mut(self) as u64;
-        (frame, self.engine().cache.range(), self.engine().stubs.host_fault)
+        (
+            frame,
+            self.engine().cache.range(),
+            self.engine().stubs.host_fault,
+        )
     }
 
     /// Runs until rip is `end`; true when the host trapped or a fault came up.
     pub(crate) fn run_to(&mut self, end: u64, single: bool) -> bool {
         let mut alone = single;
         while self.rip != end {
-            let Ok((number, _)) = self.block(alone) else { return true };
+            let Ok((number, _)) = self.block(alone) else {
+                return true;
+            };
             let direct = self.engine().cache.blocks[number as usize].direct;
             let stubs = self.engine().stubs;
             // SAFETY: the test holds a guard for this frame.

@@ -34,7 +34,10 @@ impl Cpu {
     /// Takes over what [`Cpu::save_state`] made.
     pub(crate) fn restore_state(&mut self, state: &CpuState) -> Result<(), CpuError> {
         if state.version != 1 {
-            return Err(CpuError::State(format!("its version is {}, this program knows 1", state.version)));
+            return Err(CpuError::State(format!(
+                "its version is {}, this program knows 1",
+                state.version
+            )));
         }
         self.gpr = state.gpr;
         self.rip = state.rip;
@@ -58,7 +61,8 @@ impl Cpu {
         } else if state.rflags & flag::VM != 0 {
             3
         } else {
-            (state.segments[crate::state::SS].attributes >> 5 & 3) as u8 | (state.segments[CS].selector & 3) as u8
+            (state.segments[crate::state::SS].attributes >> 5 & 3) as u8
+                | (state.segments[CS].selector & 3) as u8
         };
         self.load_vectors(&state.xsave)
     }
@@ -70,7 +74,11 @@ impl Cpu {
         area[24..28].copy_from_slice(&self.mxcsr.to_le_bytes());
         for (n, register) in self.ymm.iter().enumerate() {
             for (word, value) in register.iter().enumerate() {
-                let at = if word < 2 { 160 + n * 16 + word * 8 } else { 576 + n * 16 + (word - 2) * 8 };
+                let at = if word < 2 {
+                    160 + n * 16 + word * 8
+                } else {
+                    576 + n * 16 + (word - 2) * 8
+                };
                 area[at..at + 8].copy_from_slice(&value.to_le_bytes());
             }
         }
@@ -83,7 +91,10 @@ impl Cpu {
             return Ok(());
         }
         if area.len() < 576 {
-            return Err(CpuError::State(format!("its XSAVE area has {} bytes, less than the 576 of the legacy part and header", area.len())));
+            return Err(CpuError::State(format!(
+                "its XSAVE area has {} bytes, less than the 576 of the legacy part and header",
+                area.len()
+            )));
         }
         self.x87.0.copy_from_slice(&area[..512]);
         let mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]);
@@ -91,8 +102,14 @@ impl Cpu {
         self.x87.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
         for (n, register) in self.ymm.iter_mut().enumerate() {
             for (word, value) in register.iter_mut().enumerate() {
-                let at = if word < 2 { 160 + n * 16 + word * 8 } else { 576 + n * 16 + (word - 2) * 8 };
-                *value = area.get(at..at + 8).map_or(0, |b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
+                let at = if word < 2 {
+                    160 + n * 16 + word * 8
+                } else {
+                    576 + n * 16 + (word - 2) * 8
+                };
+                *value = area.get(at..at + 8).map_or(0, |b| {
+                    u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])
+                });
             }
         }
         if area[..24].iter().all(|b| *b == 0) {

@@ -51,8 +51,20 @@ fn save(code: &mut Code, avx: bool) {
     code.with_reg(false, &[0x09], RCX, RAX); // or eax, ecx
     code.store32(Mem::gs(offset_of!(Cpu, rflags)), RAX);
     code.byte(0xfc); // cld
-    code.with_mem(None, false, &[0x0f, 0xae], 3, Mem::gs(offset_of!(Cpu, mxcsr)));
-    code.with_mem(None, false, &[0x0f, 0xae], 2, Mem::gs(offset_of!(Cpu, host_mxcsr)));
+    code.with_mem(
+        None,
+        false,
+        &[0x0f, 0xae],
+        3,
+        Mem::gs(offset_of!(Cpu, mxcsr)),
+    );
+    code.with_mem(
+        None,
+        false,
+        &[0x0f, 0xae],
+        2,
+        Mem::gs(offset_of!(Cpu, host_mxcsr)),
+    );
     vectors(code, avx, true);
 }
 
@@ -64,17 +76,35 @@ fn vectors(code: &mut Code, avx: bool, store: bool) {
             // vmovups ymm, gs:[disp32], VEX.256.0F.WIG 10/11, two-byte VEX
             code.byte(0x65);
             let r = if n < 8 { 0x80 } else { 0 };
-            code.raw(&[0xc5, r | 0x7c, if store { 0x11 } else { 0x10 }, (n & 7) << 3 | 4, 0x25]);
+            code.raw(&[
+                0xc5,
+                r | 0x7c,
+                if store { 0x11 } else { 0x10 },
+                (n & 7) << 3 | 4,
+                0x25,
+            ]);
             code.u32(at as u32);
         } else {
-            code.with_mem(None, false, &[0x0f, if store { 0x11 } else { 0x10 }], n, Mem::gs(at));
+            code.with_mem(
+                None,
+                false,
+                &[0x0f, if store { 0x11 } else { 0x10 }],
+                n,
+                Mem::gs(at),
+            );
         }
     }
 }
 
 fn restore_direction(code: &mut Code) {
     // bt dword gs:[rflags], 10; jnc +1; std
-    code.with_mem(None, false, &[0x0f, 0xba], 4, Mem::gs(offset_of!(Cpu, rflags)));
+    code.with_mem(
+        None,
+        false,
+        &[0x0f, 0xba],
+        4,
+        Mem::gs(offset_of!(Cpu, rflags)),
+    );
     code.byte(10);
     code.raw(&[0x73, 0x01, 0xfd]);
 }
@@ -82,7 +112,13 @@ fn restore_direction(code: &mut Code) {
 /// Makes all of the guest's registers current and jumps to `TARGET`.
 fn load_all(code: &mut Code, avx: bool) {
     vectors(code, avx, false);
-    code.with_mem(None, false, &[0x0f, 0xae], 2, Mem::gs(offset_of!(Cpu, mxcsr)));
+    code.with_mem(
+        None,
+        false,
+        &[0x0f, 0xae],
+        2,
+        Mem::gs(offset_of!(Cpu, mxcsr)),
+    );
     restore_direction(code);
     // ah = low flags, al = OF
     code.load32(RAX, Mem::gs(offset_of!(Cpu, rflags)));
@@ -108,14 +144,19 @@ fn call(code: &mut Code, function: u64) {
 /// The host's callee-saved registers back, and return.
 fn leave_rust(code: &mut Code) {
     code.raw(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
-    code.raw(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
+    code.raw(&[
+        0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
+    ]);
 }
 
 /// Writes the stubs for the CPU at `cpu` to the front of `cache`.
 pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     let avx = std::arch::is_x86_feature_detected!("avx");
     let mut code = Code::new(cache.next());
-    let mut stubs = Stubs { enter: code.here(), ..Stubs::default() };
+    let mut stubs = Stubs {
+        enter: code.here(),
+        ..Stubs::default()
+    };
     code.raw(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]); // push rbx rbp r12..r15
     code.raw(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
     code.store(Mem::gs(offset_of!(Cpu, host_rsp)), RSP);
@@ -148,7 +189,13 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     code.mov(R11, RAX);
     code.load(R10, Mem::gs(PAGE_OFFSET));
     vectors(&mut code, avx, false);
-    code.with_mem(None, false, &[0x0f, 0xae], 2, Mem::gs(offset_of!(Cpu, mxcsr)));
+    code.with_mem(
+        None,
+        false,
+        &[0x0f, 0xae],
+        2,
+        Mem::gs(offset_of!(Cpu, mxcsr)),
+    );
     restore_direction(&mut code);
     for r in VOLATILE {
         code.load(r, gpr(r));
@@ -171,7 +218,10 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     code.jmp_to(out);
     let _ = RETURN;
 
-    assert!(cache.append(&code.bytes), "the smallest cache holds the stubs");
+    assert!(
+        cache.append(&code.bytes),
+        "the smallest cache holds the stubs"
+    );
     cache.reserve();
     stubs
 }
@@ -183,7 +233,8 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
 /// registers are the state that block expects.
 pub(crate) unsafe fn enter(stubs: &Stubs, target: u64) -> u64 {
     // SAFETY: the stub follows the System V ABI: it saves callee-saved registers, takes one argument and returns in rax.
-    let function: unsafe extern "sysv64" fn(u64) -> u64 = unsafe { std::mem::transmute(stubs.enter) };
+    let function: unsafe extern "sysv64" fn(u64) -> u64 =
+        unsafe { std::mem::transmute(stubs.enter) };
     // SAFETY: the caller's promise.
     unsafe { function(target) }
 }

@@ -11,7 +11,10 @@ pub const fn index(va: u64) -> usize {
 
 /// The entry that no address matches: the tag's page has another index.
 const fn empty(at: usize) -> TlbEntry {
-    TlbEntry { tag: ((at ^ 1) as u64) << 12, host: 0 }
+    TlbEntry {
+        tag: ((at ^ 1) as u64) << 12,
+        host: 0,
+    }
 }
 
 static EMPTY: [TlbEntry; TLB_ENTRIES] = {
@@ -38,12 +41,19 @@ struct Fetch {
     global: bool,
 }
 
-const NO_FETCH: Fetch = Fetch { page: u64::MAX, gpa: 0, global: false };
+const NO_FETCH: Fetch = Fetch {
+    page: u64::MAX,
+    gpa: 0,
+    global: false,
+};
 const FETCHES: usize = 512;
 
 impl Notes {
     pub(crate) fn new() -> Notes {
-        Notes { nonglobal: [[0; TLB_ENTRIES / 64]; 4], fetch: vec![NO_FETCH; 2 * FETCHES] }
+        Notes {
+            nonglobal: [[0; TLB_ENTRIES / 64]; 4],
+            fetch: vec![NO_FETCH; 2 * FETCHES],
+        }
     }
 
     fn slot(va: u64, user: bool) -> usize {
@@ -57,7 +67,11 @@ impl Notes {
     }
 
     pub(crate) fn note_fetch(&mut self, va: u64, user: bool, gpa: u64, global: bool) {
-        self.fetch[Notes::slot(va, user)] = Fetch { page: va & !0xfff, gpa: gpa & !0xfff, global };
+        self.fetch[Notes::slot(va, user)] = Fetch {
+            page: va & !0xfff,
+            gpa: gpa & !0xfff,
+            global,
+        };
     }
 }
 
@@ -70,13 +84,28 @@ impl Cpu {
     }
 
     /// Fills one entry.
-    pub(crate) fn fill_tlb(&mut self, user: bool, write: bool, va: u64, host_page: u64, global: bool) {
+    pub(crate) fn fill_tlb(
+        &mut self,
+        user: bool,
+        write: bool,
+        va: u64,
+        host_page: u64,
+        global: bool,
+    ) {
         let at = index(va);
         let level = &mut self.levels()[usize::from(user)];
-        let table = if write { &mut level.write } else { &mut level.read };
-        table[at] = TlbEntry { tag: va & !0xfff, host: host_page };
+        let table = if write {
+            &mut level.write
+        } else {
+            &mut level.read
+        };
+        table[at] = TlbEntry {
+            tag: va & !0xfff,
+            host: host_page,
+        };
         if let Some(engine) = self.engine_mut() {
-            let word = &mut engine.notes.nonglobal[usize::from(user) * 2 + usize::from(write)][at / 64];
+            let word =
+                &mut engine.notes.nonglobal[usize::from(user) * 2 + usize::from(write)][at / 64];
             if global {
                 *word &= !(1 << (at % 64));
             } else {
@@ -100,7 +129,9 @@ impl Cpu {
 
     /// Forgets translations of pages that are not global: MOV to CR3.
     pub fn flush_tlb_nonglobal(&mut self) {
-        let Some(engine) = self.engine_mut() else { return self.flush_tlb() };
+        let Some(engine) = self.engine_mut() else {
+            return self.flush_tlb();
+        };
         let marks = std::mem::replace(&mut engine.notes.nonglobal, [[0; TLB_ENTRIES / 64]; 4]);
         for f in &mut engine.notes.fetch {
             if !f.global {
@@ -109,7 +140,11 @@ impl Cpu {
         }
         for (n, marks) in marks.iter().enumerate() {
             let level = &mut self.levels()[n / 2];
-            let table = if n % 2 == 1 { &mut level.write } else { &mut level.read };
+            let table = if n % 2 == 1 {
+                &mut level.write
+            } else {
+                &mut level.read
+            };
             for (word, bits) in marks.iter().enumerate() {
                 let mut bits = *bits;
                 while bits != 0 {

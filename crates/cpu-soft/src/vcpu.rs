@@ -21,19 +21,33 @@ pub struct SoftVm {
 impl SoftVm {
     /// A machine without memory yet. Fails on hosts that are not x86-64 with the few features translation needs.
     pub fn new(config: &VmConfig) -> Result<SoftVm, CpuError> {
-        if !std::arch::is_x86_feature_detected!("sse4.2") || !std::arch::is_x86_feature_detected!("popcnt") {
-            return Err(CpuError::Broken("this host's processor is older than x86-64-v2, which the guest is shown".into()));
+        if !std::arch::is_x86_feature_detected!("sse4.2")
+            || !std::arch::is_x86_feature_detected!("popcnt")
+        {
+            return Err(CpuError::Broken(
+                "this host's processor is older than x86-64-v2, which the guest is shown".into(),
+            ));
         }
-        Ok(SoftVm { machine: Arc::new(Machine::new(config.vcpus, config.model)), code_cache: config.code_cache })
+        Ok(SoftVm {
+            machine: Arc::new(Machine::new(config.vcpus, config.model)),
+            code_cache: config.code_cache,
+        })
     }
 
     /// Makes CPU `id`; they are made in order.
     pub(crate) fn make(&self, id: u32) -> Result<SoftVcpu, CpuError> {
         let mailbox = Arc::new(Mailbox::new());
         {
-            let mut mailboxes = self.machine.mailboxes.lock().unwrap_or_else(|e| e.into_inner());
+            let mut mailboxes = self
+                .machine
+                .mailboxes
+                .lock()
+                .unwrap_or_else(|e| e.into_inner());
             if mailboxes.len() != id as usize {
-                return Err(CpuError::State(format!("CPU {id} must be made after the {} before it", mailboxes.len())));
+                return Err(CpuError::State(format!(
+                    "CPU {id} must be made after the {} before it",
+                    mailboxes.len()
+                )));
             }
             mailboxes.push(Arc::clone(&mailbox));
         }
@@ -57,7 +71,9 @@ impl Vm for SoftVm {
         if self.machine.set_memory(memory) {
             Ok(())
         } else {
-            Err(CpuError::State("guest memory was set twice, or a region is not page-aligned".into()))
+            Err(CpuError::State(
+                "guest memory was set twice, or a region is not page-aligned".into(),
+            ))
         }
     }
 
@@ -87,14 +103,25 @@ pub struct SoftVcpu {
 unsafe impl Send for SoftVcpu {}
 
 impl SoftVcpu {
-    fn new(id: u32, machine: Arc<Machine>, mailbox: Arc<Mailbox>, cache: usize) -> Result<SoftVcpu, CpuError> {
+    fn new(
+        id: u32,
+        machine: Arc<Machine>,
+        mailbox: Arc<Mailbox>,
+        cache: usize,
+    ) -> Result<SoftVcpu, CpuError> {
         let mut frame = Frame::new(id, machine, Arc::clone(&mailbox));
         let mut engine = Box::new(Engine::new(&frame, cache)?);
         let cpu = frame.cpu.get_mut();
         cpu.engine = &raw mut *engine;
         cpu.reset_jumps();
-        mailbox.attention.set((&raw const cpu.attention).cast_mut().cast::<AtomicU32>());
-        Ok(SoftVcpu { frame, engine, mailbox })
+        mailbox
+            .attention
+            .set((&raw const cpu.attention).cast_mut().cast::<AtomicU32>());
+        Ok(SoftVcpu {
+            frame,
+            engine,
+            mailbox,
+        })
     }
 
     /// The CPU itself, for tests and loaders of this workspace.
@@ -134,7 +161,14 @@ impl Vcpu for SoftVcpu {
     }
 
     fn translate(&mut self, gva: u64) -> Option<u64> {
-        system::paging::walk(self.cpu(), gva, crate::state::Access::Read, crate::state::Rights::Supervisor).ok().map(|t| t.gpa)
+        system::paging::walk(
+            self.cpu(),
+            gva,
+            crate::state::Access::Read,
+            crate::state::Rights::Supervisor,
+        )
+        .ok()
+        .map(|t| t.gpa)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -28,16 +28,33 @@ pub struct Mem {
 
 impl Mem {
     pub fn gs(offset: usize) -> Mem {
-        Mem { disp: offset as i32, gs: true, ..Mem::default() }
+        Mem {
+            disp: offset as i32,
+            gs: true,
+            ..Mem::default()
+        }
     }
     pub fn gs_at(register: u8, offset: usize) -> Mem {
-        Mem { base: Some(register), disp: offset as i32, gs: true, ..Mem::default() }
+        Mem {
+            base: Some(register),
+            disp: offset as i32,
+            gs: true,
+            ..Mem::default()
+        }
     }
     pub fn base(register: u8, disp: i32) -> Mem {
-        Mem { base: Some(register), disp, ..Mem::default() }
+        Mem {
+            base: Some(register),
+            disp,
+            ..Mem::default()
+        }
     }
     pub fn sum(base: u8, index: u8) -> Mem {
-        Mem { base: Some(base), index: Some((index, 0)), ..Mem::default() }
+        Mem {
+            base: Some(base),
+            index: Some((index, 0)),
+            ..Mem::default()
+        }
     }
 }
 
@@ -54,7 +71,10 @@ pub struct Code {
 
 impl Code {
     pub fn new(origin: u64) -> Code {
-        Code { bytes: Vec::with_capacity(4096), origin }
+        Code {
+            bytes: Vec::with_capacity(4096),
+            origin,
+        }
     }
     pub fn here(&self) -> u64 {
         self.origin + self.bytes.len() as u64
@@ -276,12 +296,41 @@ mod tests {
         code.load(R11, Mem::gs_at(R11, 0x2008));
         code.lea(RSP, Mem::base(RSP, -8));
         code.store(Mem::sum(R10, R11), RAX);
-        code.lea(R10, Mem { base: Some(5), index: Some((12, 3)), disp: 0, gs: false });
-        code.lea(R10, Mem { base: Some(13), index: None, disp: 0, gs: false });
-        code.lea(R10, Mem { base: None, index: Some((3, 2)), disp: 0x40, gs: false });
+        code.lea(
+            R10,
+            Mem {
+                base: Some(5),
+                index: Some((12, 3)),
+                disp: 0,
+                gs: false,
+            },
+        );
+        code.lea(
+            R10,
+            Mem {
+                base: Some(13),
+                index: None,
+                disp: 0,
+                gs: false,
+            },
+        );
+        code.lea(
+            R10,
+            Mem {
+                base: None,
+                index: Some((3, 2)),
+                disp: 0x40,
+                gs: false,
+            },
+        );
         code.mov_imm(R10, 0xffff_ffff_8000_0000);
         code.cmp_mem_imm(Mem::gs(0x3000), -4096);
-        code.jmp_mem(Mem { index: Some((R11, 3)), disp: 0x100, gs: true, base: None });
+        code.jmp_mem(Mem {
+            index: Some((R11, 3)),
+            disp: 0x100,
+            gs: true,
+            base: None,
+        });
         assert_eq!(
             text(&code),
             [

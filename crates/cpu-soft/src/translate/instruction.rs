@@ -38,7 +38,10 @@ fn gpr(n: usize) -> Mem {
 }
 
 fn is_high_byte(register: Register) -> bool {
-    matches!(register, Register::AH | Register::BH | Register::CH | Register::DH)
+    matches!(
+        register,
+        Register::AH | Register::BH | Register::CH | Register::DH
+    )
 }
 
 impl Translator<'_> {
@@ -61,7 +64,8 @@ impl Translator<'_> {
         if k.way == Way::Own {
             return self.own();
         }
-        let memory = self.at.mnemonic() != Mnemonic::Lea && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
+        let memory = self.at.mnemonic() != Mnemonic::Lea
+            && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
         if self.at.mnemonic() == Mnemonic::Lea && self.at.memory_base() == Register::RIP {
             self.lea_rip();
         } else if memory {
@@ -75,7 +79,12 @@ impl Translator<'_> {
     fn site(&mut self, start: u64, traps: bool) {
         if traps {
             let slot = self.flags != super::Flags::Host;
-            self.lists.sites.push(Site { host: start, end: self.code.here(), rip: self.at.ip(), slot });
+            self.lists.sites.push(Site {
+                host: start,
+                end: self.code.here(),
+                rip: self.at.ip(),
+                slot,
+            });
         }
     }
 
@@ -124,7 +133,11 @@ impl Translator<'_> {
         let target = self.at.memory_displacement64();
         let register = self.at.op0_register();
         let home = in_memory(register);
-        let host = if home.is_some() { R10 } else { number(register) };
+        let host = if home.is_some() {
+            R10
+        } else {
+            number(register)
+        };
         match register.size() {
             8 => self.code.mov_imm(host, target),
             4 => self.code.mov_imm(host, target & 0xffff_ffff),
@@ -152,7 +165,9 @@ impl Translator<'_> {
             return None;
         }
         match (i.memory_base(), i.memory_index()) {
-            (Register::RIP | Register::EIP | Register::None, Register::None) => Some(i.memory_displacement64()),
+            (Register::RIP | Register::EIP | Register::None, Register::None) => {
+                Some(i.memory_displacement64())
+            }
             _ => None,
         }
     }
@@ -212,7 +227,12 @@ impl Translator<'_> {
                 i.memory_index_scale().trailing_zeros() as u8,
             )),
         };
-        let mem = Mem { base: host_base, index: host_index, disp: disp as i32, gs: false };
+        let mem = Mem {
+            base: host_base,
+            index: host_index,
+            disp: disp as i32,
+            gs: false,
+        };
         if narrow {
             self.code.byte(0x67);
             self.code.with_mem(None, false, &[0x8d], R10, mem);
@@ -244,7 +264,12 @@ impl Translator<'_> {
         let branch = self.code.jcc(CC_A);
         self.code.load(R11, Mem::gs_at(R11, table + 8));
         let back = self.code.here();
-        self.slow.push(Slow { branch, address: Address::Undo(table), words, back });
+        self.slow.push(Slow {
+            branch,
+            address: Address::Undo(table),
+            words,
+            back,
+        });
         self.flags_destroyed();
     }
 
@@ -276,7 +301,12 @@ impl Translator<'_> {
         let branch = self.code.jcc(CC_NE);
         self.code.load(R11, Mem::gs(entry + 8));
         let back = self.code.here();
-        self.slow.push(Slow { branch, address: Address::Constant(va), words, back });
+        self.slow.push(Slow {
+            branch,
+            address: Address::Constant(va),
+            words,
+            back,
+        });
         self.flags_destroyed();
         Mem::base(R11, offset as i32)
     }
@@ -324,7 +354,15 @@ impl Translator<'_> {
             _ => {}
         }
         self.code.sar64(R11, log + 3);
-        self.code.lea(R10, Mem { base: Some(R10), index: Some((R11, log)), disp: 0, gs: false });
+        self.code.lea(
+            R10,
+            Mem {
+                base: Some(R10),
+                index: Some((R11, log)),
+                disp: 0,
+                gs: false,
+            },
+        );
         self.flags_destroyed();
         self.check(size, k.writes, k.writes);
         self.code.lea(R10, Mem::sum(R10, R11));
@@ -340,7 +378,10 @@ impl Translator<'_> {
     }
 
     fn with_memory(&mut self, k: kind::Kind) {
-        let bit_form = matches!(self.at.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+        let bit_form = matches!(
+            self.at.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        );
         if bit_form && self.at.op1_kind() == OpKind::Register {
             return self.bit_string(k);
         }
@@ -372,8 +413,16 @@ impl Translator<'_> {
             }
             [None, None] => {
                 let start = self.code.here();
-                let index = if mem.index.is_some() { Register::R11 } else { Register::None };
-                let base = if mem.base == Some(R10) { Register::R10 } else { Register::R11 };
+                let index = if mem.index.is_some() {
+                    Register::R11
+                } else {
+                    Register::None
+                };
+                let base = if mem.base == Some(R10) {
+                    Register::R10
+                } else {
+                    Register::R11
+                };
                 self.encode_at(&mut i, base, index, mem.disp);
                 self.site(start, k.traps);
             }
@@ -451,7 +500,8 @@ impl Translator<'_> {
     }
 
     fn encode(&mut self, i: &Instruction) {
-        self.encoder.set_buffer(std::mem::take(&mut self.code.bytes));
+        self.encoder
+            .set_buffer(std::mem::take(&mut self.code.bytes));
         let done = self.encoder.encode(i, 0);
         self.code.bytes = self.encoder.take_buffer();
         if let Err(e) = done {
@@ -533,7 +583,8 @@ impl Translator<'_> {
                 self.spare_flags(self.live_before != 0);
                 let by_rsp = i.memory_base() == Register::RSP;
                 if by_rsp {
-                    self.at.set_memory_displacement64(i.memory_displacement64().wrapping_add(8));
+                    self.at
+                        .set_memory_displacement64(i.memory_displacement64().wrapping_add(8));
                 }
                 if let Some(va) = self.constant_address() {
                     self.code.mov_imm(R10, va);
@@ -592,7 +643,11 @@ impl Translator<'_> {
                 self.code.mov(R10, RSP);
                 self.check(8, false, false);
                 self.code.load(R10, Mem::sum(R10, R11));
-                let pop = 8 + if i.code() == C::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
+                let pop = 8 + if i.code() == C::Retnq_imm16 {
+                    i32::from(i.immediate16())
+                } else {
+                    0
+                };
                 self.code.lea(RSP, Mem::base(RSP, pop));
                 self.exit_indirect();
                 return false;
@@ -609,7 +664,13 @@ impl Translator<'_> {
                     self.code.raw(&[0x0f, 0x31]);
                     // shl rdx,32; or rax,rdx; add rax,[offset]; mov rdx,rax; shr rdx,32; mov eax,eax
                     self.code.raw(&[0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]);
-                    self.code.with_mem(None, true, &[0x03], RAX, Mem::gs(offset_of!(Cpu, tsc_offset)));
+                    self.code.with_mem(
+                        None,
+                        true,
+                        &[0x03],
+                        RAX,
+                        Mem::gs(offset_of!(Cpu, tsc_offset)),
+                    );
                     self.code.mov(RDX, RAX);
                     self.code.raw(&[0x48, 0xc1, 0xea, 0x20]);
                     self.code.mov32(RAX, RAX);
@@ -626,7 +687,10 @@ impl Translator<'_> {
 
     fn conditional(&mut self) {
         let i = self.at;
-        let counting = matches!(i.mnemonic(), Mnemonic::Loop | Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz);
+        let counting = matches!(
+            i.mnemonic(),
+            Mnemonic::Loop | Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz
+        );
         if !counting {
             self.want_flags();
         }
@@ -665,11 +729,17 @@ enum Value {
 }
 
 fn low_name(register: u8) -> Register {
-    if register == RSI { Register::RSI } else { Register::RDI }
+    if register == RSI {
+        Register::RSI
+    } else {
+        Register::RDI
+    }
 }
 
 fn segment_base(segment: usize) -> usize {
-    offset_of!(Cpu, segments) + segment * size_of::<cpu::x86::Segment>() + offset_of!(cpu::x86::Segment, base)
+    offset_of!(Cpu, segments)
+        + segment * size_of::<cpu::x86::Segment>()
+        + offset_of!(cpu::x86::Segment, base)
 }
 
 const _: () = assert!(FLAGS_SLOT < 4096 && offset_of!(Level, read) == 0);

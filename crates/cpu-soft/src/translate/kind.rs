@@ -2,7 +2,10 @@
 
 use std::sync::OnceLock;
 
-use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind};
+use iced_x86::{
+    Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind,
+};
 
 /// How an instruction is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,32 +39,54 @@ pub struct Kind {
 /// Facts of `instruction`'s code.
 pub fn kind(instruction: &Instruction) -> Kind {
     static TABLE: OnceLock<Vec<OnceLock<Kind>>> = OnceLock::new();
-    let table = TABLE.get_or_init(|| (0..Code::values().len() * 2).map(|_| OnceLock::new()).collect());
+    let table = TABLE.get_or_init(|| {
+        (0..Code::values().len() * 2)
+            .map(|_| OnceLock::new())
+            .collect()
+    });
     // Codes with a register-or-memory operand have facts of both forms; iced gives operand 0 or 1 of them.
     let memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
-    *table[instruction.code() as usize * 2 + usize::from(memory)].get_or_init(|| classify(instruction))
+    *table[instruction.code() as usize * 2 + usize::from(memory)]
+        .get_or_init(|| classify(instruction))
 }
 
 fn allowed(feature: CpuidFeature) -> bool {
     use CpuidFeature::*;
     match feature {
-        INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287 | FPU387 | MMX | SSE | SSE2
-        | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | POPCNT | PCLMULQDQ | AES | CX8 | CMPXCHG16B | LZCNT | MOVBE | FXSR | TSC | RDTSCP | CLFSH | PAUSE
-        | MULTIBYTENOP | PREFETCHW | SHA | ADX | RDRAND | RDSEED | CET_IBT | CLFLUSHOPT | CLWB => true,
-        AVX | AVX2 | BMI1 | BMI2 | FMA | F16C | VAES | VPCLMULQDQ => std::arch::is_x86_feature_detected!("avx2"),
+        INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV
+        | FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | POPCNT
+        | PCLMULQDQ | AES | CX8 | CMPXCHG16B | LZCNT | MOVBE | FXSR | TSC | RDTSCP | CLFSH
+        | PAUSE | MULTIBYTENOP | PREFETCHW | SHA | ADX | RDRAND | RDSEED | CET_IBT | CLFLUSHOPT
+        | CLWB => true,
+        AVX | AVX2 | BMI1 | BMI2 | FMA | F16C | VAES | VPCLMULQDQ => {
+            std::arch::is_x86_feature_detected!("avx2")
+        }
         _ => false,
     }
 }
 
 fn classify(instruction: &Instruction) -> Kind {
-    let mut kind = Kind { way: Way::Native, writes: false, reads: false, register_writes: 0, traps: false, fpu: false };
+    let mut kind = Kind {
+        way: Way::Native,
+        writes: false,
+        reads: false,
+        register_writes: 0,
+        traps: false,
+        fpu: false,
+    };
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
     let mut memory = false;
     for n in 0..instruction.op_count() {
         let access = info.op_access(n);
-        let writes = matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
-        let reads = matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+        let writes = matches!(
+            access,
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        );
+        let reads = matches!(
+            access,
+            OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        );
         if instruction.op_kind(n) == OpKind::Memory {
             memory = true;
             kind.writes = writes;
@@ -75,15 +100,44 @@ fn classify(instruction: &Instruction) -> Kind {
         use CpuidFeature::*;
         matches!(
             f,
-            FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA | AVX | AVX2 | FMA | F16C | VAES | VPCLMULQDQ
+            FPU | FPU287
+                | FPU387
+                | MMX
+                | SSE
+                | SSE2
+                | SSE3
+                | SSSE3
+                | SSE4_1
+                | SSE4_2
+                | AES
+                | PCLMULQDQ
+                | SHA
+                | AVX
+                | AVX2
+                | FMA
+                | F16C
+                | VAES
+                | VPCLMULQDQ
         )
     }) && !matches!(
         instruction.mnemonic(),
-        Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence | Mnemonic::Movnti | Mnemonic::Crc32 | Mnemonic::Pause
+        Mnemonic::Lfence
+            | Mnemonic::Mfence
+            | Mnemonic::Sfence
+            | Mnemonic::Movnti
+            | Mnemonic::Crc32
+            | Mnemonic::Pause
     );
-    kind.traps = kind.fpu || matches!(instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Cmpxchg16b);
+    kind.traps = kind.fpu
+        || matches!(
+            instruction.mnemonic(),
+            Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Cmpxchg16b
+        );
     // What the mask leaves out must stay as it is.
-    kind.reads |= matches!(instruction.mnemonic(), Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd);
+    kind.reads |= matches!(
+        instruction.mnemonic(),
+        Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd
+    );
     kind.way = way(instruction, memory);
     kind
 }
@@ -96,12 +150,23 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
     }
     match instruction.mnemonic() {
         M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop => return Way::Nothing,
-        M::Prefetch | M::Prefetchw | M::Prefetchwt1 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 => return Way::Nothing,
+        M::Prefetch
+        | M::Prefetchw
+        | M::Prefetchwt1
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2 => return Way::Nothing,
         M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => return Way::Nothing,
         M::Rdtsc | M::Leave => return Way::Own,
         M::Push | M::Pop => {
             return match code {
-                Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 | Code::Pop_r64 | Code::Pop_rm64 => Way::Own,
+                Code::Push_r64
+                | Code::Push_rm64
+                | Code::Pushq_imm32
+                | Code::Pushq_imm8
+                | Code::Pop_r64
+                | Code::Pop_rm64 => Way::Own,
                 _ => Way::Rust,
             };
         }
@@ -123,24 +188,93 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
                 _ => Way::Rust,
             };
         }
-        M::Cli | M::Sti | M::In | M::Out | M::Hlt | M::Cpuid | M::Pushf | M::Pushfd | M::Pushfq | M::Popf | M::Popfd | M::Popfq => return Way::Rust,
-        M::Rdmsr | M::Wrmsr | M::Lgdt | M::Lidt | M::Sgdt | M::Sidt | M::Lldt | M::Sldt | M::Ltr | M::Str | M::Smsw | M::Lmsw => return Way::Rust,
-        M::Lar | M::Lsl | M::Verr | M::Verw | M::Arpl | M::Xgetbv | M::Xsetbv | M::Xlatb | M::Enter | M::Maskmovq | M::Maskmovdqu => return Way::Rust,
-        M::Vmaskmovdqu | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Clac | M::Stac | M::Lss | M::Lfs | M::Lgs | M::Lds | M::Les => return Way::Rust,
-        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Ldmxcsr | M::Vldmxcsr => return Way::Rust,
-        M::Ud0 | M::Ud1 | M::Ud2 | M::Int | M::Int1 | M::Int3 | M::Into | M::Iret | M::Iretd | M::Iretq => return Way::Rust,
-        M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd | M::Vpgatherqq | M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd => return Way::Rust,
+        M::Cli
+        | M::Sti
+        | M::In
+        | M::Out
+        | M::Hlt
+        | M::Cpuid
+        | M::Pushf
+        | M::Pushfd
+        | M::Pushfq
+        | M::Popf
+        | M::Popfd
+        | M::Popfq => return Way::Rust,
+        M::Rdmsr
+        | M::Wrmsr
+        | M::Lgdt
+        | M::Lidt
+        | M::Sgdt
+        | M::Sidt
+        | M::Lldt
+        | M::Sldt
+        | M::Ltr
+        | M::Str
+        | M::Smsw
+        | M::Lmsw => return Way::Rust,
+        M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Arpl
+        | M::Xgetbv
+        | M::Xsetbv
+        | M::Xlatb
+        | M::Enter
+        | M::Maskmovq
+        | M::Maskmovdqu => return Way::Rust,
+        M::Vmaskmovdqu
+        | M::Rdtscp
+        | M::Rdpid
+        | M::Rdpmc
+        | M::Clac
+        | M::Stac
+        | M::Lss
+        | M::Lfs
+        | M::Lgs
+        | M::Lds
+        | M::Les => return Way::Rust,
+        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Ldmxcsr | M::Vldmxcsr => {
+            return Way::Rust;
+        }
+        M::Ud0
+        | M::Ud1
+        | M::Ud2
+        | M::Int
+        | M::Int1
+        | M::Int3
+        | M::Into
+        | M::Iret
+        | M::Iretd
+        | M::Iretq => return Way::Rust,
+        M::Vpgatherdd
+        | M::Vpgatherdq
+        | M::Vpgatherqd
+        | M::Vpgatherqq
+        | M::Vgatherdps
+        | M::Vgatherdpd
+        | M::Vgatherqps
+        | M::Vgatherqpd => return Way::Rust,
         _ => {}
     }
     match instruction.flow_control() {
         FlowControl::Next => {}
         FlowControl::ConditionalBranch => {
             // 16-bit operand size truncates rip: not worth a native form.
-            return if instruction.near_branch16() != 0 && instruction.op0_kind() == OpKind::NearBranch16 { Way::Rust } else { Way::Own };
+            return if instruction.near_branch16() != 0
+                && instruction.op0_kind() == OpKind::NearBranch16
+            {
+                Way::Rust
+            } else {
+                Way::Own
+            };
         }
         _ => return Way::Rust,
     }
-    if instruction.is_privileged() || instruction.is_string_instruction() || !instruction.cpuid_features().iter().all(|f| allowed(*f)) {
+    if instruction.is_privileged()
+        || instruction.is_string_instruction()
+        || !instruction.cpuid_features().iter().all(|f| allowed(*f))
+    {
         return Way::Rust;
     }
     for n in 0..instruction.op_count() {
@@ -151,7 +285,10 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
             }
         }
     }
-    if memory && instruction.mnemonic() != M::Lea && !matches!(instruction.memory_size().size(), 1..=64 | 94 | 108) {
+    if memory
+        && instruction.mnemonic() != M::Lea
+        && !matches!(instruction.memory_size().size(), 1..=64 | 94 | 108)
+    {
         return Way::Rust;
     }
     Way::Native
@@ -172,7 +309,16 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
     let kills = instruction.rflags_modified() & ALL_FLAGS;
     match instruction.mnemonic() {
         // A count of zero leaves the flags as they were.
-        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => {
+        M::Shl
+        | M::Shr
+        | M::Sar
+        | M::Sal
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd => {
             let last = instruction.op_count() - 1;
             let counted = match instruction.op_kind(last) {
                 OpKind::Immediate8 => {
@@ -181,7 +327,11 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
                 }
                 _ => false,
             };
-            if counted { (reads, kills) } else { (ALL_FLAGS, 0) }
+            if counted {
+                (reads, kills)
+            } else {
+                (ALL_FLAGS, 0)
+            }
         }
         // What these leave undefined is what the host leaves: keep it a plain overwrite only where defined.
         M::Bsf | M::Bsr => (reads, kills),

@@ -180,17 +180,26 @@ pub struct Workshop {
 
 impl Workshop {
     pub fn new() -> Workshop {
-        Workshop { decoded: Vec::with_capacity(64), live: Vec::with_capacity(64) }
+        Workshop {
+            decoded: Vec::with_capacity(64),
+            live: Vec::with_capacity(64),
+        }
     }
 
     /// Translates one block into `code` (made for the address it will have). `None`: not even one instruction could be
     /// decoded from the bytes given, because it goes on in the next page.
-    pub fn build(&mut self, request: &Request<'_>, code: &mut Code, lists: &mut Lists) -> Option<Built> {
+    pub fn build(
+        &mut self,
+        request: &Request<'_>,
+        code: &mut Code,
+        lists: &mut Lists,
+    ) -> Option<Built> {
         let single = request.key.mode & mode::SINGLE != 0;
         let no_fpu = request.key.mode & mode::NO_FPU != 0;
         let limit = if single { 1 } else { BLOCK_LIMIT };
         self.decoded.clear();
-        let mut decoder = Decoder::with_ip(64, request.bytes, request.key.rip, DecoderOptions::NONE);
+        let mut decoder =
+            Decoder::with_ip(64, request.bytes, request.key.rip, DecoderOptions::NONE);
         let mut crossing = false;
         let mut ended = false;
         while self.decoded.len() < limit && !ended {
@@ -216,7 +225,10 @@ impl Workshop {
             let way = kind::kind(&instruction).way;
             ended |= match way {
                 Way::Own => instruction.flow_control() != iced_x86::FlowControl::Next,
-                Way::Rust => instruction.is_invalid() || instruction.flow_control() != iced_x86::FlowControl::Next,
+                Way::Rust => {
+                    instruction.is_invalid()
+                        || instruction.flow_control() != iced_x86::FlowControl::Next
+                }
                 _ => false,
             };
             self.decoded.push(instruction);
@@ -234,9 +246,13 @@ impl Workshop {
         {
             // Both ways out known and of this page: what they need.
             let falls = last.flow_control() != iced_x86::FlowControl::UnconditionalBranch;
-            let branches = matches!(last.flow_control(), iced_x86::FlowControl::UnconditionalBranch | iced_x86::FlowControl::ConditionalBranch)
-                && kind::kind(last).way == Way::Own;
-            let plain = last.flow_control() == iced_x86::FlowControl::Next && kind::kind(last).way != Way::Rust;
+            let branches = matches!(
+                last.flow_control(),
+                iced_x86::FlowControl::UnconditionalBranch
+                    | iced_x86::FlowControl::ConditionalBranch
+            ) && kind::kind(last).way == Way::Own;
+            let plain = last.flow_control() == iced_x86::FlowControl::Next
+                && kind::kind(last).way != Way::Rust;
             if branches || plain {
                 let a = branches && needs_flags(request, last.near_branch_target());
                 let b = falls && needs_flags(request, next);
@@ -287,7 +303,15 @@ impl Workshop {
         }
         t.finish();
         let instructions = self.decoded.len() as u32;
-        Some(Built { indirect, direct, leave, len: len as u32, crossing, flags_live, instructions })
+        Some(Built {
+            indirect,
+            direct,
+            leave,
+            len: len as u32,
+            crossing,
+            flags_live,
+            instructions,
+        })
     }
 }
 
@@ -335,13 +359,28 @@ impl Translator<'_> {
     }
 
     fn table(&self, write: bool) -> usize {
-        self.level() + if write { offset_of!(Level, write) } else { offset_of!(Level, read) }
+        self.level()
+            + if write {
+                offset_of!(Level, write)
+            } else {
+                offset_of!(Level, read)
+            }
     }
 
     fn word(&self, reason: u32) -> u32 {
         let offset = self.at.ip().wrapping_sub(self.request.key.rip) as u32;
-        let offset = if reason == leave::START || reason == leave::TARGET { 0 } else { offset };
-        reason | if self.flags == Flags::Host { 0 } else { leave::SLOT } | offset << leave::OFFSET_SHIFT
+        let offset = if reason == leave::START || reason == leave::TARGET {
+            0
+        } else {
+            offset
+        };
+        reason
+            | if self.flags == Flags::Host {
+                0
+            } else {
+                leave::SLOT
+            }
+            | offset << leave::OFFSET_SHIFT
     }
 
     /// Leaves for the run loop with a descriptor.
@@ -369,7 +408,8 @@ impl Translator<'_> {
             self.code.cmp_reg(R10, R11);
         }
         self.code.jcc_to(CC_NE, miss);
-        self.code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
+        self.code
+            .cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
         self.code.jcc_to(CC_NE, miss);
         if flags_live {
             self.restore_flags_code();
@@ -487,7 +527,12 @@ impl Translator<'_> {
         }
         self.code.mov32(R11, R10);
         self.code.and32(R11, JUMP_ENTRIES as u32 - 1);
-        self.code.jmp_mem(Mem { base: None, index: Some((R11, 3)), disp: (self.level() + offset_of!(Level, jump)) as i32, gs: true });
+        self.code.jmp_mem(Mem {
+            base: None,
+            index: Some((R11, 3)),
+            disp: (self.level() + offset_of!(Level, jump)) as i32,
+            gs: true,
+        });
     }
 
     /// An instruction for Rust.

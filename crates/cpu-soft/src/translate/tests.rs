@@ -47,16 +47,33 @@ fn rig(at: u64) -> Option<Rig> {
         return None;
     }
     // SAFETY: the mapping just made, never unmapped.
-    let region = unsafe { MmapRegion::build_raw(memory.cast(), SIZE, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE) }.ok()?;
+    let region = unsafe {
+        MmapRegion::build_raw(
+            memory.cast(),
+            SIZE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE,
+        )
+    }
+    .ok()?;
     let region = GuestRegionMmap::new(region, GuestAddress(BASE))?;
     let memory_map = GuestMemory::from_regions(vec![region]).ok()?;
-    let vm = crate::SoftVm::new(&VmConfig { vcpus: 1, model: CpuModel::Max, code_cache: 16 << 20 }).ok()?;
+    let vm = crate::SoftVm::new(&VmConfig {
+        vcpus: 1,
+        model: CpuModel::Max,
+        code_cache: 16 << 20,
+    })
+    .ok()?;
     vm.set_memory(Arc::new(memory_map)).ok()?;
     let mut vcpu = vm.make(0).ok()?;
     let cpu = vcpu.cpu();
     cpu.efer = 0x500;
     cpu.segments[crate::state::CS].attributes = 1 << 13;
-    Some(Rig { vcpu, memory: memory.cast(), native: 0 })
+    Some(Rig {
+        vcpu,
+        memory: memory.cast(),
+        native: 0,
+    })
 }
 
 /// SplitMix64: the same sequence on every machine.
@@ -65,11 +82,18 @@ struct Random(u64);
 /// RFLAGS bits of iced's flags.
 fn architectural(bits: u32) -> u64 {
     use iced_x86::RflagsBits as B;
-    [(B::CF, flag::CF), (B::PF, flag::PF), (B::AF, flag::AF), (B::ZF, flag::ZF), (B::SF, flag::SF), (B::OF, flag::OF)]
-        .iter()
-        .filter(|(b, _)| bits & b != 0)
-        .map(|(_, f)| f)
-        .sum()
+    [
+        (B::CF, flag::CF),
+        (B::PF, flag::PF),
+        (B::AF, flag::AF),
+        (B::ZF, flag::ZF),
+        (B::SF, flag::SF),
+        (B::OF, flag::OF),
+    ]
+    .iter()
+    .filter(|(b, _)| bits & b != 0)
+    .map(|(_, f)| f)
+    .sum()
 }
 
 impl Random {
@@ -97,7 +121,11 @@ fn generate(random: &mut Random) -> Option<(Vec<u8>, Instruction)> {
     }
     let vex = std::arch::is_x86_feature_detected!("avx2") && random.below(6) == 0;
     if vex && bytes.is_empty() {
-        bytes.extend([0xc4, (random.next() as u8 & 0xe0) | 1 + random.below(3) as u8, random.next() as u8]);
+        bytes.extend([
+            0xc4,
+            (random.next() as u8 & 0xe0) | 1 + random.below(3) as u8,
+            random.next() as u8,
+        ]);
     } else {
         if random.below(3) != 0 {
             bytes.push(0x40 | random.next() as u8 & 15);
@@ -118,12 +146,24 @@ fn generate(random: &mut Random) -> Option<(Vec<u8>, Instruction)> {
         return None;
     }
     let k = kind::kind(&i);
-    let stack = matches!(i.code(), C::Push_r64 | C::Push_rm64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Pop_r64 | C::Pop_rm64);
+    let stack = matches!(
+        i.code(),
+        C::Push_r64 | C::Push_rm64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Pop_r64 | C::Pop_rm64
+    );
     if k.way != Way::Native && !stack {
         return None;
     }
     // Left out: random numbers, other registers of the x87 unit's environment, waiting exceptions, absolute addresses.
-    if matches!(i.mnemonic(), Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Fnstenv | Mnemonic::Fldenv | Mnemonic::Fnsave | Mnemonic::Frstor | Mnemonic::Fldcw) {
+    if matches!(
+        i.mnemonic(),
+        Mnemonic::Rdrand
+            | Mnemonic::Rdseed
+            | Mnemonic::Fnstenv
+            | Mnemonic::Fldenv
+            | Mnemonic::Fnsave
+            | Mnemonic::Frstor
+            | Mnemonic::Fldcw
+    ) {
         return None;
     }
     if i.memory_displ_size() == 8 || matches!(i.memory_segment(), Register::FS | Register::GS) {
@@ -143,7 +183,8 @@ fn generate(random: &mut Random) -> Option<(Vec<u8>, Instruction)> {
 /// Registers such that the memory operands of `i` are in the data. False where that cannot be.
 fn aim(i: &Instruction, gpr: &mut [u64; 16], random: &mut Random) -> bool {
     gpr[4] = DATA + 0x800;
-    let has_memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) && i.mnemonic() != Mnemonic::Lea;
+    let has_memory =
+        (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) && i.mnemonic() != Mnemonic::Lea;
     if !has_memory {
         return true;
     }
@@ -154,22 +195,39 @@ fn aim(i: &Instruction, gpr: &mut [u64; 16], random: &mut Random) -> bool {
     if base == Register::None || base.full_register() == index.full_register() {
         return false;
     }
-    if matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc) && i.op1_kind() == OpKind::Register {
+    if matches!(
+        i.mnemonic(),
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+    ) && i.op1_kind() == OpKind::Register
+    {
         let r = i.op1_register().full_register();
         if r == base.full_register() || r == index.full_register() || r == Register::RSP {
             return false;
         }
         gpr[r.number()] = random.below(2048).wrapping_sub(1024);
     }
-    let target = DATA + if random.below(4) == 0 { 0xfc0 + random.below(64) } else { random.below(0x100) * 16 + random.below(17) };
+    let target = DATA
+        + if random.below(4) == 0 {
+            0xfc0 + random.below(64)
+        } else {
+            random.below(0x100) * 16 + random.below(17)
+        };
     let mut offset = i.memory_displacement64();
     if index != Register::None {
-        let value = if index.full_register() == Register::RSP { return false } else { random.below(16) };
+        let value = if index.full_register() == Register::RSP {
+            return false;
+        } else {
+            random.below(16)
+        };
         gpr[index.full_register().number()] = value;
         offset = offset.wrapping_add(value * u64::from(i.memory_index_scale()));
     }
     let value = target.wrapping_sub(offset);
-    gpr[base.full_register().number()] = if base.size() == 4 { value & 0xffff_ffff } else { value };
+    gpr[base.full_register().number()] = if base.size() == 4 {
+        value & 0xffff_ffff
+    } else {
+        value
+    };
     true
 }
 
@@ -193,7 +251,13 @@ impl Rig {
         cpu.rip = CODE;
         cpu.bounce.len = 0;
         // SAFETY: inside the mapping; no other thread uses it.
-        unsafe { std::ptr::copy_nonoverlapping(state.data.as_ptr(), self.memory.add((DATA - 0x1000 - BASE) as usize), state.data.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                state.data.as_ptr(),
+                self.memory.add((DATA - 0x1000 - BASE) as usize),
+                state.data.len(),
+            )
+        };
         self.vcpu.cpu().x87 = crate::state::FxImage::reset();
         self.vcpu.cpu().x87_load();
     }
@@ -202,8 +266,21 @@ impl Rig {
         let cpu = self.vcpu.cpu();
         let mut data = vec![0u8; 0x3000];
         // SAFETY: as in `set`.
-        unsafe { std::ptr::copy_nonoverlapping(self.memory.add((DATA - 0x1000 - BASE) as usize), data.as_mut_ptr(), data.len()) };
-        State { gpr: cpu.gpr, rflags: cpu.rflags & flag::NATIVE, ymm: cpu.ymm, mxcsr: cpu.mxcsr, data, trapped }
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.memory.add((DATA - 0x1000 - BASE) as usize),
+                data.as_mut_ptr(),
+                data.len(),
+            )
+        };
+        State {
+            gpr: cpu.gpr,
+            rflags: cpu.rflags & flag::NATIVE,
+            ymm: cpu.ymm,
+            mxcsr: cpu.mxcsr,
+            data,
+            trapped,
+        }
     }
 
     fn natively(&mut self, bytes: &[u8], state: &State) -> State {
@@ -249,24 +326,42 @@ impl Rig {
 
 fn difference(a: &State, b: &State) -> Option<String> {
     if a.trapped || b.trapped {
-        return (a.trapped != b.trapped).then(|| format!("trapped natively {}, translated {}", a.trapped, b.trapped));
+        return (a.trapped != b.trapped)
+            .then(|| format!("trapped natively {}, translated {}", a.trapped, b.trapped));
     }
     for n in 0..16 {
         if a.gpr[n] != b.gpr[n] {
-            return Some(format!("register {n}: natively {:x}, translated {:x}", a.gpr[n], b.gpr[n]));
+            return Some(format!(
+                "register {n}: natively {:x}, translated {:x}",
+                a.gpr[n], b.gpr[n]
+            ));
         }
         if a.ymm[n] != b.ymm[n] {
-            return Some(format!("ymm{n}: natively {:x?}, translated {:x?}", a.ymm[n], b.ymm[n]));
+            return Some(format!(
+                "ymm{n}: natively {:x?}, translated {:x?}",
+                a.ymm[n], b.ymm[n]
+            ));
         }
     }
     if a.rflags != b.rflags {
-        return Some(format!("flags: natively {:x}, translated {:x}", a.rflags, b.rflags));
+        return Some(format!(
+            "flags: natively {:x}, translated {:x}",
+            a.rflags, b.rflags
+        ));
     }
     if a.mxcsr != b.mxcsr {
-        return Some(format!("mxcsr: natively {:x}, translated {:x}", a.mxcsr, b.mxcsr));
+        return Some(format!(
+            "mxcsr: natively {:x}, translated {:x}",
+            a.mxcsr, b.mxcsr
+        ));
     }
     let at = (0..a.data.len()).find(|n| a.data[*n] != b.data[*n])?;
-    Some(format!("memory at {:x}: natively {:x?}, translated {:x?}", at, &a.data[at..(at + 8).min(0x3000)], &b.data[at..(at + 8).min(0x3000)]))
+    Some(format!(
+        "memory at {:x}: natively {:x?}, translated {:x?}",
+        at,
+        &a.data[at..(at + 8).min(0x3000)],
+        &b.data[at..(at + 8).min(0x3000)]
+    ))
 }
 
 fn random_state(random: &mut Random) -> State {
@@ -301,25 +396,41 @@ fn translated_instructions_do_what_the_host_does() {
     let Some(mut rig) = rig(BASE) else { return };
     let (frame, range, fault) = rig.vcpu.cpu().place_of_code();
     let _guard = Guard::new(frame, range, fault).expect("guard");
-    let seed = std::env::var("BERTH_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1u64);
-    let rounds: u64 = std::env::var("BERTH_ROUNDS").ok().and_then(|s| s.parse().ok()).unwrap_or(40_000);
+    let seed = std::env::var("BERTH_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(1u64);
+    let rounds: u64 = std::env::var("BERTH_ROUNDS")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(40_000);
     let mut random = Random(seed);
     let mut covered = BTreeSet::new();
     let (mut ran, mut trapped) = (0u64, 0u64);
     while ran < rounds {
         // One instruction alone, or a few in one block that share registers.
-        let count = if random.below(2) == 0 { 1 } else { 2 + random.below(6) };
+        let count = if random.below(2) == 0 {
+            1
+        } else {
+            2 + random.below(6)
+        };
         let mut state = random_state(&mut random);
         let mut bytes = Vec::new();
         let mut text = Vec::new();
         let mut memory = false;
         while text.len() < count as usize {
-            let Some((b, i)) = generate(&mut random) else { continue };
-            let touches = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) && i.mnemonic() != Mnemonic::Lea;
+            let Some((b, i)) = generate(&mut random) else {
+                continue;
+            };
+            let touches = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+                && i.mnemonic() != Mnemonic::Lea;
             let stack = matches!(i.mnemonic(), Mnemonic::Push | Mnemonic::Pop);
             if touches || stack {
                 // Only one access by computed address, first, so that its registers are as aimed.
-                if memory || !text.is_empty() || (touches && i.memory_base() == Register::RIP && count > 1) {
+                if memory
+                    || !text.is_empty()
+                    || (touches && i.memory_base() == Register::RIP && count > 1)
+                {
                     continue;
                 }
                 memory = true;
@@ -365,16 +476,26 @@ fn translated_instructions_do_what_the_host_does() {
         }
         if let Some(what) = difference(&native, &translated) {
             let lines: Vec<String> = text.iter().map(|i| format!("{i}")).collect();
-            panic!("{what}\n  {}\n  bytes {bytes:02x?} single {single}\n  gpr {:x?} flags {:x}", lines.join("; "), state.gpr, state.rflags);
+            panic!(
+                "{what}\n  {}\n  bytes {bytes:02x?} single {single}\n  gpr {:x?} flags {:x}",
+                lines.join("; "),
+                state.gpr,
+                state.rflags
+            );
         }
     }
-    eprintln!("{ran} sequences, {trapped} trapped, {} instruction codes covered", covered.len());
+    eprintln!(
+        "{ran} sequences, {trapped} trapped, {} instruction codes covered",
+        covered.len()
+    );
 }
 
 impl Rig {
     /// RIP-relative instructions only make sense at their place: those run on the host from guest memory's address as data.
     fn natively_at(&mut self, bytes: &[u8], text: &[Instruction], state: &State) -> Option<State> {
-        let relative = text.iter().any(|i| matches!(i.memory_base(), Register::RIP | Register::EIP));
+        let relative = text
+            .iter()
+            .any(|i| matches!(i.memory_base(), Register::RIP | Register::EIP));
         if relative {
             // The displacement is moved by as much as the code is.
             if text.len() > 1 {
@@ -391,9 +512,14 @@ impl Rig {
             let (_, origin) = self.vcpu.cpu().workbench();
             // Two loads of 9 bytes precede it.
             let delta = (CODE as i64).wrapping_sub(origin as i64 + 18);
-            let displacement = i64::from(i32::from_le_bytes(bytes[offsets.displacement_offset()..][..4].try_into().ok()?)) + delta;
+            let displacement = i64::from(i32::from_le_bytes(
+                bytes[offsets.displacement_offset()..][..4]
+                    .try_into()
+                    .ok()?,
+            )) + delta;
             let displacement = i32::try_from(displacement).ok()?;
-            bytes[offsets.displacement_offset()..][..4].copy_from_slice(&displacement.to_le_bytes());
+            bytes[offsets.displacement_offset()..][..4]
+                .copy_from_slice(&displacement.to_le_bytes());
             return Some(self.natively(&bytes, state));
         }
         Some(self.natively(bytes, state))
