@@ -1,0 +1,99 @@
+//! Progress of long work: bars on a terminal, plain lines elsewhere, always on standard error.
+
+use std::collections::HashMap;
+use std::io::{self, IsTerminal};
+
+use hyper::Response;
+use hyper::body::Incoming;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+use crate::client::each_json;
+use crate::failure::Failure;
+
+/// Shows the docker-style progress messages of one operation.
+pub struct Progress {
+    quiet: bool,
+    bars: Option<MultiProgress>,
+    by_id: HashMap<String, ProgressBar>,
+    last: HashMap<String, String>,
+}
+
+impl Progress {
+    pub fn new(quiet: bool) -> Progress {
+        let bars = (!quiet && io::stderr().is_terminal()).then(MultiProgress::new);
+        Progress { quiet, bars, by_id: HashMap::new(), last: HashMap::new() }
+    }
+
+    /// Follows a stream of progress messages to its end. `aux` messages are collected.
+    ///
+    /// # Errors
+    /// The `error` message of the stream, if it has one.
+    pub async fn follow(mut self, response: Response<Incoming>) -> Result<Vec<Value>, Failure> {
+        let mut aux = Vec::new();
+        let result = each_json(response, |message| {
+            if let Some(error) = message["errorDetail"]["message"].as_str().or(message["error"].as_str()) {
+                let mut failure = Failure::internal(error);
+                failure.fix = message["fix"].as_str().map(str::to_owned);
+                if let Some(code) = message["errorDetail"]["code"].as_u64().filter(|c| *c > 0 && *c < 126) {
+                    failure.code = code as u8;
+                }
+                return Err(failure);
+            }
+            if !message["aux"].is_null() {
+                aux.push(message["aux"].clone());
+            }
+            self.show(&message);
+            Ok(())
+        })
+        .await;
+        for bar in self.by_id.values() {
+            bar.finish();
+        }
+        result.map(|()| aux)
+    }
+
+    fn show(&mut self, message: &Value) {
+        if self.quiet {
+            return;
+        }
+        if let Some(text) = message["stream"].as_str() {
+            eprint!("{text}");
+            return;
+        }
+        let Some(status) = message["status"].as_str() else { return };
+        let id = message["id"].as_str().unwrap_or_default();
+        let current = message["progressDetail"]["current"].as_u64().unwrap_or(0);
+        let total = message["progressDetail"]["total"].as_u64().unwrap_or(0);
+        match &self.bars {
+            Some(bars) if !id.is_empty() => {
+                let bar = self.by_id.entry(id.to_owned()).or_insert_with(|| {
+                    let bar = bars.add(ProgressBar::new(0));
+                    bar.set_prefix(id.to_owned());
+                    bar
+                });
+                let style = if total > 0 {
+                    "{prefix:.bold}: {msg} [{bar:30}] {bytes}/{total_bytes}"
+                } else {
+                    "{prefix:.bold}: {msg}"
+                };
+                if let Ok(style) = ProgressStyle::with_template(style) {
+                    bar.set_style(style.progress_chars("=> "));
+                }
+                bar.set_length(total);
+                bar.set_position(current);
+                bar.set_message(status.to_owned());
+            }
+            Some(bars) => {
+                let _ = bars.println(status);
+            }
+            None => {
+                // Without a terminal a bar's every step would be a line: a change of status is enough.
+                if self.last.get(id).map(String::as_str) != Some(status) {
+                    self.last.insert(id.to_owned(), status.to_owned());
+                    if id.is_empty() { eprintln!("{status}") } else { eprintln!("{id}: {status}") }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! `berth serve`: the daemon's start-up and end. What it does all day is the engine's business.
+
+use std::fs;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::Kind;
+use base::paths::Paths;
+use clap::Args;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::config::{Config, LogFormat};
+use crate::failure::Failure;
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Folder for everything this daemon keeps; a daemon with another folder is another daemon.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// The daemon's own socket.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// The Docker Engine API socket.
+    #[arg(long, value_name = "PATH")]
+    pub docker_socket: Option<PathBuf>,
+    /// Group that may use the sockets.
+    #[arg(long)]
+    pub group: Option<String>,
+    /// Configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// error, warn, info, debug, trace; or a filter by room, as in info,net=debug.
+    #[arg(long, value_name = "LEVEL", env = "BERTH_LOG")]
+    pub log_level: Option<String>,
+    /// text or json.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Starts this user's daemon behind the command's back; the path of its log.
+pub fn start_in_background() -> Result<PathBuf, Failure> {
+    let paths = Paths::of_this_user();
+    fs::create_dir_all(&paths.state)
+        .map_err(|e| Failure::io(format!("cannot make {}", paths.state.display()), &e))?;
+    let log = paths.state.join("daemon.log");
+    let opened = fs::OpenOptions::new().create(true).append(true).open(&log);
+    let file = opened.map_err(|e| Failure::io(format!("cannot write {}", log.display()), &e))?;
+    let copy = file.try_clone().map_err(|e| Failure::io("cannot share the log", &e))?;
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.arg0("berth").arg("serve").stdin(Stdio::null()).stdout(file).stderr(copy).current_dir("/");
+    // SAFETY: setsid is async-signal-safe and touches no memory of the parent.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            Ok(())
+        });
+    }
+    command.spawn().map_err(|e| Failure::io("cannot start the daemon", &e))?;
+    Ok(log)
+}
+
+/// The folders and sockets after the file and the options had their say.
+fn paths_of(args: &ServeArgs, host: Option<PathBuf>) -> Result<(Paths, Config), Failure> {
+    let mut paths = args.state_dir.as_deref().map_or_else(Paths::of_this_user, Paths::beneath);
+    if let Some(file) = &args.config {
+        paths.config.clone_from(file);
+    }
+    let config = Config::load(&paths.config, args.config.is_some())?;
+    if let (None, Some(state)) = (&args.state_dir, &config.state_dir) {
+        let file = paths.config;
+        paths = Paths { config: file, ..Paths::beneath(state) };
+    }
+    // Everything else hangs off these: a relative path would change its meaning with the working folder.
+    let absolute = |path: &Path| std::path::absolute(path).map_err(|e| Failure::io("cannot resolve a path", &e));
+    if let Some(socket) = args.socket.clone().or(host).or_else(|| config.socket.clone()) {
+        paths.socket = socket;
+    }
+    if let Some(socket) = args.docker_socket.clone().or_else(|| config.docker_socket.clone()) {
+        paths.docker_socket = socket;
+    }
+    paths.state = absolute(&paths.state)?;
+    paths.run = absolute(&paths.run)?;
+    paths.socket = absolute(&paths.socket)?;
+    paths.docker_socket = absolute(&paths.docker_socket)?;
+    for socket in [&paths.socket, &paths.docker_socket] {
+        if socket.as_os_str().len() > 107 {
+            return Err(Failure::invalid(format!(
+                "the socket path {} is longer than the 107 bytes a unix socket may have",
+                socket.display()
+            ))
+            .with_fix("choose a shorter one with --socket and --docker-socket"));
+        }
+    }
+    Ok((paths, config))
+}
+
+fn start_logging(args: &ServeArgs, config: &Config) -> Result<(), Failure> {
+    let level = args.log_level.clone().or_else(|| config.log.level.clone()).unwrap_or_else(|| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_new(&level)
+        .map_err(|e| Failure::invalid(format!("the log level {level:?} cannot be understood: {e}")))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match args.log_format.or(config.log.format).unwrap_or_default() {
+        LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+/// Holds the state folder for this process; the kernel lets go of it when the process ends, however it does.
+fn lock_state(paths: &Paths) -> Result<fs::File, Failure> {
+    let path = paths.state.join("lock");
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|e| Failure::io(format!("cannot open {}", path.display()), &e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(Failure::new(
+            Kind::Conflict,
+            format!("another daemon uses {}", paths.state.display()),
+        )
+        .with_fix("end it with `berth system stop`, or choose another folder with --state-dir")),
+        Err(fs::TryLockError::Error(e)) => Err(Failure::io(format!("cannot lock {}", path.display()), &e)),
+    }
+}
+
+/// Sockets handed over by systemd (sd_listen_fds(3)).
+fn inherited() -> Vec<std::os::unix::net::UnixListener> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
+    if number("LISTEN_PID") != Some(std::process::id() as i32) {
+        return Vec::new();
+    }
+    let count = number("LISTEN_FDS").unwrap_or(0).clamp(0, 16);
+    (3..3 + count)
+        .map(|fd| {
+            // SAFETY: the service manager passed these descriptors to this process alone, and this is
+            // the only place that takes them, once.
+            std::os::unix::net::UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })
+        })
+        .collect()
+}
+
+fn bind(path: &Path, group: Option<u32>) -> Result<std::os::unix::net::UnixListener, Failure> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => {
+            return Err(Failure::new(Kind::Conflict, format!("somebody already serves {}", path.display()))
+                .with_fix("choose other sockets with --socket and --docker-socket"));
+        }
+        // Left by a daemon that was killed.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(|e| Failure::io(format!("cannot replace {}", path.display()), &e))?;
+        }
+        Err(_) => {}
+    }
+    let failed = |e: &io::Error| Failure::io(format!("cannot listen on {}", path.display()), e);
+    let listener = std::os::unix::net::UnixListener::bind(path).map_err(|e| failed(&e))?;
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| failed(&e))?;
+    if let Some(group) = group {
+        chown(path, None, Some(group)).map_err(|e| failed(&e))?;
+    }
+    Ok(listener)
+}
+
+/// The number of a group by its name.
+fn group_number(name: &str) -> Result<u32, Failure> {
+    let groups = fs::read_to_string("/etc/group").map_err(|e| Failure::io("cannot read /etc/group", &e))?;
+    groups
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+        })
+        .next()
+        .ok_or_else(|| {
+            Failure::new(Kind::NotFound, format!("there is no group {name}"))
+                .with_fix(format!("groupadd --system {name}"))
+        })
+}
+
+/// Tells systemd of a change (sd_notify(3)); nothing without it.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() else { return };
+    let bytes = path.as_encoded_bytes();
+    if let Some(name) = bytes.strip_prefix(b"@") {
+        use std::os::linux::net::SocketAddrExt;
+        if let Ok(address) = std::os::unix::net::SocketAddr::from_abstract_name(name) {
+            let _ = socket.send_to_addr(state.as_bytes(), &address);
+        }
+    } else {
+        let _ = socket.send_to(state.as_bytes(), Path::new(&path));
+    }
+}
+
+/// Runs the daemon until it is told to end.
+pub fn run(args: ServeArgs, host: Option<PathBuf>) -> Result<ExitCode, Failure> {
+    let (paths, config) = paths_of(&args, host)?;
+    start_logging(&args, &config)?;
+    for folder in [&paths.state, &paths.run] {
+        fs::create_dir_all(folder).map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o711))
+            .map_err(|e| Failure::io(format!("cannot protect {}", folder.display()), &e))?;
+    }
+    let _lock = lock_state(&paths)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)))
+        .max_blocking_threads(256)
+        .thread_keep_alive(Duration::from_secs(2))
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::io("cannot start", &e))?;
+    let result = runtime.block_on(serve(&args, paths, config));
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    result
+}
+
+fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, Failure> {
+    let mut settings = engine::EngineConfig::new(paths);
+    let containers = &config.containers;
+    if let Some(driver) = &containers.log_driver {
+        settings.log.kind.clone_from(driver);
+    }
+    for (key, value) in &containers.log_options {
+        settings.log.config.insert(key.clone(), value.clone());
+    }
+    if let Some(init) = containers.init {
+        settings.init = init;
+    }
+    if let Some(seconds) = containers.stop_timeout {
+        settings.stop_timeout = Duration::from_secs(seconds);
+    }
+    if let Some(size) = &containers.shm_size {
+        settings.shm_size = base::units::parse_size(size)
+            .map_err(|e| Failure::invalid(format!("containers.shm-size: {e}")))?;
+    }
+    if let Some(parent) = &containers.cgroup_parent {
+        settings.cgroup_parent.clone_from(parent);
+    }
+    Ok(settings)
+}
+
+async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCode, Failure> {
+    let group = args.group.clone().or_else(|| config.group.clone());
+    let group = group.as_deref().map(group_number).transpose()?;
+    let settings = engine_config(paths.clone(), &config)?;
+    let engine = engine::Engine::open(settings).await.map_err(|e| Failure::of(&e))?;
+    let mut listeners = inherited();
+    let own_sockets = listeners.is_empty();
+    if own_sockets {
+        listeners.push(bind(&paths.socket, group)?);
+        listeners.push(bind(&paths.docker_socket, group)?);
+    }
+    let listeners = listeners
+        .into_iter()
+        .map(|listener| {
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        })
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(|e| Failure::io("cannot use the sockets", &e))?;
+    let (stop, stopped) = watch::channel(false);
+    let stop = Arc::new(stop);
+    let router = crate::native::router(engine.clone(), stop.clone());
+    info!(
+        state = %paths.state.display(),
+        socket = %paths.socket.display(),
+        docker_socket = %paths.docker_socket.display(),
+        version = env!("CARGO_PKG_VERSION"),
+        "serving"
+    );
+    notify("READY=1");
+    let signals = tokio::spawn(stop_on_signal(stop));
+    let mut wait = stopped.clone();
+    let shutdown = async move {
+        let _ = wait.wait_for(|stop| *stop).await;
+    };
+    let result = api_docker::serve(listeners, router, shutdown).await;
+    signals.abort();
+    notify("STOPPING=1");
+    if own_sockets {
+        let _ = fs::remove_file(&paths.socket);
+        let _ = fs::remove_file(&paths.docker_socket);
+    }
+    if let Err(error) = result {
+        error!(%error, "the API ended");
+        return Err(Failure::io("the API ended", &error));
+    }
+    info!("ended; containers go on");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn stop_on_signal(stop: Arc<watch::Sender<bool>>) {
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::hangup()),
+    ) else {
+        warn!("cannot listen for signals");
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            // A closed terminal is no reason to end.
+            _ = hangup.recv() => {}
+        }
+    }
+    info!("told to end");
+    let _ = stop.send(true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_daemon_on_one_folder_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths::beneath(directory.path());
+        let held = lock_state(&paths).unwrap();
+        let refused = lock_state(&paths).unwrap_err();
+        assert_eq!(refused.code, Kind::Conflict.exit_code());
+        assert!(refused.fix.is_some());
+        drop(held);
+        assert!(lock_state(&paths).is_ok());
+    }
+
+    #[test]
+    fn a_dead_daemons_socket_is_replaced_and_a_living_ones_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(bind(&path, None).unwrap());
+        let living = bind(&path, None).unwrap();
+        assert!(bind(&path, None).is_err());
+        drop(living);
+    }
+}
