@@ -6,10 +6,10 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::post;
 use engine::Engine;
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// Everything the daemon answers.
-pub fn router(engine: Arc<Engine>, stop: Arc<watch::Sender<bool>>) -> Router {
+pub fn router(engine: Arc<Engine>, stop: CancellationToken) -> Router {
     let own = Router::new().route(
         "/berth/v1/shutdown",
         post(move || {
@@ -18,7 +18,7 @@ pub fn router(engine: Arc<Engine>, stop: Arc<watch::Sender<bool>>) -> Router {
                 // The answer goes out before the listeners close.
                 tokio::spawn(async move {
                     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                    let _ = stop.send(true);
+                    stop.cancel();
                 });
                 StatusCode::NO_CONTENT
             }

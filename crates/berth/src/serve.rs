@@ -7,7 +7,6 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use base::Kind;
@@ -15,7 +14,7 @@ use base::paths::Paths;
 use clap::Args;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, LogFormat};
@@ -273,8 +272,7 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         })
         .collect::<io::Result<Vec<_>>>()
         .map_err(|e| Failure::io("cannot use the sockets", &e))?;
-    let (stop, stopped) = watch::channel(false);
-    let stop = Arc::new(stop);
+    let stop = CancellationToken::new();
     let router = crate::native::router(engine.clone(), stop.clone());
     info!(
         state = %paths.state.display(),
@@ -284,12 +282,8 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         "serving"
     );
     notify("READY=1");
-    let signals = tokio::spawn(stop_on_signal(stop));
-    let mut wait = stopped.clone();
-    let shutdown = async move {
-        let _ = wait.wait_for(|stop| *stop).await;
-    };
-    let result = api_docker::serve(listeners, router, shutdown).await;
+    let signals = tokio::spawn(stop_on_signal(stop.clone()));
+    let result = api_docker::serve(listeners, router, stop).await;
     signals.abort();
     notify("STOPPING=1");
     if own_sockets {
@@ -304,7 +298,7 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-async fn stop_on_signal(stop: Arc<watch::Sender<bool>>) {
+async fn stop_on_signal(stop: CancellationToken) {
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
@@ -322,7 +316,7 @@ async fn stop_on_signal(stop: Arc<watch::Sender<bool>>) {
         }
     }
     info!("told to end");
-    let _ = stop.send(true);
+    stop.cancel();
 }
 
 #[cfg(test)]
