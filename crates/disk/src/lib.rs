@@ -1,12 +1,15 @@
 //! Disks of machines: one trait, and the image formats behind it.
 
+pub mod qcow2;
 mod raw;
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
 
+pub use qcow2::{BackingFiles, Qcow2Disk};
 pub use raw::RawDisk;
 
 /// A disk could not be opened or reached.
@@ -54,4 +57,48 @@ pub trait Disk: Send + Sync {
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError>;
     /// The range reads as zeros from now on.
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError>;
+}
+
+/// The formats known here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    Raw,
+    Qcow2,
+}
+
+/// What a file's first bytes say it is. A raw disk may hold any bytes, so a disk that a guest once wrote as raw
+/// must be opened as raw and never by this guess.
+///
+/// # Errors
+/// [`DiskError::Open`].
+pub fn probe(path: &Path) -> Result<Format, DiskError> {
+    let failed = |source| DiskError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let mut magic = [0; 4];
+    let mut file = std::fs::File::open(path).map_err(failed)?;
+    match file.read_exact(&mut magic) {
+        Ok(()) if u32::from_be_bytes(magic) == qcow2::MAGIC => Ok(Format::Qcow2),
+        Ok(()) => Ok(Format::Raw),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(Format::Raw),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Opens an image of a format.
+///
+/// # Errors
+/// As the format's own `open`.
+pub fn open(
+    path: &Path,
+    format: Format,
+    read_only: bool,
+    backing: BackingFiles,
+) -> Result<Box<dyn Disk>, DiskError> {
+    Ok(match format {
+        Format::Raw => Box::new(RawDisk::open(path, read_only)?),
+        Format::Qcow2 => Box::new(Qcow2Disk::open(path, read_only, backing)?),
+    })
 }
