@@ -114,7 +114,7 @@ impl Metadata {
     /// A table's offset from an entry that names one.
     fn place(&self, entry: u64, what: &str) -> io::Result<u64> {
         let offset = entry & OFFSET;
-        if offset % self.cluster() != 0 || offset >> self.header.cluster_bits >= self.end {
+        if !offset.is_multiple_of(self.cluster()) || offset >> self.header.cluster_bits >= self.end {
             return Err(invalid(&format!("{what} lies outside of the file")));
         }
         Ok(offset)
@@ -208,7 +208,7 @@ impl Metadata {
     }
 
     fn counts_per_block(&self) -> u64 {
-        self.cluster() * 8 >> self.header.refcount_order
+        (self.cluster() * 8) >> self.header.refcount_order
     }
 
     fn block(&mut self, file: &File, index: usize) -> io::Result<Option<&mut Block>> {

@@ -10,7 +10,7 @@ mod metadata;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
@@ -301,7 +301,7 @@ impl Qcow2Disk {
         if host == 0 {
             return self.read_below(offset, data);
         }
-        if host % metadata.cluster() != 0 {
+        if !host.is_multiple_of(metadata.cluster()) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the image is damaged: a cluster is out of place"));
         }
         read_or_zero(&self.file, data, host + offset % metadata.cluster())
