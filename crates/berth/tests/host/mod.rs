@@ -1,0 +1,270 @@
+//! A daemon of its own in a network namespace of its own, for tests that drive the real binary.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The binary under test.
+pub const BERTH: &str = env!("CARGO_BIN_EXE_berth");
+
+/// One daemon and all it made; both go with this value.
+pub struct Host {
+    directory: tempfile::TempDir,
+    daemon: Option<Child>,
+}
+
+/// Whether `program` is installed.
+pub fn has(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).chain(["/usr/sbin".into()]).any(|folder| folder.join(program).is_file())
+}
+
+/// Starts a daemon, or says why this machine cannot.
+pub fn start() -> Option<Host> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: needs root");
+        return None;
+    }
+    for program in ["nft", "ip", "unshare", "busybox"] {
+        if !has(program) {
+            eprintln!("SKIPPED: needs {program} (scripts/setup installs it)");
+            return None;
+        }
+    }
+    let mut host = Host { directory: tempfile::Builder::new().prefix("berth-e2e-").tempdir().unwrap(), daemon: None };
+    host.start_daemon();
+    host.import_busybox();
+    Some(host)
+}
+
+impl Host {
+    pub fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("n.sock")
+    }
+
+    pub fn docker_socket(&self) -> PathBuf {
+        self.directory.path().join("d.sock")
+    }
+
+    /// A folder for the test's own files.
+    pub fn scratch(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().id()
+    }
+
+    pub fn start_daemon(&mut self) {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.directory.path().join("daemon.log"))
+            .unwrap();
+        // The namespace lives on in the keeper's namespace file so that a second daemon joins the first one's.
+        let script = r#"ip link set lo up; exec "$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#;
+        let namespace = self.directory.path().join("pid-of-namespace");
+        let mut command = match std::fs::read_to_string(&namespace) {
+            Ok(pid) => {
+                let mut command = Command::new("nsenter");
+                command.args(["-t", pid.trim(), "-n"]);
+                command
+            }
+            Err(_) => {
+                let mut command = Command::new("unshare");
+                command.arg("--net");
+                command
+            }
+        };
+        command.args(["sh", "-c", script, BERTH]).arg(self.state()).arg(self.socket()).arg(self.docker_socket());
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+        if !namespace.exists() {
+            // A sleeper keeps the namespace while no daemon runs.
+            self.wait_for_socket();
+            let sleeper = Command::new("nsenter")
+                .args(["-t", &child.id().to_string(), "-n", "sleep", "600"])
+                .stdin(Stdio::null())
+                .spawn()
+                .unwrap();
+            std::fs::write(&namespace, sleeper.id().to_string()).unwrap();
+        }
+        self.daemon = Some(child);
+        self.wait_for_socket();
+    }
+
+    fn wait_for_socket(&self) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+            assert!(Instant::now() < end, "the daemon does not answer: {}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// kill -9, as the worst case.
+    pub fn kill_daemon(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// `berth ARGS` against this daemon.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BERTH);
+        command.args(args).env("BERTH_SOCKET", self.socket()).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+    }
+
+    pub fn berth(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Standard output of a command that must succeed.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let output = self.berth(args);
+        assert!(
+            output.status.success(),
+            "berth {args:?}: {}\n{}\n{}\n--- daemon ---\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+            self.log()
+        );
+        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// Exit code and standard error of a command that must fail.
+    pub fn fails(&self, args: &[&str]) -> (i32, String) {
+        let output = self.berth(args);
+        assert!(!output.status.success(), "berth {args:?} succeeded");
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Runs a command with standard input.
+    pub fn with_input(&self, args: &[&str], input: &[u8]) -> Output {
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_vec();
+        let writer = std::thread::spawn(move || {
+            let _ = stdin.write_all(&input);
+        });
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap();
+        output
+    }
+
+    /// Runs a program inside the daemon's network namespace.
+    pub fn in_network(&self, args: &[&str]) -> Output {
+        let pid = self.daemon_pid().to_string();
+        Command::new("nsenter").args(["-t", &pid, "-n"]).args(args).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// An image `busybox` of the host's static busybox.
+    fn import_busybox(&self) {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let busybox = std::env::split_paths(&path).map(|f| f.join("busybox")).find(|f| f.is_file()).unwrap();
+        let mut builder = tar::Builder::new(Vec::new());
+        let program = std::fs::read(&busybox).unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(program.len() as u64);
+        header.set_mode(0o755);
+        builder.append_data(&mut header, "bin/busybox", &program[..]).unwrap();
+        let list = Command::new(&busybox).arg("--list").output().unwrap();
+        for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|a| *a != "busybox") {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_size(0);
+            header.set_mode(0o777);
+            builder.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
+        }
+        for (name, text) in [
+            ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
+            ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+        ] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(text.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, name, text.as_bytes()).unwrap();
+        }
+        for folder in ["tmp", "root", "var"] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_size(0);
+            header.set_mode(if folder == "tmp" { 0o1777 } else { 0o755 });
+            builder.append_data(&mut header, folder, &[][..]).unwrap();
+        }
+        let archive = builder.into_inner().unwrap();
+        let output = self.with_input(&["import", "-c", "CMD [\"sh\"]", "-", "busybox"], &archive);
+        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), self.log());
+    }
+
+    /// Waits until `probe` holds.
+    pub fn eventually(&self, what: &str, mut probe: impl FnMut() -> bool) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !probe() {
+            assert!(Instant::now() < end, "never: {what}\n--- daemon ---\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.daemon.is_none() {
+            self.start_daemon();
+        }
+        let ids = self.berth(&["ps", "-aq"]);
+        for id in String::from_utf8_lossy(&ids.stdout).split_whitespace() {
+            self.berth(&["rm", "-f", "-v", id]);
+        }
+        if let Some(mut daemon) = self.daemon.take() {
+            self.berth(&["system", "stop"]);
+            let end = Instant::now() + Duration::from_secs(20);
+            while daemon.try_wait().ok().flatten().is_none() {
+                if Instant::now() > end {
+                    let _ = daemon.kill();
+                    let _ = daemon.wait();
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        if let Ok(pid) = std::fs::read_to_string(self.directory.path().join("pid-of-namespace"))
+            && let Ok(pid) = pid.trim().parse()
+            && let Some(pid) = rustix::process::Pid::from_raw(pid)
+        {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        }
+        // The state folder is not removed before the keeper, which ends by itself, has let go of it.
+        let state = self.state();
+        let end = Instant::now() + Duration::from_secs(20);
+        while keeper_of(&state) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Whether a keeper of this state folder lives.
+pub fn keeper_of(state: &Path) -> bool {
+    let needle = state.as_os_str().as_encoded_bytes();
+    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { return false };
+        line.split(|b| *b == 0).any(|word| word == b"keeper")
+            && line.windows(needle.len()).any(|window| window == needle)
+    })
+}
