@@ -15,5 +15,6 @@ pub mod machine;
 pub mod memory;
 pub mod nvme;
 pub mod pci;
+pub mod process;
 pub mod state;
 pub mod terminal;

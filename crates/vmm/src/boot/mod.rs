@@ -249,7 +249,7 @@ fn place_decompressor(
     }
 }
 
-fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
+pub(crate) fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
     let failed = |source| BootError::Read {
         what,
         path: path.to_owned(),

@@ -1,0 +1,216 @@
+//! The control socket of a machine process: one JSON object a line, a request and its answer.
+//!
+//! ```text
+//! ▶ {"op":"status"}      ◀ {"ok":true,"state":"running","cpu":"soft","resets":0,"uptime_ms":1234}
+//! ▶ {"op":"pause"}       ◀ {"ok":true}          also: resume, power-button, reset, kill
+//! ▶ {"op":"console"}     ◀ {"ok":true}          then raw bytes of the serial line, both ways, until either end closes
+//! ▶ anything else        ◀ {"ok":false,"error":"…"}
+//! ```
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Handles, Running};
+use crate::control::Outcome;
+
+/// A request longer than this is none.
+const LINE_LIMIT: u64 = 4096;
+/// Connections at once; the daemon needs few.
+const CONNECTION_LIMIT: usize = 64;
+
+/// What is asked of a machine process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    Status,
+    Pause,
+    Resume,
+    /// Presses the ACPI power button: the guest shuts down if it listens.
+    PowerButton,
+    /// Ends the guest at once and starts it again.
+    Reset,
+    /// Ends the machine at once.
+    Kill,
+    Console {
+        /// Begin with what was written lately.
+        #[serde(default)]
+        history: bool,
+    },
+}
+
+/// What it answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    pub ok: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<Status>,
+}
+
+/// How the machine is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub state: State,
+    /// `kvm` or `soft`; empty while starting.
+    pub cpu: String,
+    /// Why this CPU serves, where that is worth saying.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// Times it was reset since it was started.
+    pub resets: u64,
+    pub uptime_ms: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    Starting,
+    Running,
+    Paused,
+}
+
+/// Reads a request from a line.
+///
+/// # Errors
+/// For people: what is wrong with it.
+pub fn parse(line: &str) -> Result<Request, String> {
+    serde_json::from_str(line).map_err(|error| format!("this is no request: {error}"))
+}
+
+/// Serves the socket from a thread of its own.
+pub(super) fn serve(listener: UnixListener, running: Arc<Running>) -> io::Result<()> {
+    let count = Arc::new(());
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else { continue };
+            if Arc::strong_count(&count) > CONNECTION_LIMIT {
+                continue;
+            }
+            let (running, held) = (running.clone(), count.clone());
+            let _ = std::thread::Builder::new().name("connection".into()).stack_size(128 << 10).spawn(move || {
+                let _held = held;
+                // A client that goes away in the middle is no news.
+                let _ = converse(&stream, &running);
+            });
+        }
+    })?;
+    Ok(())
+}
+
+fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        if (&mut reader).take(LINE_LIMIT).read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let request = match parse(&line) {
+            Ok(request) => request,
+            Err(error) => {
+                send(stream, &Answer { ok: false, error: Some(error), status: None })?;
+                return Ok(());
+            }
+        };
+        if let Request::Console { history } = request {
+            send(stream, &Answer { ok: true, ..Answer::default() })?;
+            running.console.attach(stream.try_clone()?, history)?;
+            return type_into(reader, running);
+        }
+        send(stream, &answer(&request, running))?;
+    }
+}
+
+fn send(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+fn handles(running: &Running) -> Option<Handles> {
+    running.machine.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+fn type_into(mut reader: impl Read, running: &Running) -> io::Result<()> {
+    let mut buffer = [0; 1024];
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                if let Some(machine) = handles(running) {
+                    machine.serial.receive(&buffer[..n]);
+                }
+            }
+            // The stream is shared with the console's writing side, which does not block.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn answer(request: &Request, running: &Running) -> Answer {
+    let machine = handles(running);
+    if *request == Request::Status {
+        let state = match &machine {
+            None => State::Starting,
+            Some(machine) if machine.control.is_paused() => State::Paused,
+            Some(_) => State::Running,
+        };
+        let status = Status {
+            state,
+            cpu: machine.as_ref().map_or("", |m| m.cpu).to_owned(),
+            note: machine.and_then(|m| m.note),
+            resets: *running.resets.lock().unwrap_or_else(PoisonError::into_inner),
+            uptime_ms: running.started.elapsed().as_millis() as u64,
+        };
+        return Answer { ok: true, error: None, status: Some(status) };
+    }
+    let Some(machine) = machine else {
+        return Answer { ok: false, error: Some("the machine is starting; try again".into()), status: None };
+    };
+    let done = match request {
+        Request::Pause => machine.control.pause(),
+        Request::Resume => machine.control.resume(),
+        Request::PowerButton => {
+            machine.power.press_button();
+            true
+        }
+        Request::Reset => {
+            machine.control.end(Outcome::Reset);
+            true
+        }
+        Request::Kill => {
+            machine.control.end(Outcome::Killed);
+            true
+        }
+        Request::Status | Request::Console { .. } => true,
+    };
+    Answer { ok: done, error: (!done).then(|| "the machine has ended".into()), status: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn requests_have_one_written_form() {
+        assert_eq!(parse(r#"{"op":"power-button"}"#), Ok(Request::PowerButton));
+        assert_eq!(parse(r#"{"op":"console"}"#), Ok(Request::Console { history: false }));
+        assert!(parse(r#"{"op":"format"}"#).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_panics(line in ".{0,200}") {
+            let _ = parse(&line);
+        }
+    }
+}
