@@ -144,9 +144,9 @@ pub enum Command {
     /// Parent of container processes; started by the daemon.
     #[command(hide = true, disable_help_flag = true)]
     Keeper(Verbatim),
-    /// Process 1 of containers made with --init.
+    /// The process of one machine; started by the daemon.
     #[command(hide = true, disable_help_flag = true)]
-    Init(Verbatim),
+    MachineProcess(Verbatim),
 }
 
 /// Arguments handed on as they are.

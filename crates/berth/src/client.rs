@@ -1,7 +1,7 @@
 //! The daemon as the command line sees it: HTTP over its unix socket, one connection a request.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use base::Kind;
@@ -79,10 +79,6 @@ fn query(path: &str, parameters: Query<'_>) -> String {
 impl Client {
     pub fn new(socket: PathBuf, start: bool) -> Client {
         Client { socket, start }
-    }
-
-    pub fn socket(&self) -> &Path {
-        &self.socket
     }
 
     async fn connect(&self) -> Result<UnixStream, Failure> {

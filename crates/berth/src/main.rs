@@ -25,16 +25,16 @@ use failure::Failure;
 fn main() -> ExitCode {
     // The runtime, the keeper and init are on the path of every container start: they never see the
     // command-line parser of the rest.
-    let mut args = std::env::args();
+    let mut args = std::env::args_os();
     let program = args.next().unwrap_or_default();
-    let program = program.rsplit('/').next().unwrap_or_default();
-    if program == "berth-oci" {
-        return oci::cli::main(args);
+    if program.as_encoded_bytes().rsplit(|b| *b == b'/').next() == Some(b"berth-oci") {
+        return oci::cli::main(std::env::args_os());
     }
-    match std::env::args().nth(1).as_deref() {
-        Some("oci") => return oci::cli::main(args.skip(1)),
-        Some("keeper") => return engine::keeper::main(args.skip(1)),
-        Some("init") => return engine::container::init::main(args.skip(1)),
+    let words = || std::env::args().skip(2);
+    match args.next().as_ref().and_then(|word| word.to_str()) {
+        Some("oci") => return oci::cli::main(std::iter::once("berth oci".into()).chain(args)),
+        Some("keeper") => return engine::keeper::main(words()),
+        Some("machine-process") => return vmm::process::main(words()),
         _ => {}
     }
     let cli = match Cli::try_parse() {
@@ -59,9 +59,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Completions(args) => return manual::completions(&args),
         Command::Man(args) => return manual::man(&args),
         Command::Machine(machine::MachineCommand::Boot(args)) => return machine::boot(args),
-        Command::Oci(args) => return Ok(oci::cli::main(args.args.into_iter())),
-        Command::Keeper(args) => return Ok(engine::keeper::main(args.args.into_iter())),
-        Command::Init(args) => return Ok(engine::container::init::main(args.args.into_iter())),
+        // Only reached with options before the word, which these do not take.
+        Command::Oci(_) | Command::Keeper(_) | Command::MachineProcess(_) => {
+            return Err(Failure::invalid("this command takes no options before its name"));
+        }
         _ => {}
     }
     let context = Context {
@@ -137,7 +138,7 @@ async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> 
         | Command::Man(_)
         | Command::Oci(_)
         | Command::Keeper(_)
-        | Command::Init(_) => Err(Failure::internal("this command needs no daemon and was handled before")),
+        | Command::MachineProcess(_) => Err(Failure::internal("this command needs no daemon and was handled before")),
     }
 }
 

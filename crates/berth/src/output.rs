@@ -26,17 +26,15 @@ pub struct Style {
     pub red: &'static str,
     pub green: &'static str,
     pub yellow: &'static str,
-    pub bold: &'static str,
     pub dim: &'static str,
     pub reset: &'static str,
 }
 
-const PLAIN: Style = Style { red: "", green: "", yellow: "", bold: "", dim: "", reset: "" };
+const PLAIN: Style = Style { red: "", green: "", yellow: "", dim: "", reset: "" };
 const COLOURS: Style = Style {
     red: "\x1b[31m",
     green: "\x1b[32m",
     yellow: "\x1b[33m",
-    bold: "\x1b[1m",
     dim: "\x1b[2m",
     reset: "\x1b[0m",
 };

@@ -96,15 +96,11 @@ pub async fn run(context: &Context, args: BuildArgs) -> Result<ExitCode, Failure
             query.push((key, value));
         }
     }
-    let ignore = image::build::ignore::Patterns::load(&folder, &file)
-        .map_err(|e| Failure::io("cannot read .dockerignore", &e))?;
     let (reader, writer) = tokio::io::duplex(256 * 1024);
     let pack = tokio::task::spawn_blocking(move || -> io::Result<()> {
         let mut builder = tar::Builder::new(SyncIoBridge::new(writer));
         builder.follow_symlinks(false);
-        pack(&mut builder, &folder, Path::new(""), &|path| {
-            path == Path::new(&name) || path == Path::new(".dockerignore") || !ignore.excludes(path)
-        })?;
+        pack(&mut builder, &folder, Path::new(""), &|_| true)?;
         if let Some(extra) = extra {
             builder.append_path_with_name(extra, &name)?;
         }
