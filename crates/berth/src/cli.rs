@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::commands::{ShowOptions, build, container, copy, image, machine, network, session, system, volume};
+use crate::commands::{
+    ShowOptions, build, container, copy, image, machine, network, session, system, volume,
+};
 use crate::doctor::DoctorArgs;
 use crate::manual::{CompletionArgs, ManArgs};
 use crate::serve::ServeArgs;
@@ -17,7 +19,13 @@ use crate::serve::ServeArgs;
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 no room, 6 not permitted, 7 this host
 /// cannot. `run` and `exec` exit as the program did; 125 when Berth failed before it ran.
 #[derive(Debug, Parser)]
-#[command(name = "berth", version, propagate_version = true, disable_help_subcommand = true, max_term_width = 110)]
+#[command(
+    name = "berth",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    max_term_width = 110
+)]
 pub struct Cli {
     #[command(flatten)]
     pub global: GlobalOptions,
@@ -29,7 +37,14 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 pub struct GlobalOptions {
     /// Socket of the daemon to talk to.
-    #[arg(short = 'H', long, global = true, env = "BERTH_SOCKET", value_name = "PATH", help_heading = "Global options")]
+    #[arg(
+        short = 'H',
+        long,
+        global = true,
+        env = "BERTH_SOCKET",
+        value_name = "PATH",
+        help_heading = "Global options"
+    )]
     pub host: Option<PathBuf>,
 }
 
@@ -165,7 +180,12 @@ pub struct VersionArgs {
 
 impl VersionArgs {
     pub fn show(&self) -> (ShowOptions, bool) {
-        (ShowOptions { format: self.format.unwrap_or_default() }, self.format.is_some())
+        (
+            ShowOptions {
+                format: self.format.unwrap_or_default(),
+            },
+            self.format.is_some(),
+        )
     }
 }
 
@@ -272,7 +292,9 @@ mod tests {
     #[test]
     fn options_of_the_program_are_not_ours() {
         let cli = Cli::parse_from(["berth", "run", "--rm", "debian", "ls", "--help", "-la"]);
-        let Command::Run(run) = cli.command else { panic!("run expected") };
+        let Command::Run(run) = cli.command else {
+            panic!("run expected")
+        };
         assert_eq!(run.container.command, ["ls", "--help", "-la"]);
     }
 }

@@ -43,7 +43,9 @@ pub fn empty() -> Body {
 pub fn json_body<T: Serialize>(value: &T) -> Result<Body, Failure> {
     let bytes = serde_json::to_vec(value)
         .map_err(|e| Failure::internal(format!("cannot write the request: {e}")))?;
-    Ok(Full::new(Bytes::from(bytes)).map_err(|never| match never {}).boxed())
+    Ok(Full::new(Bytes::from(bytes))
+        .map_err(|never| match never {})
+        .boxed())
 }
 
 /// A body that is sent as it is produced.
@@ -86,10 +88,15 @@ impl Client {
             Ok(stream) => return Ok(stream),
             Err(error) => error,
         };
-        let absent =
-            matches!(first.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused);
+        let absent = matches!(
+            first.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        );
         if !absent {
-            let failure = Failure::io(format!("cannot reach the daemon at {}", self.socket.display()), &first);
+            let failure = Failure::io(
+                format!("cannot reach the daemon at {}", self.socket.display()),
+                &first,
+            );
             return Err(if first.kind() == io::ErrorKind::PermissionDenied {
                 failure.with_fix("run as root, or join the socket's group: sudo usermod -aG berth $USER, then log in again")
             } else {
@@ -114,8 +121,12 @@ impl Client {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        Err(Failure::internal("the daemon was started but does not answer")
-            .with_fix(format!("read {}, or run `berth serve` in the foreground to see why", log.display())))
+        Err(
+            Failure::internal("the daemon was started but does not answer").with_fix(format!(
+                "read {}, or run `berth serve` in the foreground to see why",
+                log.display()
+            )),
+        )
     }
 
     /// Sends one request; an error status becomes a [`Failure`].
@@ -127,7 +138,9 @@ impl Client {
         body: Body,
         headers: &[(&str, String)],
     ) -> Result<Response<Incoming>, Failure> {
-        let response = self.send_raw(method, path, parameters, body, headers).await?;
+        let response = self
+            .send_raw(method, path, parameters, body, headers)
+            .await?;
         if response.status().is_success() || response.status().as_u16() == 101 {
             return Ok(response);
         }
@@ -146,9 +159,12 @@ impl Client {
         headers: &[(&str, String)],
     ) -> Result<Response<Incoming>, Failure> {
         let stream = self.connect().await?;
-        let lost = |e: &dyn std::fmt::Display| Failure::internal(format!("the connection to the daemon broke: {e}"));
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
+        let lost = |e: &dyn std::fmt::Display| {
+            Failure::internal(format!("the connection to the daemon broke: {e}"))
+        };
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| lost(&e))?;
         tokio::spawn(connection.with_upgrades());
         let mut request = Request::builder()
             .method(method)
@@ -157,13 +173,21 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, value);
         }
-        let request = request.body(body).map_err(|e| Failure::invalid(format!("cannot form the request: {e}")))?;
+        let request = request
+            .body(body)
+            .map_err(|e| Failure::invalid(format!("cannot form the request: {e}")))?;
         sender.send_request(request).await.map_err(|e| lost(&e))
     }
 
     /// A GET whose answer is JSON.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str, parameters: Query<'_>) -> Result<T, Failure> {
-        let response = self.send(Method::GET, path, parameters, empty(), &[]).await?;
+    pub async fn get<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        parameters: Query<'_>,
+    ) -> Result<T, Failure> {
+        let response = self
+            .send(Method::GET, path, parameters, empty(), &[])
+            .await?;
         read_json(response).await
     }
 
@@ -175,19 +199,25 @@ impl Client {
         body: &B,
     ) -> Result<T, Failure> {
         let headers = [(CONTENT_TYPE.as_str(), "application/json".to_owned())];
-        let response = self.send(Method::POST, path, parameters, json_body(body)?, &headers).await?;
+        let response = self
+            .send(Method::POST, path, parameters, json_body(body)?, &headers)
+            .await?;
         read_json(response).await
     }
 
     /// A POST without a body whose answer does not matter.
     pub async fn act(&self, path: &str, parameters: Query<'_>) -> Result<(), Failure> {
-        let response = self.send(Method::POST, path, parameters, empty(), &[]).await?;
+        let response = self
+            .send(Method::POST, path, parameters, empty(), &[])
+            .await?;
         drain(response).await
     }
 
     /// A DELETE; the answer's JSON, or null where it has none.
     pub async fn delete(&self, path: &str, parameters: Query<'_>) -> Result<Value, Failure> {
-        let response = self.send(Method::DELETE, path, parameters, empty(), &[]).await?;
+        let response = self
+            .send(Method::DELETE, path, parameters, empty(), &[])
+            .await?;
         let bytes = collect(response).await?;
         Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
     }
@@ -205,7 +235,9 @@ impl Client {
             (UPGRADE.as_str(), "tcp".to_owned()),
             (CONTENT_TYPE.as_str(), "application/json".to_owned()),
         ];
-        let response = self.send(Method::POST, path, parameters, body, &headers).await?;
+        let response = self
+            .send(Method::POST, path, parameters, body, &headers)
+            .await?;
         let raw = response
             .headers()
             .get(CONTENT_TYPE)
@@ -220,7 +252,9 @@ impl Client {
 /// The whole answer.
 pub async fn collect(response: Response<Incoming>) -> Result<Bytes, Failure> {
     let body = response.into_body().collect().await;
-    Ok(body.map_err(|e| Failure::internal(format!("the daemon's answer broke off: {e}")))?.to_bytes())
+    Ok(body
+        .map_err(|e| Failure::internal(format!("the daemon's answer broke off: {e}")))?
+        .to_bytes())
 }
 
 async fn drain(response: Response<Incoming>) -> Result<(), Failure> {
@@ -230,19 +264,27 @@ async fn drain(response: Response<Incoming>) -> Result<(), Failure> {
 /// The answer as JSON.
 pub async fn read_json<T: DeserializeOwned>(response: Response<Incoming>) -> Result<T, Failure> {
     let bytes = collect(response).await?;
-    let bytes = if bytes.is_empty() { Bytes::from_static(b"null") } else { bytes };
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Failure::internal(format!("the daemon's answer is not what this command understands: {e}"))
-            .with_fix("berth version   # client and daemon should be of one version"))
+    let bytes = if bytes.is_empty() {
+        Bytes::from_static(b"null")
+    } else {
+        bytes
+    };
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Failure::internal(format!(
+            "the daemon's answer is not what this command understands: {e}"
+        ))
+        .with_fix("berth version   # client and daemon should be of one version")
+    })
 }
 
 async fn failure_of(response: Response<Incoming>) -> Failure {
     let status = response.status().as_u16();
     let bytes = collect(response).await.unwrap_or_default();
     let body: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-    let message = body["message"]
-        .as_str()
-        .map_or_else(|| String::from_utf8_lossy(&bytes).trim().to_owned(), str::to_owned);
+    let message = body["message"].as_str().map_or_else(
+        || String::from_utf8_lossy(&bytes).trim().to_owned(),
+        str::to_owned,
+    );
     let kind = match (body["kind"].as_str(), status) {
         (Some("capacity"), _) | (_, 507) => Kind::Capacity,
         (Some("unsupported"), _) | (_, 501) => Kind::Unsupported,
@@ -252,7 +294,14 @@ async fn failure_of(response: Response<Incoming>) -> Failure {
         (_, 409) => Kind::Conflict,
         _ => Kind::Internal,
     };
-    let mut failure = Failure::new(kind, if message.is_empty() { format!("the daemon answered {status}") } else { message });
+    let mut failure = Failure::new(
+        kind,
+        if message.is_empty() {
+            format!("the daemon answered {status}")
+        } else {
+            message
+        },
+    );
     failure.fix = body["fix"].as_str().map(str::to_owned);
     failure
 }
@@ -268,11 +317,15 @@ pub async fn each_json(
         let frame = match body.frame().await {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
-                return Err(Failure::internal(format!("the daemon's answer broke off: {error}")));
+                return Err(Failure::internal(format!(
+                    "the daemon's answer broke off: {error}"
+                )));
             }
             None => break,
         };
-        let Ok(data) = frame.into_data() else { continue };
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
         buffer.extend_from_slice(&data);
         let mut values = serde_json::Deserializer::from_slice(&buffer).into_iter::<Value>();
         let mut consumed = 0;
@@ -284,7 +337,9 @@ pub async fn each_json(
                 }
                 Some(Err(error)) if error.is_eof() => break,
                 Some(Err(error)) => {
-                    return Err(Failure::internal(format!("the daemon sent no JSON: {error}")));
+                    return Err(Failure::internal(format!(
+                        "the daemon sent no JSON: {error}"
+                    )));
                 }
                 None => break,
             }
@@ -300,6 +355,9 @@ mod tests {
 
     #[test]
     fn a_query_value_cannot_add_parameters() {
-        assert_eq!(query("/x", &[("a", "b&c=d/é".into())]), "/x?a=b%26c%3Dd%2F%C3%A9");
+        assert_eq!(
+            query("/x", &[("a", "b&c=d/é".into())]),
+            "/x?a=b%26c%3Dd%2F%C3%A9"
+        );
     }
 }

@@ -91,8 +91,13 @@ impl Config {
                 Failure::invalid(format!("{} cannot be understood: {error}", path.display()))
                     .with_fix("every key is described in docs/configuration.md")
             }),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => Ok(Config::default()),
-            Err(error) => Err(Failure::io(format!("cannot read {}", path.display()), &error)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {
+                Ok(Config::default())
+            }
+            Err(error) => Err(Failure::io(
+                format!("cannot read {}", path.display()),
+                &error,
+            )),
         }
     }
 
@@ -109,7 +114,10 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named() {
         let error = Config::parse("sokcet = \"/x\"").unwrap_err().to_string();
-        assert!(error.contains("sokcet") && error.contains("docker-socket"), "{error}");
+        assert!(
+            error.contains("sokcet") && error.contains("docker-socket"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -118,8 +126,12 @@ mod tests {
         let start = page.find("```toml\n").unwrap() + 8;
         let text = &page[start..start + page[start..].find("```").unwrap()];
         let config = Config::parse(text).unwrap();
-        assert!(config.state_dir.is_some() && config.socket.is_some() && config.docker_socket.is_some());
-        assert!(config.group.is_some() && config.log.level.is_some() && config.log.format.is_some());
+        assert!(
+            config.state_dir.is_some() && config.socket.is_some() && config.docker_socket.is_some()
+        );
+        assert!(
+            config.group.is_some() && config.log.level.is_some() && config.log.format.is_some()
+        );
         let containers = &config.containers;
         assert!(containers.log_driver.is_some() && !containers.log_options.is_empty());
         assert!(containers.init.is_some() && containers.stop_timeout.is_some());

@@ -18,7 +18,11 @@ pub const RUN_FAILED: u8 = 125;
 
 impl Failure {
     pub fn new(kind: Kind, message: impl Into<String>) -> Failure {
-        Failure { message: message.into(), fix: None, code: kind.exit_code() }
+        Failure {
+            message: message.into(),
+            fix: None,
+            code: kind.exit_code(),
+        }
     }
 
     pub fn invalid(message: impl Into<String>) -> Failure {
@@ -46,7 +50,11 @@ impl Failure {
             }
             source = inner.source();
         }
-        Failure { message, fix: error.fix(), code: error.kind().exit_code() }
+        Failure {
+            message,
+            fix: error.fix(),
+            code: error.kind().exit_code(),
+        }
     }
 
     /// An operating-system error while doing `what`.

@@ -19,7 +19,10 @@ use clap::Parser;
 
 use cli::{Cli, Command, ContainerCommand, ImageCommand};
 use client::Client;
-use commands::{Context, build, container, copy, image as image_commands, machine, network, session, system, volume};
+use commands::{
+    Context, build, container, copy, image as image_commands, machine, network, session, system,
+    volume,
+};
 use failure::Failure;
 
 fn main() -> ExitCode {
@@ -61,13 +64,17 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Machine(machine::MachineCommand::Boot(args)) => return machine::boot(args),
         // Only reached with options before the word, which these do not take.
         Command::Oci(_) | Command::Keeper(_) | Command::MachineProcess(_) => {
-            return Err(Failure::invalid("this command takes no options before its name"));
+            return Err(Failure::invalid(
+                "this command takes no options before its name",
+            ));
         }
         _ => {}
     }
     let context = Context {
         client: Client::new(
-            explicit.clone().unwrap_or_else(|| base::paths::Paths::of_this_user().socket),
+            explicit
+                .clone()
+                .unwrap_or_else(|| base::paths::Paths::of_this_user().socket),
             explicit.is_none(),
         ),
     };
@@ -107,7 +114,12 @@ async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> 
         Command::Commit(args) => container::commit(context, args).await,
         Command::Export(args) => container::export(context, args).await,
         Command::Inspect(args) => {
-            let paths = ["/containers/{}/json", "/images/{}/json", "/networks/{}", "/volumes/{}"];
+            let paths = [
+                "/containers/{}/json",
+                "/images/{}/json",
+                "/networks/{}",
+                "/volumes/{}",
+            ];
             container::inspect(context, &paths, args).await
         }
         Command::Images(args) => image_commands::images(context, args).await,
@@ -138,7 +150,9 @@ async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> 
         | Command::Man(_)
         | Command::Oci(_)
         | Command::Keeper(_)
-        | Command::MachineProcess(_) => Err(Failure::internal("this command needs no daemon and was handled before")),
+        | Command::MachineProcess(_) => Err(Failure::internal(
+            "this command needs no daemon and was handled before",
+        )),
     }
 }
 
@@ -167,7 +181,9 @@ async fn talk_container(context: &Context, command: ContainerCommand) -> Result<
         ContainerCommand::Cp(args) => copy::run(context, args).await,
         ContainerCommand::Commit(args) => container::commit(context, args).await,
         ContainerCommand::Export(args) => container::export(context, args).await,
-        ContainerCommand::Inspect(args) => container::inspect(context, &["/containers/{}/json"], args).await,
+        ContainerCommand::Inspect(args) => {
+            container::inspect(context, &["/containers/{}/json"], args).await
+        }
         ContainerCommand::Prune(args) => container::prune(context, args).await,
     }
 }
@@ -179,7 +195,9 @@ async fn talk_image(context: &Context, command: ImageCommand) -> Result<ExitCode
         ImageCommand::Build(args) => build::run(context, args).await,
         ImageCommand::Pull(args) => image_commands::pull(context, args).await,
         ImageCommand::Push(args) => image_commands::push(context, args).await,
-        ImageCommand::Inspect(args) => container::inspect(context, &["/images/{}/json"], args).await,
+        ImageCommand::Inspect(args) => {
+            container::inspect(context, &["/images/{}/json"], args).await
+        }
         ImageCommand::History(args) => image_commands::history(context, args).await,
         ImageCommand::Tag(args) => image_commands::tag(context, args).await,
         ImageCommand::Rm(args) => image_commands::rmi(context, args).await,

@@ -36,7 +36,9 @@ pub fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
         Some(dir) => {
             std::fs::create_dir_all(dir)
                 .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
-                .map_err(|e| Failure::io(format!("cannot write the pages to {}", dir.display()), &e))?;
+                .map_err(|e| {
+                    Failure::io(format!("cannot write the pages to {}", dir.display()), &e)
+                })?;
         }
         None => {
             let mut bytes = Vec::new();

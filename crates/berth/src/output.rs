@@ -30,7 +30,13 @@ pub struct Style {
     pub reset: &'static str,
 }
 
-const PLAIN: Style = Style { red: "", green: "", yellow: "", dim: "", reset: "" };
+const PLAIN: Style = Style {
+    red: "",
+    green: "",
+    yellow: "",
+    dim: "",
+    reset: "",
+};
 const COLOURS: Style = Style {
     red: "\x1b[31m",
     green: "\x1b[32m",
@@ -96,7 +102,10 @@ pub struct Table {
 
 impl Table {
     pub fn new(heading: &[&'static str]) -> Table {
-        Table { heading: heading.to_vec(), rows: Vec::new() }
+        Table {
+            heading: heading.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     pub fn row(&mut self, cells: Vec<String>) {
@@ -107,10 +116,15 @@ impl Table {
     /// shown as `?`: names come from images and guests.
     pub fn render(&self) -> String {
         let clean = |cell: &str| -> String {
-            cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+            cell.chars()
+                .map(|c| if c.is_control() { '?' } else { c })
+                .collect()
         };
-        let rows: Vec<Vec<String>> =
-            self.rows.iter().map(|row| row.iter().map(|cell| clean(cell)).collect()).collect();
+        let rows: Vec<Vec<String>> = self
+            .rows
+            .iter()
+            .map(|row| row.iter().map(|cell| clean(cell)).collect())
+            .collect();
         let mut widths: Vec<usize> = self.heading.iter().map(|h| h.chars().count()).collect();
         for row in &rows {
             for (width, cell) in widths.iter_mut().zip(row) {
@@ -142,7 +156,11 @@ pub fn ago(seconds: i64) -> String {
 /// A length of time in one coarse unit.
 pub fn span(seconds: i64) -> String {
     let plural = |n: i64, one: &str| {
-        if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
+        if n == 1 {
+            format!("1 {one}")
+        } else {
+            format!("{n} {one}s")
+        }
     };
     match seconds {
         i64::MIN..=0 => "Less than a second".to_owned(),

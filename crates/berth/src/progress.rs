@@ -22,7 +22,12 @@ pub struct Progress {
 impl Progress {
     pub fn new(quiet: bool) -> Progress {
         let bars = (!quiet && io::stderr().is_terminal()).then(MultiProgress::new);
-        Progress { quiet, bars, by_id: HashMap::new(), last: HashMap::new() }
+        Progress {
+            quiet,
+            bars,
+            by_id: HashMap::new(),
+            last: HashMap::new(),
+        }
     }
 
     /// Follows a stream of progress messages to its end. `aux` messages are collected.
@@ -32,10 +37,16 @@ impl Progress {
     pub async fn follow(mut self, response: Response<Incoming>) -> Result<Vec<Value>, Failure> {
         let mut aux = Vec::new();
         let result = each_json(response, |message| {
-            if let Some(error) = message["errorDetail"]["message"].as_str().or(message["error"].as_str()) {
+            if let Some(error) = message["errorDetail"]["message"]
+                .as_str()
+                .or(message["error"].as_str())
+            {
                 let mut failure = Failure::internal(error);
                 failure.fix = message["fix"].as_str().map(str::to_owned);
-                if let Some(code) = message["errorDetail"]["code"].as_u64().filter(|c| *c > 0 && *c < 126) {
+                if let Some(code) = message["errorDetail"]["code"]
+                    .as_u64()
+                    .filter(|c| *c > 0 && *c < 126)
+                {
                     failure.code = code as u8;
                 }
                 return Err(failure);
@@ -61,7 +72,9 @@ impl Progress {
             eprint!("{text}");
             return;
         }
-        let Some(status) = message["status"].as_str() else { return };
+        let Some(status) = message["status"].as_str() else {
+            return;
+        };
         let id = message["id"].as_str().unwrap_or_default();
         let current = message["progressDetail"]["current"].as_u64().unwrap_or(0);
         let total = message["progressDetail"]["total"].as_u64().unwrap_or(0);
@@ -91,7 +104,11 @@ impl Progress {
                 // Without a terminal a bar's every step would be a line: a change of status is enough.
                 if self.last.get(id).map(String::as_str) != Some(status) {
                     self.last.insert(id.to_owned(), status.to_owned());
-                    if id.is_empty() { eprintln!("{status}") } else { eprintln!("{id}: {status}") }
+                    if id.is_empty() {
+                        eprintln!("{status}")
+                    } else {
+                        eprintln!("{id}: {status}")
+                    }
                 }
             }
         }

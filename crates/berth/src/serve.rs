@@ -53,9 +53,17 @@ pub fn start_in_background() -> Result<PathBuf, Failure> {
     let log = paths.state.join("daemon.log");
     let opened = fs::OpenOptions::new().create(true).append(true).open(&log);
     let file = opened.map_err(|e| Failure::io(format!("cannot write {}", log.display()), &e))?;
-    let copy = file.try_clone().map_err(|e| Failure::io("cannot share the log", &e))?;
+    let copy = file
+        .try_clone()
+        .map_err(|e| Failure::io("cannot share the log", &e))?;
     let mut command = std::process::Command::new("/proc/self/exe");
-    command.arg0("berth").arg("serve").stdin(Stdio::null()).stdout(file).stderr(copy).current_dir("/");
+    command
+        .arg0("berth")
+        .arg("serve")
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(copy)
+        .current_dir("/");
     // SAFETY: setsid is async-signal-safe and touches no memory of the parent.
     unsafe {
         command.pre_exec(|| {
@@ -63,27 +71,46 @@ pub fn start_in_background() -> Result<PathBuf, Failure> {
             Ok(())
         });
     }
-    command.spawn().map_err(|e| Failure::io("cannot start the daemon", &e))?;
+    command
+        .spawn()
+        .map_err(|e| Failure::io("cannot start the daemon", &e))?;
     Ok(log)
 }
 
 /// The folders and sockets after the file and the options had their say.
 fn paths_of(args: &ServeArgs, host: Option<PathBuf>) -> Result<(Paths, Config), Failure> {
-    let mut paths = args.state_dir.as_deref().map_or_else(Paths::of_this_user, Paths::beneath);
+    let mut paths = args
+        .state_dir
+        .as_deref()
+        .map_or_else(Paths::of_this_user, Paths::beneath);
     if let Some(file) = &args.config {
         paths.config.clone_from(file);
     }
     let config = Config::load(&paths.config, args.config.is_some())?;
     if let (None, Some(state)) = (&args.state_dir, &config.state_dir) {
         let file = paths.config;
-        paths = Paths { config: file, ..Paths::beneath(state) };
+        paths = Paths {
+            config: file,
+            ..Paths::beneath(state)
+        };
     }
     // Everything else hangs off these: a relative path would change its meaning with the working folder.
-    let absolute = |path: &Path| std::path::absolute(path).map_err(|e| Failure::io("cannot resolve a path", &e));
-    if let Some(socket) = args.socket.clone().or(host).or_else(|| config.socket.clone()) {
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map_err(|e| Failure::io("cannot resolve a path", &e))
+    };
+    if let Some(socket) = args
+        .socket
+        .clone()
+        .or(host)
+        .or_else(|| config.socket.clone())
+    {
         paths.socket = socket;
     }
-    if let Some(socket) = args.docker_socket.clone().or_else(|| config.docker_socket.clone()) {
+    if let Some(socket) = args
+        .docker_socket
+        .clone()
+        .or_else(|| config.docker_socket.clone())
+    {
         paths.docker_socket = socket;
     }
     paths.state = absolute(&paths.state)?;
@@ -103,12 +130,21 @@ fn paths_of(args: &ServeArgs, host: Option<PathBuf>) -> Result<(Paths, Config), 
 }
 
 fn start_logging(args: &ServeArgs, config: &Config) -> Result<(), Failure> {
-    let level = args.log_level.clone().or_else(|| config.log.level.clone()).unwrap_or_else(|| "info".into());
-    let filter = tracing_subscriber::EnvFilter::try_new(&level)
-        .map_err(|e| Failure::invalid(format!("the log level {level:?} cannot be understood: {e}")))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let level = args
+        .log_level
+        .clone()
+        .or_else(|| config.log.level.clone())
+        .unwrap_or_else(|| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_new(&level).map_err(|e| {
+        Failure::invalid(format!("the log level {level:?} cannot be understood: {e}"))
+    })?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
     match args.log_format.or(config.log.format).unwrap_or_default() {
-        LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),
+        LogFormat::Text => builder
+            .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+            .init(),
         LogFormat::Json => builder.json().init(),
     }
     Ok(())
@@ -130,7 +166,9 @@ fn lock_state(paths: &Paths) -> Result<fs::File, Failure> {
             format!("another daemon uses {}", paths.state.display()),
         )
         .with_fix("end it with `berth system stop`, or choose another folder with --state-dir")),
-        Err(fs::TryLockError::Error(e)) => Err(Failure::io(format!("cannot lock {}", path.display()), &e)),
+        Err(fs::TryLockError::Error(e)) => {
+            Err(Failure::io(format!("cannot lock {}", path.display()), &e))
+        }
     }
 }
 
@@ -152,16 +190,21 @@ fn inherited() -> Vec<std::os::unix::net::UnixListener> {
 
 fn bind(path: &Path, group: Option<u32>) -> Result<std::os::unix::net::UnixListener, Failure> {
     if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
+        fs::create_dir_all(folder)
+            .map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => {
-            return Err(Failure::new(Kind::Conflict, format!("somebody already serves {}", path.display()))
-                .with_fix("choose other sockets with --socket and --docker-socket"));
+            return Err(Failure::new(
+                Kind::Conflict,
+                format!("somebody already serves {}", path.display()),
+            )
+            .with_fix("choose other sockets with --socket and --docker-socket"));
         }
         // Left by a daemon that was killed.
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|e| Failure::io(format!("cannot replace {}", path.display()), &e))?;
+            fs::remove_file(path)
+                .map_err(|e| Failure::io(format!("cannot replace {}", path.display()), &e))?;
         }
         Err(_) => {}
     }
@@ -177,12 +220,15 @@ fn bind(path: &Path, group: Option<u32>) -> Result<std::os::unix::net::UnixListe
 
 /// The number of a group by its name.
 fn group_number(name: &str) -> Result<u32, Failure> {
-    let groups = fs::read_to_string("/etc/group").map_err(|e| Failure::io("cannot read /etc/group", &e))?;
+    let groups =
+        fs::read_to_string("/etc/group").map_err(|e| Failure::io("cannot read /etc/group", &e))?;
     groups
         .lines()
         .filter_map(|line| {
             let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok()).flatten()
+            (fields.next() == Some(name))
+                .then(|| fields.nth(1)?.parse().ok())
+                .flatten()
         })
         .next()
         .ok_or_else(|| {
@@ -193,8 +239,12 @@ fn group_number(name: &str) -> Result<u32, Failure> {
 
 /// Tells systemd of a change (sd_notify(3)); nothing without it.
 fn notify(state: &str) {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() else { return };
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() else {
+        return;
+    };
     let bytes = path.as_encoded_bytes();
     if let Some(name) = bytes.strip_prefix(b"@") {
         use std::os::linux::net::SocketAddrExt;
@@ -211,7 +261,8 @@ pub fn run(args: ServeArgs, host: Option<PathBuf>) -> Result<ExitCode, Failure> 
     let (paths, config) = paths_of(&args, host)?;
     start_logging(&args, &config)?;
     for folder in [&paths.state, &paths.run] {
-        fs::create_dir_all(folder).map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
+        fs::create_dir_all(folder)
+            .map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
         fs::set_permissions(folder, fs::Permissions::from_mode(0o711))
             .map_err(|e| Failure::io(format!("cannot protect {}", folder.display()), &e))?;
     }
@@ -257,7 +308,9 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     let group = args.group.clone().or_else(|| config.group.clone());
     let group = group.as_deref().map(group_number).transpose()?;
     let settings = engine_config(paths.clone(), &config)?;
-    let engine = engine::Engine::open(settings).await.map_err(|e| Failure::of(&e))?;
+    let engine = engine::Engine::open(settings)
+        .await
+        .map_err(|e| Failure::of(&e))?;
     let mut listeners = inherited();
     let own_sockets = listeners.is_empty();
     if own_sockets {

@@ -89,7 +89,11 @@ impl DetachKeys {
             .map(|key| match (key.strip_prefix("ctrl-"), key.as_bytes()) {
                 (Some(c), _) if c.len() == 1 => {
                     let c = c.as_bytes()[0].to_ascii_uppercase();
-                    if (b'@'..=b'_').contains(&c) { Ok(c & 0x1f) } else { Err(()) }
+                    if (b'@'..=b'_').contains(&c) {
+                        Ok(c & 0x1f)
+                    } else {
+                        Err(())
+                    }
                 }
                 (None, [c]) => Ok(*c),
                 _ => Err(()),
@@ -160,8 +164,14 @@ mod tests {
 
     #[test]
     fn detach_keys_are_read_as_docker_reads_them() {
-        assert_eq!(DetachKeys::parse("ctrl-p,ctrl-q"), Ok(DetachKeys::default()));
-        assert_eq!(DetachKeys::parse("a,ctrl-["), Ok(DetachKeys(vec![b'a', 27])));
+        assert_eq!(
+            DetachKeys::parse("ctrl-p,ctrl-q"),
+            Ok(DetachKeys::default())
+        );
+        assert_eq!(
+            DetachKeys::parse("a,ctrl-["),
+            Ok(DetachKeys(vec![b'a', 27]))
+        );
         assert!(DetachKeys::parse("ctrl-").is_err());
         assert!(DetachKeys::parse("").is_err());
     }

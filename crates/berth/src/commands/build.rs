@@ -63,10 +63,17 @@ pub async fn run(context: &Context, args: BuildArgs) -> Result<ExitCode, Failure
             format!("{} is no folder to build from", args.context.display()),
         ));
     }
-    let folder = args.context.canonicalize().map_err(|e| Failure::io("cannot resolve the folder", &e))?;
-    let file = args.file.clone().unwrap_or_else(|| folder.join("Dockerfile"));
+    let folder = args
+        .context
+        .canonicalize()
+        .map_err(|e| Failure::io("cannot resolve the folder", &e))?;
+    let file = args
+        .file
+        .clone()
+        .unwrap_or_else(|| folder.join("Dockerfile"));
     let file = file.canonicalize().map_err(|e| {
-        Failure::io(format!("cannot read the Dockerfile {}", file.display()), &e).with_fix("name it with -f FILE")
+        Failure::io(format!("cannot read the Dockerfile {}", file.display()), &e)
+            .with_fix("name it with -f FILE")
     })?;
     // One outside the folder is sent along under a name of its own, as docker does.
     let (name, extra) = match file.strip_prefix(&folder) {
@@ -81,17 +88,31 @@ pub async fn run(context: &Context, args: BuildArgs) -> Result<ExitCode, Failure
     for arg in &args.build_arg {
         match arg.split_once('=') {
             Some((key, value)) => build_args.insert(key.to_owned(), json!(value)),
-            None => build_args.insert(arg.clone(), std::env::var(arg).map_or(Value::Null, Value::from)),
+            None => build_args.insert(
+                arg.clone(),
+                std::env::var(arg).map_or(Value::Null, Value::from),
+            ),
         };
     }
     query.push(("buildargs", Value::Object(build_args).to_string()));
-    query.push(("labels", Value::Object(super::network::map_of("label", &args.label)?).to_string()));
-    for (key, flag) in [("nocache", args.no_cache), ("pull", args.pull), ("q", args.quiet)] {
+    query.push((
+        "labels",
+        Value::Object(super::network::map_of("label", &args.label)?).to_string(),
+    ));
+    for (key, flag) in [
+        ("nocache", args.no_cache),
+        ("pull", args.pull),
+        ("q", args.quiet),
+    ] {
         if flag {
             query.push((key, "1".into()));
         }
     }
-    for (key, value) in [("target", args.target), ("platform", args.platform), ("networkmode", args.network)] {
+    for (key, value) in [
+        ("target", args.target),
+        ("platform", args.platform),
+        ("networkmode", args.network),
+    ] {
         if let Some(value) = value {
             query.push((key, value));
         }
@@ -108,14 +129,25 @@ pub async fn run(context: &Context, args: BuildArgs) -> Result<ExitCode, Failure
     });
     let headers = [(CONTENT_TYPE.as_str(), "application/x-tar".to_owned())];
     let body = stream_body(ReaderStream::new(reader));
-    let response = context.client.send(Method::POST, "/build", &query, body, &headers).await;
-    let packed = pack.await.map_err(|e| Failure::internal(format!("the upload ended early: {e}")))?;
+    let response = context
+        .client
+        .send(Method::POST, "/build", &query, body, &headers)
+        .await;
+    let packed = pack
+        .await
+        .map_err(|e| Failure::internal(format!("the upload ended early: {e}")))?;
     let response = response?;
     let aux = Progress::new(args.quiet).follow(response).await?;
     packed.map_err(|e| Failure::io("cannot read the folder to build from", &e))?;
-    let id = aux.iter().rev().find_map(|a| a["ID"].as_str()).unwrap_or_default().to_owned();
+    let id = aux
+        .iter()
+        .rev()
+        .find_map(|a| a["ID"].as_str())
+        .unwrap_or_default()
+        .to_owned();
     if let Some(file) = args.iidfile {
-        std::fs::write(&file, &id).map_err(|e| Failure::io(format!("cannot write {}", file.display()), &e))?;
+        std::fs::write(&file, &id)
+            .map_err(|e| Failure::io(format!("cannot write {}", file.display()), &e))?;
     }
     output::line(id);
     Ok(ExitCode::SUCCESS)
@@ -129,7 +161,8 @@ fn pack<W: Write>(
     relative: &Path,
     wanted: &dyn Fn(&Path) -> bool,
 ) -> io::Result<()> {
-    let mut entries: Vec<_> = std::fs::read_dir(folder.join(relative))?.collect::<Result<_, _>>()?;
+    let mut entries: Vec<_> =
+        std::fs::read_dir(folder.join(relative))?.collect::<Result<_, _>>()?;
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let inside = relative.join(entry.file_name());

@@ -70,7 +70,11 @@ fn ports(container: &Value) -> String {
                 return inside;
             }
             let address = text(port, "/IP");
-            let address = if address.contains(':') { format!("[{address}]") } else { address };
+            let address = if address.contains(':') {
+                format!("[{address}]")
+            } else {
+                address
+            };
             format!("{address}:{}->{inside}", text(port, "/PublicPort"))
         })
         .collect();
@@ -105,7 +109,15 @@ pub async fn ps(context: &Context, args: PsArgs) -> Result<ExitCode, Failure> {
         output::document(args.list.format, &containers)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut heading = vec!["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"];
+    let mut heading = vec![
+        "CONTAINER ID",
+        "IMAGE",
+        "COMMAND",
+        "CREATED",
+        "STATUS",
+        "PORTS",
+        "NAMES",
+    ];
     if args.size {
         heading.push("SIZE");
     }
@@ -121,8 +133,19 @@ pub async fn ps(context: &Context, args: PsArgs) -> Result<ExitCode, Failure> {
             .collect();
         let mut row = vec![
             if args.no_trunc { id } else { short(&id) },
-            if image.starts_with("sha256:") && !args.no_trunc { short(&image) } else { image },
-            format!("\"{}\"", if args.no_trunc { command } else { clip(&command, 20) }),
+            if image.starts_with("sha256:") && !args.no_trunc {
+                short(&image)
+            } else {
+                image
+            },
+            format!(
+                "\"{}\"",
+                if args.no_trunc {
+                    command
+                } else {
+                    clip(&command, 20)
+                }
+            ),
             since(container["Created"].as_i64().unwrap_or(0)),
             text(container, "/Status"),
             ports(container),
@@ -151,7 +174,13 @@ pub struct Names {
 #[derive(Debug, Args)]
 pub struct StopArgs {
     /// Seconds to wait before the kill; -1 waits for ever.
-    #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS", allow_hyphen_values = true)]
+    #[arg(
+        short,
+        long,
+        visible_alias = "timeout",
+        value_name = "SECONDS",
+        allow_hyphen_values = true
+    )]
     pub time: Option<i64>,
     /// Signal to send first.
     #[arg(short, long)]
@@ -196,7 +225,10 @@ pub struct KillArgs {
 
 pub async fn kill(context: &Context, args: KillArgs) -> Result<ExitCode, Failure> {
     for_each(&args.names.containers, async |name| {
-        context.client.act(&path_of(name, "kill"), &[("signal", args.signal.clone())]).await?;
+        context
+            .client
+            .act(&path_of(name, "kill"), &[("signal", args.signal.clone())])
+            .await?;
         Ok(Some(name.to_owned()))
     })
     .await
@@ -215,9 +247,15 @@ pub struct RmArgs {
 }
 
 pub async fn rm(context: &Context, args: RmArgs) -> Result<ExitCode, Failure> {
-    let query = [("force", args.force.to_string()), ("v", args.volumes.to_string())];
+    let query = [
+        ("force", args.force.to_string()),
+        ("v", args.volumes.to_string()),
+    ];
     for_each(&args.names.containers, async |name| {
-        context.client.delete(&format!("/containers/{}", encode(name)), &query).await?;
+        context
+            .client
+            .delete(&format!("/containers/{}", encode(name)), &query)
+            .await?;
         Ok(Some(name.to_owned()))
     })
     .await
@@ -232,14 +270,19 @@ pub struct RenameArgs {
 }
 
 pub async fn rename(context: &Context, args: RenameArgs) -> Result<ExitCode, Failure> {
-    context.client.act(&path_of(&args.container, "rename"), &[("name", args.name)]).await?;
+    context
+        .client
+        .act(&path_of(&args.container, "rename"), &[("name", args.name)])
+        .await?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub async fn wait(context: &Context, names: Names) -> Result<ExitCode, Failure> {
     for_each(&names.containers, async |name| {
-        let response =
-            context.client.send(Method::POST, &path_of(name, "wait"), &[], empty(), &[]).await?;
+        let response = context
+            .client
+            .send(Method::POST, &path_of(name, "wait"), &[], empty(), &[])
+            .await?;
         let status: Value = crate::client::read_json(response).await?;
         Ok(Some(text(&status, "/StatusCode")))
     })
@@ -268,8 +311,15 @@ pub struct LogsArgs {
 }
 
 pub async fn logs(context: &Context, args: LogsArgs) -> Result<ExitCode, Failure> {
-    let about: Value = context.client.get(&path_of(&args.container, "json"), &[]).await?;
-    let mut query = vec![("stdout", "1".to_owned()), ("stderr", "1".into()), ("tail", args.tail)];
+    let about: Value = context
+        .client
+        .get(&path_of(&args.container, "json"), &[])
+        .await?;
+    let mut query = vec![
+        ("stdout", "1".to_owned()),
+        ("stderr", "1".into()),
+        ("tail", args.tail),
+    ];
     if args.follow {
         query.push(("follow", "1".into()));
     }
@@ -281,8 +331,16 @@ pub async fn logs(context: &Context, args: LogsArgs) -> Result<ExitCode, Failure
             query.push((key, point(&value)?));
         }
     }
-    let response =
-        context.client.send(Method::GET, &path_of(&args.container, "logs"), &query, empty(), &[]).await?;
+    let response = context
+        .client
+        .send(
+            Method::GET,
+            &path_of(&args.container, "logs"),
+            &query,
+            empty(),
+            &[],
+        )
+        .await?;
     let reader = body_reader(response);
     match crate::terminal::copy_output(reader, about["Config"]["Tty"] == true).await {
         Ok(()) => Ok(ExitCode::SUCCESS),
@@ -316,10 +374,17 @@ pub async fn top(context: &Context, args: TopArgs) -> Result<ExitCode, Failure> 
     if !args.options.is_empty() {
         query.push(("ps_args", args.options.join(" ")));
     }
-    let top: Value = context.client.get(&path_of(&args.container, "top"), &query).await?;
+    let top: Value = context
+        .client
+        .get(&path_of(&args.container, "top"), &query)
+        .await?;
     let titles: Vec<String> = list(&top, "/Titles").iter().map(|t| text(t, "")).collect();
     let mut lines = vec![titles];
-    lines.extend(list(&top, "/Processes").iter().map(|p| list(p, "").iter().map(|c| text(c, "")).collect()));
+    lines.extend(
+        list(&top, "/Processes")
+            .iter()
+            .map(|p| list(p, "").iter().map(|c| text(c, "")).collect()),
+    );
     let mut table = Table::new(&[]);
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let heading: Vec<&'static str> = vec![""; columns];
@@ -342,7 +407,10 @@ pub struct OneArgs {
 }
 
 pub async fn diff(context: &Context, args: OneArgs) -> Result<ExitCode, Failure> {
-    let changes: Value = context.client.get(&path_of(&args.container, "changes"), &[]).await?;
+    let changes: Value = context
+        .client
+        .get(&path_of(&args.container, "changes"), &[])
+        .await?;
     for change in list(&changes, "") {
         let kind = ["C", "A", "D"][change["Kind"].as_u64().unwrap_or(0).min(2) as usize];
         output::line(format!("{kind} {}", text(change, "/Path")));
@@ -359,10 +427,22 @@ pub struct PortArgs {
 }
 
 pub async fn port(context: &Context, args: PortArgs) -> Result<ExitCode, Failure> {
-    let about: Value = context.client.get(&path_of(&args.container, "json"), &[]).await?;
-    let wanted = args.port.map(|p| if p.contains('/') { p } else { format!("{p}/tcp") });
+    let about: Value = context
+        .client
+        .get(&path_of(&args.container, "json"), &[])
+        .await?;
+    let wanted = args.port.map(|p| {
+        if p.contains('/') {
+            p
+        } else {
+            format!("{p}/tcp")
+        }
+    });
     let mut found = false;
-    let map = about["NetworkSettings"]["Ports"].as_object().cloned().unwrap_or_default();
+    let map = about["NetworkSettings"]["Ports"]
+        .as_object()
+        .cloned()
+        .unwrap_or_default();
     for (port, bindings) in &map {
         if wanted.as_ref().is_some_and(|w| w != port) {
             continue;
@@ -370,15 +450,26 @@ pub async fn port(context: &Context, args: PortArgs) -> Result<ExitCode, Failure
         for binding in list(bindings, "") {
             found = true;
             let address = text(binding, "/HostIp");
-            let address = if address.contains(':') { format!("[{address}]") } else { address };
+            let address = if address.contains(':') {
+                format!("[{address}]")
+            } else {
+                address
+            };
             let line = format!("{address}:{}", text(binding, "/HostPort"));
-            output::line(if wanted.is_some() { line } else { format!("{port} -> {line}") });
+            output::line(if wanted.is_some() {
+                line
+            } else {
+                format!("{port} -> {line}")
+            });
         }
     }
     match wanted {
         Some(port) if !found => Err(Failure::new(
             base::Kind::NotFound,
-            format!("port {port} of container {} is not published", args.container),
+            format!(
+                "port {port} of container {} is not published",
+                args.container
+            ),
         )),
         _ => Ok(ExitCode::SUCCESS),
     }
@@ -397,20 +488,34 @@ pub struct InspectArgs {
 }
 
 /// Prints the JSON of every name found at one of `paths` (tried in order; `{}` stands for the name).
-pub async fn inspect(context: &Context, paths: &[&str], args: InspectArgs) -> Result<ExitCode, Failure> {
+pub async fn inspect(
+    context: &Context,
+    paths: &[&str],
+    args: InspectArgs,
+) -> Result<ExitCode, Failure> {
     let mut found = Vec::new();
     let mut worst = None;
     for name in &args.names {
         let mut last = None;
         for path in paths {
-            let query = if args.size { vec![("size", "1".to_owned())] } else { Vec::new() };
-            match context.client.get::<Value>(&path.replace("{}", &encode(name)), &query).await {
+            let query = if args.size {
+                vec![("size", "1".to_owned())]
+            } else {
+                Vec::new()
+            };
+            match context
+                .client
+                .get::<Value>(&path.replace("{}", &encode(name)), &query)
+                .await
+            {
                 Ok(value) => {
                     found.push(value);
                     last = None;
                     break;
                 }
-                Err(failure) if failure.code == base::Kind::NotFound.exit_code() => last = Some(failure),
+                Err(failure) if failure.code == base::Kind::NotFound.exit_code() => {
+                    last = Some(failure)
+                }
                 Err(failure) => return Err(failure),
             }
         }
@@ -471,7 +576,13 @@ pub struct UpdateArgs {
 pub async fn update(context: &Context, args: UpdateArgs) -> Result<ExitCode, Failure> {
     let size = |option: &str, text: &Option<String>| -> Result<Option<i64>, Failure> {
         text.as_deref()
-            .map(|t| if t == "-1" { Ok(-1) } else { parse_size(t).map(|n| n as i64) })
+            .map(|t| {
+                if t == "-1" {
+                    Ok(-1)
+                } else {
+                    parse_size(t).map(|n| n as i64)
+                }
+            })
             .transpose()
             .map_err(|e| Failure::invalid(format!("--{option}: {e}")))
     };
@@ -479,7 +590,10 @@ pub async fn update(context: &Context, args: UpdateArgs) -> Result<ExitCode, Fai
     let numbers = [
         ("Memory", size("memory", &args.memory)?),
         ("MemorySwap", size("memory-swap", &args.memory_swap)?),
-        ("MemoryReservation", size("memory-reservation", &args.memory_reservation)?),
+        (
+            "MemoryReservation",
+            size("memory-reservation", &args.memory_reservation)?,
+        ),
         ("NanoCpus", args.cpus.map(|c| (c * 1e9) as i64)),
         ("CpuShares", args.cpu_shares),
         ("CpuPeriod", args.cpu_period),
@@ -497,11 +611,16 @@ pub async fn update(context: &Context, args: UpdateArgs) -> Result<ExitCode, Fai
     }
     if let Some(policy) = &args.restart {
         let (name, tries) = policy.split_once(':').unwrap_or((policy, "0"));
-        let tries: i64 = tries.parse().map_err(|_| Failure::invalid("--restart: on-failure:TRIES is wanted"))?;
+        let tries: i64 = tries
+            .parse()
+            .map_err(|_| Failure::invalid("--restart: on-failure:TRIES is wanted"))?;
         body["RestartPolicy"] = json!({"Name": name, "MaximumRetryCount": tries});
     }
     for_each(&args.names.containers, async |name| {
-        let answer: Value = context.client.post(&path_of(name, "update"), &[], &body).await?;
+        let answer: Value = context
+            .client
+            .post(&path_of(name, "update"), &[], &body)
+            .await?;
         for warning in list(&answer, "/Warnings") {
             eprintln!("berth: warning: {}", text(warning, ""));
         }
@@ -527,26 +646,46 @@ pub struct StatsArgs {
 
 /// CPU use in percent of one CPU, as docker computes it from two readings.
 fn cpu_percent(stats: &Value) -> f64 {
-    let number = |pointer: &str| stats.pointer(pointer).and_then(Value::as_f64).unwrap_or(0.0);
-    let used = number("/cpu_stats/cpu_usage/total_usage") - number("/precpu_stats/cpu_usage/total_usage");
+    let number = |pointer: &str| {
+        stats
+            .pointer(pointer)
+            .and_then(Value::as_f64)
+            .unwrap_or(0.0)
+    };
+    let used =
+        number("/cpu_stats/cpu_usage/total_usage") - number("/precpu_stats/cpu_usage/total_usage");
     let system = number("/cpu_stats/system_cpu_usage") - number("/precpu_stats/system_cpu_usage");
     let cpus = number("/cpu_stats/online_cpus").max(1.0);
-    if used > 0.0 && system > 0.0 { used / system * cpus * 100.0 } else { 0.0 }
+    if used > 0.0 && system > 0.0 {
+        used / system * cpus * 100.0
+    } else {
+        0.0
+    }
 }
 
 fn stats_row(stats: &Value) -> Vec<String> {
     let number = |pointer: &str| stats.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
-    let cache = number("/memory_stats/stats/total_inactive_file").max(number("/memory_stats/stats/inactive_file"));
+    let cache = number("/memory_stats/stats/total_inactive_file")
+        .max(number("/memory_stats/stats/inactive_file"));
     let used = number("/memory_stats/usage").saturating_sub(cache);
     let limit = number("/memory_stats/limit");
     let (mut received, mut sent) = (0, 0);
-    for network in stats["networks"].as_object().into_iter().flat_map(|m| m.values()) {
+    for network in stats["networks"]
+        .as_object()
+        .into_iter()
+        .flat_map(|m| m.values())
+    {
         received += network["rx_bytes"].as_u64().unwrap_or(0);
         sent += network["tx_bytes"].as_u64().unwrap_or(0);
     }
     let (mut read, mut written) = (0, 0);
     for entry in list(stats, "/blkio_stats/io_service_bytes_recursive") {
-        match entry["op"].as_str().unwrap_or_default().to_lowercase().as_str() {
+        match entry["op"]
+            .as_str()
+            .unwrap_or_default()
+            .to_lowercase()
+            .as_str()
+        {
             "read" => read += entry["value"].as_u64().unwrap_or(0),
             "write" => written += entry["value"].as_u64().unwrap_or(0),
             _ => {}
@@ -557,20 +696,47 @@ fn stats_row(stats: &Value) -> Vec<String> {
         text(stats, "/name").trim_start_matches('/').to_owned(),
         format!("{:.2}%", cpu_percent(stats)),
         format!("{} / {}", format_size(used), format_size(limit)),
-        format!("{:.2}%", if limit > 0 { used as f64 / limit as f64 * 100.0 } else { 0.0 }),
-        format!("{} / {}", format_size_decimal(received), format_size_decimal(sent)),
-        format!("{} / {}", format_size_decimal(read), format_size_decimal(written)),
+        format!(
+            "{:.2}%",
+            if limit > 0 {
+                used as f64 / limit as f64 * 100.0
+            } else {
+                0.0
+            }
+        ),
+        format!(
+            "{} / {}",
+            format_size_decimal(received),
+            format_size_decimal(sent)
+        ),
+        format!(
+            "{} / {}",
+            format_size_decimal(read),
+            format_size_decimal(written)
+        ),
         text(stats, "/pids_stats/current"),
     ]
 }
 
-const STATS_HEADING: [&str; 8] =
-    ["CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "MEM %", "NET I/O", "BLOCK I/O", "PIDS"];
+const STATS_HEADING: [&str; 8] = [
+    "CONTAINER ID",
+    "NAME",
+    "CPU %",
+    "MEM USAGE / LIMIT",
+    "MEM %",
+    "NET I/O",
+    "BLOCK I/O",
+    "PIDS",
+];
 
 pub async fn stats(context: &Context, args: StatsArgs) -> Result<ExitCode, Failure> {
     loop {
         let names = if args.containers.is_empty() {
-            let query = if args.all { vec![("all", "1".to_owned())] } else { Vec::new() };
+            let query = if args.all {
+                vec![("all", "1".to_owned())]
+            } else {
+                Vec::new()
+            };
             let containers: Vec<Value> = context.client.get("/containers/json", &query).await?;
             containers.iter().map(|c| text(c, "/Id")).collect()
         } else {
@@ -579,7 +745,11 @@ pub async fn stats(context: &Context, args: StatsArgs) -> Result<ExitCode, Failu
         let readings = names.iter().map(|name| {
             let client = context.client.clone();
             let path = path_of(name, "stats");
-            async move { client.get::<Value>(&path, &[("stream", "0".to_owned())]).await }
+            async move {
+                client
+                    .get::<Value>(&path, &[("stream", "0".to_owned())])
+                    .await
+            }
         });
         let readings = futures_util::future::join_all(readings).await;
         let mut table = Table::new(&STATS_HEADING);
@@ -638,7 +808,10 @@ pub struct CommitArgs {
 }
 
 pub async fn commit(context: &Context, args: CommitArgs) -> Result<ExitCode, Failure> {
-    let mut query = vec![("container", args.container), ("pause", (!args.no_pause).to_string())];
+    let mut query = vec![
+        ("container", args.container),
+        ("pause", (!args.no_pause).to_string()),
+    ];
     if let Some(image) = args.image {
         let (repository, tag) = super::image::split_tag(&image);
         query.push(("repo", repository.to_owned()));
@@ -667,8 +840,16 @@ pub struct ExportArgs {
 }
 
 pub async fn export(context: &Context, args: ExportArgs) -> Result<ExitCode, Failure> {
-    let response =
-        context.client.send(Method::GET, &path_of(&args.container, "export"), &[], empty(), &[]).await?;
+    let response = context
+        .client
+        .send(
+            Method::GET,
+            &path_of(&args.container, "export"),
+            &[],
+            empty(),
+            &[],
+        )
+        .await?;
     super::image::save_body(response, args.output.as_deref()).await
 }
 
@@ -688,11 +869,17 @@ pub async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failu
     if let Some(filters) = filters(&args.filter)? {
         query.push(("filters", filters));
     }
-    let answer: Value = context.client.post("/containers/prune", &query, &Value::Null).await?;
+    let answer: Value = context
+        .client
+        .post("/containers/prune", &query, &Value::Null)
+        .await?;
     for id in list(&answer, "/ContainersDeleted") {
         output::line(text(id, ""));
     }
-    eprintln!("Total reclaimed space: {}", format_size_decimal(answer["SpaceReclaimed"].as_u64().unwrap_or(0)));
+    eprintln!(
+        "Total reclaimed space: {}",
+        format_size_decimal(answer["SpaceReclaimed"].as_u64().unwrap_or(0))
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -722,7 +909,10 @@ pub async fn events(context: &Context, args: EventsArgs) -> Result<ExitCode, Fai
     if let Some(filters) = filters(&args.filter)? {
         query.push(("filters", filters));
     }
-    let response = context.client.send(Method::GET, "/events", &query, empty(), &[]).await?;
+    let response = context
+        .client
+        .send(Method::GET, "/events", &query, empty(), &[])
+        .await?;
     each_json(response, |event| {
         if args.format == Format::Table {
             let attributes: Vec<String> = event["Actor"]["Attributes"]
@@ -754,7 +944,6 @@ pub async fn events(context: &Context, args: EventsArgs) -> Result<ExitCode, Fai
 pub fn age(text: &str) -> String {
     since(seconds(text))
 }
-
 
 #[cfg(test)]
 mod tests {

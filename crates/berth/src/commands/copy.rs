@@ -60,9 +60,10 @@ pub async fn run(context: &Context, args: CopyArgs) -> Result<ExitCode, Failure>
             to_container(context, source, container, path, &args).await
         }
         (Side::Host(_), Side::Host(_)) => Err(Failure::invalid("one side must be CONTAINER:PATH")),
-        _ => Err(Failure::invalid("a copy between two containers goes over the host").with_fix(
-            "berth cp A:/path - | berth cp - B:/folder",
-        )),
+        _ => Err(
+            Failure::invalid("a copy between two containers goes over the host")
+                .with_fix("berth cp A:/path - | berth cp - B:/folder"),
+        ),
     }
 }
 
@@ -70,16 +71,25 @@ pub async fn run(context: &Context, args: CopyArgs) -> Result<ExitCode, Failure>
 async fn stat(context: &Context, container: &str, path: &str) -> Result<Value, Failure> {
     let query = [("path", path.to_owned())];
     let target = format!("/containers/{}/archive", encode(container));
-    let response = context.client.send(Method::HEAD, &target, &query, empty(), &[]).await.map_err(|mut f| {
-        if f.code == base::Kind::NotFound.exit_code() {
-            f.message = format!("there is no {path} in container {container}, or no such container");
-        }
-        f
-    })?;
+    let response = context
+        .client
+        .send(Method::HEAD, &target, &query, empty(), &[])
+        .await
+        .map_err(|mut f| {
+            if f.code == base::Kind::NotFound.exit_code() {
+                f.message =
+                    format!("there is no {path} in container {container}, or no such container");
+            }
+            f
+        })?;
     let header = response
         .headers()
         .get("X-Docker-Container-Path-Stat")
-        .and_then(|h| base64::engine::general_purpose::STANDARD.decode(h.as_bytes()).ok())
+        .and_then(|h| {
+            base64::engine::general_purpose::STANDARD
+                .decode(h.as_bytes())
+                .ok()
+        })
         .and_then(|bytes| serde_json::from_slice(&bytes).ok());
     header.ok_or_else(|| Failure::internal("the daemon did not describe the path"))
 }
@@ -102,13 +112,21 @@ async fn from_container(
         path = if link.starts_with('/') {
             link
         } else {
-            Path::new(&path).parent().unwrap_or(Path::new("/")).join(link).display().to_string()
+            Path::new(&path)
+                .parent()
+                .unwrap_or(Path::new("/"))
+                .join(link)
+                .display()
+                .to_string()
         };
         about = stat(context, container, &path).await?;
     }
     let query = [("path", path.clone())];
     let url = format!("/containers/{}/archive", encode(container));
-    let response = context.client.send(Method::GET, &url, &query, empty(), &[]).await?;
+    let response = context
+        .client
+        .send(Method::GET, &url, &query, empty(), &[])
+        .await?;
     if target == "-" {
         return super::image::save_body(response, None).await;
     }
@@ -120,13 +138,21 @@ async fn from_container(
         (target_path, None)
     } else {
         if target.ends_with('/') && !is_folder {
-            return Err(Failure::new(base::Kind::NotFound, format!("there is no folder {target}"))
-                .with_fix(format!("mkdir -p {target}")));
+            return Err(
+                Failure::new(base::Kind::NotFound, format!("there is no folder {target}"))
+                    .with_fix(format!("mkdir -p {target}")),
+            );
         }
-        let parent = target_path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent = target_path
+            .parent()
+            .filter(|p| !p.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
         if !parent.is_dir() {
-            return Err(Failure::new(base::Kind::NotFound, format!("there is no folder {}", parent.display()))
-                .with_fix(format!("mkdir -p {}", parent.display())));
+            return Err(Failure::new(
+                base::Kind::NotFound,
+                format!("there is no folder {}", parent.display()),
+            )
+            .with_fix(format!("mkdir -p {}", parent.display())));
         }
         let name = target_path
             .file_name()
@@ -143,7 +169,10 @@ async fn from_container(
     .map_err(|e| Failure::internal(format!("the copy ended early: {e}")))?
     .map_err(|e| Failure::io("cannot write the copy", &e))?;
     if !args.quiet {
-        eprintln!("Copied {} to {target}", base::units::format_size_decimal(bytes));
+        eprintln!(
+            "Copied {} to {target}",
+            base::units::format_size_decimal(bytes)
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -164,21 +193,32 @@ fn unpack(
     for entry in archive.entries()? {
         let mut entry = entry?;
         let name = entry.path()?.into_owned();
-        let mut parts = name.components().filter(|c| !matches!(c, Component::CurDir));
+        let mut parts = name
+            .components()
+            .filter(|c| !matches!(c, Component::CurDir));
         let first = parts.next();
         let rest: PathBuf = parts.collect();
         let relative = match rename {
             Some(new) => new.join(&rest),
             None if contents_only => rest,
-            None => first.map(|c| PathBuf::from(c.as_os_str())).unwrap_or_default().join(&rest),
+            None => first
+                .map(|c| PathBuf::from(c.as_os_str()))
+                .unwrap_or_default()
+                .join(&rest),
         };
         if relative.as_os_str().is_empty() {
             continue;
         }
-        if relative.components().any(|c| !matches!(c, Component::Normal(_))) {
+        if relative
+            .components()
+            .any(|c| !matches!(c, Component::Normal(_)))
+        {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("the archive names {}, which leads out of the target", name.display()),
+                format!(
+                    "the archive names {}, which leads out of the target",
+                    name.display()
+                ),
             ));
         }
         bytes += entry.header().size().unwrap_or(0);
@@ -190,7 +230,10 @@ fn unpack(
         if !parent.canonicalize()?.starts_with(&*root) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("{} leads out of the target through a symbolic link", name.display()),
+                format!(
+                    "{} leads out of the target through a symbolic link",
+                    name.display()
+                ),
             ));
         }
         if target.is_symlink() || (target.exists() && !entry.header().entry_type().is_dir()) {
@@ -204,10 +247,19 @@ fn unpack(
             let from = match rename {
                 Some(new) => new.join(rest),
                 None if contents_only => rest,
-                None => first.map(|c| PathBuf::from(c.as_os_str())).unwrap_or_default().join(rest),
+                None => first
+                    .map(|c| PathBuf::from(c.as_os_str()))
+                    .unwrap_or_default()
+                    .join(rest),
             };
-            if from.components().any(|c| !matches!(c, Component::Normal(_))) {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a hard link leads out of the target"));
+            if from
+                .components()
+                .any(|c| !matches!(c, Component::Normal(_)))
+            {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a hard link leads out of the target",
+                ));
             }
             fs::hard_link(folder.join(from), &target)?;
             continue;
@@ -228,18 +280,30 @@ async fn to_container(
     let headers = [(CONTENT_TYPE.as_str(), "application/x-tar".to_owned())];
     let keep_owners = args.archive;
     if source == "-" {
-        let query = [("path", path.to_owned()), ("noOverwriteDirNonDir", "true".into())];
+        let query = [
+            ("path", path.to_owned()),
+            ("noOverwriteDirNonDir", "true".into()),
+        ];
         let body = stream_body(ReaderStream::new(tokio::io::stdin()));
-        let response = context.client.send(Method::PUT, &url, &query, body, &headers).await?;
+        let response = context
+            .client
+            .send(Method::PUT, &url, &query, body, &headers)
+            .await?;
         collect(response).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let contents_only = source.ends_with("/.") || source == ".";
     let source_path = PathBuf::from(source);
-    let metadata = if args.follow_link { fs::metadata(&source_path) } else { fs::symlink_metadata(&source_path) }
-        .map_err(|e| Failure::io(format!("cannot read {source}"), &e))?;
+    let metadata = if args.follow_link {
+        fs::metadata(&source_path)
+    } else {
+        fs::symlink_metadata(&source_path)
+    }
+    .map_err(|e| Failure::io(format!("cannot read {source}"), &e))?;
     let target = stat(context, container, path).await;
-    let target_is_folder = target.as_ref().is_ok_and(|t| t["mode"].as_u64().unwrap_or(0) & MODE_DIR != 0);
+    let target_is_folder = target
+        .as_ref()
+        .is_ok_and(|t| t["mode"].as_u64().unwrap_or(0) & MODE_DIR != 0);
     let source_name = source_path
         .canonicalize()
         .ok()
@@ -250,14 +314,28 @@ async fn to_container(
         .unwrap_or_default();
     let trimmed = path.trim_end_matches('/');
     let (folder, name) = if target_is_folder {
-        let name = if contents_only { String::new() } else { source_name };
+        let name = if contents_only {
+            String::new()
+        } else {
+            source_name
+        };
         (path.to_owned(), name)
     } else {
         if path.ends_with('/') && !metadata.is_dir() {
-            return Err(Failure::new(base::Kind::NotFound, format!("there is no folder {path} in container {container}")));
+            return Err(Failure::new(
+                base::Kind::NotFound,
+                format!("there is no folder {path} in container {container}"),
+            ));
         }
         let (parent, name) = trimmed.rsplit_once('/').unwrap_or(("", trimmed));
-        (if parent.is_empty() { "/".to_owned() } else { parent.to_owned() }, name.to_owned())
+        (
+            if parent.is_empty() {
+                "/".to_owned()
+            } else {
+                parent.to_owned()
+            },
+            name.to_owned(),
+        )
     };
     let (reader, writer) = tokio::io::duplex(256 * 1024);
     let follow = args.follow_link;
@@ -267,13 +345,26 @@ async fn to_container(
         pack_into(&mut builder, &source_path, Path::new(&name), keep_owners)?;
         builder.into_inner()?.flush()
     });
-    let mut query = vec![("path", folder), ("noOverwriteDirNonDir", "true".to_owned())];
+    let mut query = vec![
+        ("path", folder),
+        ("noOverwriteDirNonDir", "true".to_owned()),
+    ];
     if keep_owners {
         query.push(("copyUIDGID", "1".into()));
     }
-    let response =
-        context.client.send(Method::PUT, &url, &query, stream_body(ReaderStream::new(reader)), &headers).await;
-    let packed = pack.await.map_err(|e| Failure::internal(format!("the copy ended early: {e}")))?;
+    let response = context
+        .client
+        .send(
+            Method::PUT,
+            &url,
+            &query,
+            stream_body(ReaderStream::new(reader)),
+            &headers,
+        )
+        .await;
+    let packed = pack
+        .await
+        .map_err(|e| Failure::internal(format!("the copy ended early: {e}")))?;
     let response = response?;
     packed.map_err(|e| Failure::io(format!("cannot read {source}"), &e))?;
     collect(response).await?;
@@ -283,22 +374,41 @@ async fn to_container(
     Ok(ExitCode::SUCCESS)
 }
 
-fn pack_into<W: Write>(builder: &mut tar::Builder<W>, from: &Path, name: &Path, owners: bool) -> io::Result<()> {
+fn pack_into<W: Write>(
+    builder: &mut tar::Builder<W>,
+    from: &Path,
+    name: &Path,
+    owners: bool,
+) -> io::Result<()> {
     let metadata = fs::symlink_metadata(from)?;
-    let shown = if name.as_os_str().is_empty() { Path::new(".") } else { name };
+    let shown = if name.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        name
+    };
     if metadata.is_dir() {
         append(builder, from, shown, owners)?;
         let mut entries: Vec<_> = fs::read_dir(from)?.collect::<Result<_, _>>()?;
         entries.sort_by_key(fs::DirEntry::file_name);
         for entry in entries {
-            pack_into(builder, &entry.path(), &name.join(entry.file_name()), owners)?;
+            pack_into(
+                builder,
+                &entry.path(),
+                &name.join(entry.file_name()),
+                owners,
+            )?;
         }
         return Ok(());
     }
     append(builder, from, shown, owners)
 }
 
-fn append<W: Write>(builder: &mut tar::Builder<W>, from: &Path, name: &Path, owners: bool) -> io::Result<()> {
+fn append<W: Write>(
+    builder: &mut tar::Builder<W>,
+    from: &Path,
+    name: &Path,
+    owners: bool,
+) -> io::Result<()> {
     if owners {
         return builder.append_path_with_name(from, name);
     }
@@ -313,7 +423,11 @@ fn append<W: Write>(builder: &mut tar::Builder<W>, from: &Path, name: &Path, own
         return builder.append_link(&mut header, name, fs::read_link(from)?);
     }
     if metadata.is_file() {
-        return builder.append_data(&mut header, name, fs::File::open(from)?.take(metadata.len()));
+        return builder.append_data(
+            &mut header,
+            name,
+            fs::File::open(from)?.take(metadata.len()),
+        );
     }
     header.set_size(0);
     builder.append_data(&mut header, name, io::empty())
@@ -339,11 +453,15 @@ mod tests {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
         header.set_size(0);
-        builder.append_link(&mut header, "x/link", outside.path()).unwrap();
+        builder
+            .append_link(&mut header, "x/link", outside.path())
+            .unwrap();
         let mut header = tar::Header::new_gnu();
         header.set_size(4);
         header.set_mode(0o644);
-        builder.append_data(&mut header, "x/link/evil", &b"evil"[..]).unwrap();
+        builder
+            .append_data(&mut header, "x/link/evil", &b"evil"[..])
+            .unwrap();
         let bytes = builder.into_inner().unwrap();
         assert!(unpack(&bytes[..], directory.path(), None, false, false).is_err());
         assert!(!outside.path().join("evil").exists());

@@ -40,7 +40,13 @@ pub struct ContainerOptions {
     #[arg(long, help_heading = "General")]
     pub init: bool,
     /// When to fetch the image.
-    #[arg(long, value_enum, default_value_t, value_name = "WHEN", help_heading = "General")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        value_name = "WHEN",
+        help_heading = "General"
+    )]
     pub pull: Pull,
     /// Platform of the image, as in linux/arm64.
     #[arg(long, help_heading = "General")]
@@ -88,7 +94,12 @@ pub struct ContainerOptions {
     #[arg(long, value_name = "KEY=VALUE", help_heading = "General")]
     pub annotation: Vec<String>,
     /// What to do when the program ends: no, always, unless-stopped, on-failure[:TRIES].
-    #[arg(long, default_value = "no", value_name = "POLICY", help_heading = "General")]
+    #[arg(
+        long,
+        default_value = "no",
+        value_name = "POLICY",
+        help_heading = "General"
+    )]
     pub restart: String,
     /// Write the container's id to this file.
     #[arg(long, value_name = "FILE", help_heading = "General")]
@@ -120,7 +131,12 @@ pub struct ContainerOptions {
     #[arg(long, alias = "net", value_name = "NETWORK", help_heading = "Network")]
     pub network: Option<String>,
     /// Further name of the container on its network.
-    #[arg(long, visible_alias = "net-alias", value_name = "NAME", help_heading = "Network")]
+    #[arg(
+        long,
+        visible_alias = "net-alias",
+        value_name = "NAME",
+        help_heading = "Network"
+    )]
     pub network_alias: Vec<String>,
     /// Publish a port: [[ADDRESS:]HOST:]PORT[/tcp|udp|sctp].
     #[arg(short, long, value_name = "SPEC", help_heading = "Network")]
@@ -160,7 +176,12 @@ pub struct ContainerOptions {
     #[arg(short, long, value_name = "SIZE", help_heading = "Resources")]
     pub memory: Option<String>,
     /// Memory and swap together; -1 for no limit of swap.
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = "Resources")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        allow_hyphen_values = true,
+        help_heading = "Resources"
+    )]
     pub memory_swap: Option<String>,
     /// Memory below which the kernel reclaims last.
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
@@ -187,7 +208,12 @@ pub struct ContainerOptions {
     #[arg(long, value_name = "NODES", help_heading = "Resources")]
     pub cpuset_mems: Option<String>,
     /// Most processes and threads at once; -1 for no limit.
-    #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = "Resources")]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        help_heading = "Resources"
+    )]
     pub pids_limit: Option<i64>,
     /// Relative weight of block I/O, 10 to 1000.
     #[arg(long, value_name = "WEIGHT", help_heading = "Resources")]
@@ -208,7 +234,12 @@ pub struct ContainerOptions {
     #[arg(long, value_name = "NAME=SOFT[:HARD]", help_heading = "Resources")]
     pub ulimit: Vec<String>,
     /// How readily the kernel kills it when memory runs out, -1000 to 1000.
-    #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = "Resources")]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_hyphen_values = true,
+        help_heading = "Resources"
+    )]
     pub oom_score_adj: Option<i64>,
     /// Never kill it when memory runs out.
     #[arg(long, help_heading = "Resources")]
@@ -287,7 +318,11 @@ pub struct ContainerOptions {
     #[arg(value_name = "IMAGE")]
     pub image: String,
     /// The program and its arguments; the image's own if not given.
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     pub command: Vec<String>,
 }
 
@@ -302,7 +337,9 @@ fn size(option: &str, value: &Option<String>) -> Result<Option<i64>, Failure> {
             if text == "-1" {
                 return Ok(-1);
             }
-            parse_size(text).map(|n| n as i64).map_err(|e| Failure::invalid(format!("--{option}: {e}")))
+            parse_size(text)
+                .map(|n| n as i64)
+                .map_err(|e| Failure::invalid(format!("--{option}: {e}")))
         })
         .transpose()
 }
@@ -312,14 +349,19 @@ fn pairs(option: &str, values: &[String]) -> Result<Map<String, Value>, Failure>
         .iter()
         .map(|value| {
             let (key, value) = value.split_once('=').unwrap_or((value, ""));
-            if key.is_empty() { Err(wrong(option, value, "KEY=VALUE")) } else { Ok((key.to_owned(), json!(value))) }
+            if key.is_empty() {
+                Err(wrong(option, value, "KEY=VALUE"))
+            } else {
+                Ok((key.to_owned(), json!(value)))
+            }
         })
         .collect()
 }
 
 /// The lines of an environment or label file: no comments, no blanks.
 fn lines_of(path: &PathBuf) -> Result<Vec<String>, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|e| Failure::io(format!("cannot read {}", path.display()), &e))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::io(format!("cannot read {}", path.display()), &e))?;
     Ok(text
         .lines()
         .map(str::trim_start)
@@ -355,8 +397,15 @@ type Published = (String, String, String);
 fn port_range(option: &str, text: &str) -> Result<(u16, u16), Failure> {
     let bad = || wrong(option, text, "a port or a range, as in 8080 or 8000-8010,");
     let (low, high) = text.split_once('-').unwrap_or((text, text));
-    let (low, high) = (low.parse::<u16>().map_err(|_| bad())?, high.parse::<u16>().map_err(|_| bad())?);
-    if low == 0 || low > high { Err(bad()) } else { Ok((low, high)) }
+    let (low, high) = (
+        low.parse::<u16>().map_err(|_| bad())?,
+        high.parse::<u16>().map_err(|_| bad())?,
+    );
+    if low == 0 || low > high {
+        Err(bad())
+    } else {
+        Ok((low, high))
+    }
 }
 
 /// `[[ADDRESS:]HOST:]PORT[/PROTOCOL]`, with ranges, as docker reads it.
@@ -377,18 +426,32 @@ fn published(spec: &str) -> Result<Vec<Published>, Failure> {
         return Err(wrong("publish", spec, "an IP address before the ports"));
     }
     let (low, high) = port_range("publish", container)?;
-    let hosts = if host.is_empty() { None } else { Some(port_range("publish", host)?) };
+    let hosts = if host.is_empty() {
+        None
+    } else {
+        Some(port_range("publish", host)?)
+    };
     if let Some((first, last)) = hosts
         && last - first != high - low
     {
         if low == high {
-            return Ok(vec![(format!("{low}/{protocol}"), address.to_owned(), host.to_owned())]);
+            return Ok(vec![(
+                format!("{low}/{protocol}"),
+                address.to_owned(),
+                host.to_owned(),
+            )]);
         }
-        return Err(wrong("publish", spec, "as many host ports as container ports"));
+        return Err(wrong(
+            "publish",
+            spec,
+            "as many host ports as container ports",
+        ));
     }
     Ok((low..=high)
         .map(|port| {
-            let host = hosts.map_or(String::new(), |(first, _)| (first + (port - low)).to_string());
+            let host = hosts.map_or(String::new(), |(first, _)| {
+                (first + (port - low)).to_string()
+            });
             (format!("{port}/{protocol}"), address.to_owned(), host)
         })
         .collect())
@@ -398,7 +461,9 @@ fn published(spec: &str) -> Result<Vec<Published>, Failure> {
 fn mount(spec: &str) -> Result<Value, Failure> {
     let mut mount = json!({"Type": "volume"});
     for field in spec.split(',') {
-        let (key, value) = field.split_once('=').map_or((field, None), |(k, v)| (k, Some(v)));
+        let (key, value) = field
+            .split_once('=')
+            .map_or((field, None), |(k, v)| (k, Some(v)));
         let flag = || match value {
             None | Some("true" | "1") => Ok(true),
             Some("false" | "0") => Ok(false),
@@ -421,14 +486,22 @@ fn mount(spec: &str) -> Result<Value, Failure> {
             "volume-driver" => mount["VolumeOptions"]["DriverConfig"]["Name"] = json!(need()?),
             "volume-subpath" => mount["VolumeOptions"]["Subpath"] = json!(need()?),
             "tmpfs-size" => {
-                let bytes = parse_size(need()?).map_err(|e| Failure::invalid(format!("--mount: {e}")))?;
+                let bytes =
+                    parse_size(need()?).map_err(|e| Failure::invalid(format!("--mount: {e}")))?;
                 mount["TmpfsOptions"]["SizeBytes"] = json!(bytes);
             }
             "tmpfs-mode" => {
-                let mode = u32::from_str_radix(need()?, 8).map_err(|_| wrong("mount", field, "an octal mode"))?;
+                let mode = u32::from_str_radix(need()?, 8)
+                    .map_err(|_| wrong("mount", field, "an octal mode"))?;
                 mount["TmpfsOptions"]["Mode"] = json!(mode);
             }
-            _ => return Err(wrong("mount", field, "type, source, target, readonly, bind-…, volume-… or tmpfs-…")),
+            _ => {
+                return Err(wrong(
+                    "mount",
+                    field,
+                    "type, source, target, readonly, bind-…, volume-… or tmpfs-…",
+                ));
+            }
         }
     }
     if mount["Target"].is_null() {
@@ -440,8 +513,11 @@ fn mount(spec: &str) -> Result<Value, Failure> {
 /// Makes a relative bind source absolute: the daemon has another working folder.
 fn bind(spec: &str) -> Result<String, Failure> {
     if spec.starts_with('.') || spec.starts_with('~') {
-        let (source, rest) = spec.split_once(':').ok_or_else(|| wrong("volume", spec, "SOURCE:TARGET"))?;
-        let absolute = std::path::absolute(source).map_err(|e| Failure::io(format!("cannot resolve {source}"), &e))?;
+        let (source, rest) = spec
+            .split_once(':')
+            .ok_or_else(|| wrong("volume", spec, "SOURCE:TARGET"))?;
+        let absolute = std::path::absolute(source)
+            .map_err(|e| Failure::io(format!("cannot resolve {source}"), &e))?;
         return Ok(format!("{}:{rest}", absolute.display()));
     }
     Ok(spec.to_owned())
@@ -465,7 +541,11 @@ fn device(spec: &str) -> Value {
 fn rate(option: &str, spec: &str, bytes: bool) -> Result<Value, Failure> {
     let bad = || wrong(option, spec, "DEVICE:RATE");
     let (path, rate) = spec.rsplit_once(':').ok_or_else(bad)?;
-    let rate = if bytes { parse_size(rate).map_err(|_| bad())? } else { rate.parse().map_err(|_| bad())? };
+    let rate = if bytes {
+        parse_size(rate).map_err(|_| bad())?
+    } else {
+        rate.parse().map_err(|_| bad())?
+    };
     Ok(json!({"Path": path, "Rate": rate}))
 }
 
@@ -473,7 +553,13 @@ fn ulimit(spec: &str) -> Result<Value, Failure> {
     let bad = || wrong("ulimit", spec, "NAME=SOFT[:HARD]");
     let (name, limits) = spec.split_once('=').ok_or_else(bad)?;
     let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
-    let number = |text: &str| if text == "unlimited" { Ok(-1) } else { text.parse::<i64>().map_err(|_| bad()) };
+    let number = |text: &str| {
+        if text == "unlimited" {
+            Ok(-1)
+        } else {
+            text.parse::<i64>().map_err(|_| bad())
+        }
+    };
     Ok(json!({"Name": name, "Soft": number(soft)?, "Hard": number(hard)?}))
 }
 
@@ -490,9 +576,17 @@ fn nanoseconds(option: &str, value: &Option<String>) -> Result<Option<u64>, Fail
 
 fn restart_policy(text: &str) -> Result<Value, Failure> {
     let (name, tries) = text.split_once(':').unwrap_or((text, "0"));
-    let tries: i64 = tries.parse().map_err(|_| wrong("restart", text, "on-failure:TRIES"))?;
-    if !["", "no", "always", "unless-stopped", "on-failure"].contains(&name) || (tries != 0 && name != "on-failure") {
-        return Err(wrong("restart", text, "no, always, unless-stopped or on-failure[:TRIES]"));
+    let tries: i64 = tries
+        .parse()
+        .map_err(|_| wrong("restart", text, "on-failure:TRIES"))?;
+    if !["", "no", "always", "unless-stopped", "on-failure"].contains(&name)
+        || (tries != 0 && name != "on-failure")
+    {
+        return Err(wrong(
+            "restart",
+            text,
+            "no, always, unless-stopped or on-failure[:TRIES]",
+        ));
     }
     Ok(json!({"Name": name, "MaximumRetryCount": tries}))
 }
@@ -509,8 +603,16 @@ impl ContainerOptions {
         for (key, option, value) in [
             ("Interval", "health-interval", &self.health_interval),
             ("Timeout", "health-timeout", &self.health_timeout),
-            ("StartPeriod", "health-start-period", &self.health_start_period),
-            ("StartInterval", "health-start-interval", &self.health_start_interval),
+            (
+                "StartPeriod",
+                "health-start-period",
+                &self.health_start_period,
+            ),
+            (
+                "StartInterval",
+                "health-start-interval",
+                &self.health_start_interval,
+            ),
         ] {
             if let Some(nanos) = nanoseconds(option, value)? {
                 health[key] = json!(nanos);
@@ -519,7 +621,11 @@ impl ContainerOptions {
         if let Some(retries) = self.health_retries {
             health["Retries"] = json!(retries);
         }
-        Ok(if health.as_object().is_some_and(Map::is_empty) { Value::Null } else { health })
+        Ok(if health.as_object().is_some_and(Map::is_empty) {
+            Value::Null
+        } else {
+            health
+        })
     }
 
     /// Docker reads a seccomp profile on the client's side; so do we.
@@ -527,13 +633,17 @@ impl ContainerOptions {
         self.security_opt
             .iter()
             .map(|option| {
-                let profile = option.strip_prefix("seccomp=").or_else(|| option.strip_prefix("seccomp:"));
+                let profile = option
+                    .strip_prefix("seccomp=")
+                    .or_else(|| option.strip_prefix("seccomp:"));
                 match profile {
                     Some(path) if path != "unconfined" && path != "builtin" => {
-                        let text = std::fs::read_to_string(path)
-                            .map_err(|e| Failure::io(format!("cannot read the seccomp profile {path}"), &e))?;
-                        let value: Value = serde_json::from_str(&text)
-                            .map_err(|e| Failure::invalid(format!("{path} is no seccomp profile: {e}")))?;
+                        let text = std::fs::read_to_string(path).map_err(|e| {
+                            Failure::io(format!("cannot read the seccomp profile {path}"), &e)
+                        })?;
+                        let value: Value = serde_json::from_str(&text).map_err(|e| {
+                            Failure::invalid(format!("{path} is no seccomp profile: {e}"))
+                        })?;
                         Ok(format!("seccomp={value}"))
                     }
                     _ => Ok(option.clone()),
@@ -630,7 +740,10 @@ impl ContainerOptions {
         let optional = [
             ("Memory", size("memory", &self.memory)?),
             ("MemorySwap", size("memory-swap", &self.memory_swap)?),
-            ("MemoryReservation", size("memory-reservation", &self.memory_reservation)?),
+            (
+                "MemoryReservation",
+                size("memory-reservation", &self.memory_reservation)?,
+            ),
             ("MemorySwappiness", self.memory_swappiness),
             ("ShmSize", size("shm-size", &self.shm_size)?),
             ("CpuShares", self.cpu_shares),
@@ -657,7 +770,11 @@ impl ContainerOptions {
         if self.init {
             host["Init"] = json!(true);
         }
-        for (key, value) in [("CpusetCpus", &self.cpuset_cpus), ("CpusetMems", &self.cpuset_mems), ("Runtime", &self.runtime)] {
+        for (key, value) in [
+            ("CpusetCpus", &self.cpuset_cpus),
+            ("CpusetMems", &self.cpuset_mems),
+            ("Runtime", &self.runtime),
+        ] {
             if let Some(value) = value {
                 host[key] = json!(value);
             }
@@ -698,7 +815,10 @@ impl ContainerOptions {
         if !health.is_null() {
             body["Healthcheck"] = health;
         }
-        let wants_endpoint = !self.network_alias.is_empty() || self.ip.is_some() || self.ip6.is_some() || self.mac_address.is_some();
+        let wants_endpoint = !self.network_alias.is_empty()
+            || self.ip.is_some()
+            || self.ip6.is_some()
+            || self.mac_address.is_some();
         if self.network.is_some() || wants_endpoint {
             let mut endpoint = json!({"Aliases": self.network_alias});
             if self.ip.is_some() || self.ip6.is_some() {
@@ -729,14 +849,26 @@ mod tests {
     fn ports_are_read_as_docker_reads_them() {
         assert_eq!(published("80").unwrap(), [port("80/tcp", "", "")]);
         assert_eq!(published("8080:80").unwrap(), [port("80/tcp", "", "8080")]);
-        assert_eq!(published("127.0.0.1:8080:80/udp").unwrap(), [port("80/udp", "127.0.0.1", "8080")]);
-        assert_eq!(published("127.0.0.1::80").unwrap(), [port("80/tcp", "127.0.0.1", "")]);
-        assert_eq!(published("[::1]:8080:80").unwrap(), [port("80/tcp", "::1", "8080")]);
+        assert_eq!(
+            published("127.0.0.1:8080:80/udp").unwrap(),
+            [port("80/udp", "127.0.0.1", "8080")]
+        );
+        assert_eq!(
+            published("127.0.0.1::80").unwrap(),
+            [port("80/tcp", "127.0.0.1", "")]
+        );
+        assert_eq!(
+            published("[::1]:8080:80").unwrap(),
+            [port("80/tcp", "::1", "8080")]
+        );
         assert_eq!(
             published("7000-7001:80-81").unwrap(),
             [port("80/tcp", "", "7000"), port("81/tcp", "", "7001")]
         );
-        assert_eq!(published("7000-7005:80").unwrap(), [port("80/tcp", "", "7000-7005")]);
+        assert_eq!(
+            published("7000-7005:80").unwrap(),
+            [port("80/tcp", "", "7000-7005")]
+        );
         for bad in ["", "x", "80/icmp", "70000:80", "1-3:5-9", "host:1:2"] {
             assert!(published(bad).is_err(), "{bad}");
         }

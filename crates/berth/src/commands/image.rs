@@ -34,7 +34,9 @@ pub fn split_tag(reference: &str) -> (&str, Option<&str>) {
 /// The registry a reference points at, as docker's credential files name it.
 fn registry_of(reference: &str) -> &str {
     match reference.split_once('/') {
-        Some((first, _)) if first.contains('.') || first.contains(':') || first == "localhost" => first,
+        Some((first, _)) if first.contains('.') || first.contains(':') || first == "localhost" => {
+            first
+        }
         _ => "https://index.docker.io/v1/",
     }
 }
@@ -44,10 +46,13 @@ fn credentials(reference: &str) -> Option<String> {
     let folder = std::env::var_os("DOCKER_CONFIG")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")))?;
-    let file: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
+    let file: Value =
+        serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
     let registry = registry_of(reference);
     let encoded = file["auths"][registry]["auth"].as_str()?;
-    let decoded = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
+    let decoded = base64::engine::general_purpose::STANDARD
+        .decode(encoded)
+        .ok()?;
     let pair = String::from_utf8(decoded).ok()?;
     let (user, password) = pair.split_once(':')?;
     let auth = json!({"username": user, "password": password, "serveraddress": registry});
@@ -55,7 +60,12 @@ fn credentials(reference: &str) -> Option<String> {
 }
 
 /// Fetches an image, showing progress.
-pub async fn pull_image(client: &Client, reference: &str, platform: Option<&str>, quiet: bool) -> Result<(), Failure> {
+pub async fn pull_image(
+    client: &Client,
+    reference: &str,
+    platform: Option<&str>,
+    quiet: bool,
+) -> Result<(), Failure> {
     let (name, tag) = split_tag(reference);
     let mut query = vec![("fromImage", name.to_owned())];
     if !reference.contains('@') {
@@ -68,7 +78,9 @@ pub async fn pull_image(client: &Client, reference: &str, platform: Option<&str>
     if let Some(auth) = credentials(reference) {
         headers.push(("X-Registry-Auth", auth));
     }
-    let response = client.send(Method::POST, "/images/create", &query, empty(), &headers).await?;
+    let response = client
+        .send(Method::POST, "/images/create", &query, empty(), &headers)
+        .await?;
     Progress::new(quiet).follow(response).await.map(drop)
 }
 
@@ -95,10 +107,19 @@ pub async fn pull(context: &Context, args: PullArgs) -> Result<ExitCode, Failure
             headers.push(("X-Registry-Auth", auth));
         }
         let query = [("fromImage", name.to_owned())];
-        let response = context.client.send(Method::POST, "/images/create", &query, empty(), &headers).await?;
+        let response = context
+            .client
+            .send(Method::POST, "/images/create", &query, empty(), &headers)
+            .await?;
         Progress::new(args.quiet).follow(response).await?;
     } else {
-        pull_image(&context.client, &args.image, args.platform.as_deref(), args.quiet).await?;
+        pull_image(
+            &context.client,
+            &args.image,
+            args.platform.as_deref(),
+            args.quiet,
+        )
+        .await?;
     }
     output::line(&args.image);
     Ok(ExitCode::SUCCESS)
@@ -118,9 +139,18 @@ pub async fn push(context: &Context, args: PushArgs) -> Result<ExitCode, Failure
     let path = format!("/images/{name}/push");
     let query = [("tag", tag.unwrap_or("latest").to_owned())];
     // The engine demands the header even where there are no credentials.
-    let auth = credentials(name).unwrap_or_else(|| base64::engine::general_purpose::URL_SAFE.encode("{}"));
-    let response =
-        context.client.send(Method::POST, &path, &query, empty(), &[("X-Registry-Auth", auth)]).await?;
+    let auth =
+        credentials(name).unwrap_or_else(|| base64::engine::general_purpose::URL_SAFE.encode("{}"));
+    let response = context
+        .client
+        .send(
+            Method::POST,
+            &path,
+            &query,
+            empty(),
+            &[("X-Registry-Auth", auth)],
+        )
+        .await?;
     Progress::new(args.quiet).follow(response).await?;
     output::line(&args.image);
     Ok(ExitCode::SUCCESS)
@@ -182,8 +212,15 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Result<ExitCode, Fai
         Table::new(&["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"])
     };
     for image in &images {
-        let tags: Vec<&str> = list(image, "/RepoTags").iter().filter_map(Value::as_str).collect();
-        let tags = if tags.is_empty() { vec!["<none>:<none>"] } else { tags };
+        let tags: Vec<&str> = list(image, "/RepoTags")
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
+        let tags = if tags.is_empty() {
+            vec!["<none>:<none>"]
+        } else {
+            tags
+        };
         for tag in tags {
             let (repository, tag) = split_tag(tag);
             let mut row = vec![repository.to_owned(), tag.unwrap_or("<none>").to_owned()];
@@ -217,8 +254,14 @@ pub struct TagArgs {
 
 pub async fn tag(context: &Context, args: TagArgs) -> Result<ExitCode, Failure> {
     let (repository, tag) = split_tag(&args.target);
-    let query = [("repo", repository.to_owned()), ("tag", tag.unwrap_or("latest").to_owned())];
-    context.client.act(&format!("/images/{}/tag", args.source), &query).await?;
+    let query = [
+        ("repo", repository.to_owned()),
+        ("tag", tag.unwrap_or("latest").to_owned()),
+    ];
+    context
+        .client
+        .act(&format!("/images/{}/tag", args.source), &query)
+        .await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -236,9 +279,15 @@ pub struct RmiArgs {
 }
 
 pub async fn rmi(context: &Context, args: RmiArgs) -> Result<ExitCode, Failure> {
-    let query = [("force", args.force.to_string()), ("noprune", args.no_prune.to_string())];
+    let query = [
+        ("force", args.force.to_string()),
+        ("noprune", args.no_prune.to_string()),
+    ];
     for_each(&args.images, async |name| {
-        let answer = context.client.delete(&format!("/images/{name}"), &query).await?;
+        let answer = context
+            .client
+            .delete(&format!("/images/{name}"), &query)
+            .await?;
         for entry in list(&answer, "") {
             for word in ["Untagged", "Deleted"] {
                 if let Some(what) = entry[word].as_str() {
@@ -263,7 +312,10 @@ pub struct HistoryArgs {
 }
 
 pub async fn history(context: &Context, args: HistoryArgs) -> Result<ExitCode, Failure> {
-    let steps: Vec<Value> = context.client.get(&format!("/images/{}/history", args.image), &[]).await?;
+    let steps: Vec<Value> = context
+        .client
+        .get(&format!("/images/{}/history", args.image), &[])
+        .await?;
     if args.list.quiet {
         for step in &steps {
             output::line(short(&text(step, "/Id")));
@@ -309,12 +361,14 @@ pub async fn save_body(
     let broke = |e: hyper::Error| Failure::internal(format!("the daemon's answer broke off: {e}"));
     let Some(path) = to else {
         if std::io::stdout().is_terminal() {
-            return Err(Failure::invalid("an archive is not written to a terminal").with_fix("use -o FILE, or a pipe"));
+            return Err(Failure::invalid("an archive is not written to a terminal")
+                .with_fix("use -o FILE, or a pipe"));
         }
         let mut out = std::io::stdout().lock();
         while let Some(frame) = body.frame().await {
             if let Ok(data) = frame.map_err(broke)?.into_data() {
-                out.write_all(&data).map_err(|e| Failure::io("cannot write the archive", &e))?;
+                out.write_all(&data)
+                    .map_err(|e| Failure::io("cannot write the archive", &e))?;
             }
         }
         return Ok(ExitCode::SUCCESS);
@@ -338,8 +392,15 @@ pub async fn save_body(
 }
 
 pub async fn save(context: &Context, args: SaveArgs) -> Result<ExitCode, Failure> {
-    let query: Vec<(&str, String)> = args.images.iter().map(|name| ("names", name.clone())).collect();
-    let response = context.client.send(Method::GET, "/images/get", &query, empty(), &[]).await?;
+    let query: Vec<(&str, String)> = args
+        .images
+        .iter()
+        .map(|name| ("names", name.clone()))
+        .collect();
+    let response = context
+        .client
+        .send(Method::GET, "/images/get", &query, empty(), &[])
+        .await?;
     save_body(response, args.output.as_deref()).await
 }
 
@@ -350,9 +411,15 @@ pub async fn file_body(path: Option<&Path>) -> Result<Body, Failure> {
             let file = tokio::fs::File::open(path)
                 .await
                 .map_err(|e| Failure::io(format!("cannot read {}", path.display()), &e))?;
-            Ok(stream_body(tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024)))
+            Ok(stream_body(tokio_util::io::ReaderStream::with_capacity(
+                file,
+                256 * 1024,
+            )))
         }
-        _ => Ok(stream_body(tokio_util::io::ReaderStream::with_capacity(tokio::io::stdin(), 256 * 1024))),
+        _ => Ok(stream_body(tokio_util::io::ReaderStream::with_capacity(
+            tokio::io::stdin(),
+            256 * 1024,
+        ))),
     }
 }
 
@@ -368,12 +435,16 @@ pub struct LoadArgs {
 
 pub async fn load(context: &Context, args: LoadArgs) -> Result<ExitCode, Failure> {
     if args.input.is_none() && std::io::stdin().is_terminal() {
-        return Err(Failure::invalid("an archive is expected on standard input").with_fix("berth load -i FILE"));
+        return Err(Failure::invalid("an archive is expected on standard input")
+            .with_fix("berth load -i FILE"));
     }
     let query = [("quiet", if args.quiet { "1" } else { "0" }.to_owned())];
     let headers = [(CONTENT_TYPE.as_str(), "application/x-tar".to_owned())];
     let body = file_body(args.input.as_deref()).await?;
-    let response = context.client.send(Method::POST, "/images/load", &query, body, &headers).await?;
+    let response = context
+        .client
+        .send(Method::POST, "/images/load", &query, body, &headers)
+        .await?;
     each_json(response, |message| {
         if let Some(error) = message["error"].as_str() {
             return Err(Failure::invalid(error));
@@ -421,7 +492,10 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<ExitCode, Fai
     }
     let body = file_body(Some(&args.file)).await?;
     let headers = [(CONTENT_TYPE.as_str(), "application/x-tar".to_owned())];
-    let response = context.client.send(Method::POST, "/images/create", &query, body, &headers).await?;
+    let response = context
+        .client
+        .send(Method::POST, "/images/create", &query, body, &headers)
+        .await?;
     let mut last = String::new();
     each_json(response, |message| {
         if let Some(error) = message["error"].as_str() {
@@ -449,12 +523,19 @@ pub struct PruneArgs {
 }
 
 pub async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failure> {
-    let what = if args.all { "This removes all images that no container uses." } else { "This removes all untagged images." };
+    let what = if args.all {
+        "This removes all images that no container uses."
+    } else {
+        "This removes all untagged images."
+    };
     super::system::confirm(args.force, what)?;
     let mut specs = args.filter;
     specs.push(format!("dangling={}", !args.all));
     let query = [("filters", filters(&specs)?.unwrap_or_default())];
-    let answer: Value = context.client.post("/images/prune", &query, &Value::Null).await?;
+    let answer: Value = context
+        .client
+        .post("/images/prune", &query, &Value::Null)
+        .await?;
     for entry in list(&answer, "/ImagesDeleted") {
         for word in ["Untagged", "Deleted"] {
             if let Some(what) = entry[word].as_str() {
@@ -462,7 +543,10 @@ pub async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failu
             }
         }
     }
-    eprintln!("Total reclaimed space: {}", format_size_decimal(answer["SpaceReclaimed"].as_u64().unwrap_or(0)));
+    eprintln!(
+        "Total reclaimed space: {}",
+        format_size_decimal(answer["SpaceReclaimed"].as_u64().unwrap_or(0))
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -473,7 +557,13 @@ pub struct BootstrapArgs {
     #[arg(long)]
     pub arch: Option<String>,
     /// Further package; may be given many times, or as a comma-separated list.
-    #[arg(short, long = "package", visible_alias = "include", value_delimiter = ',', value_name = "NAME")]
+    #[arg(
+        short,
+        long = "package",
+        visible_alias = "include",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
     pub packages: Vec<String>,
     /// Address of the archive; that of the host's own apt configuration if not given.
     #[arg(long, value_name = "URL")]
@@ -511,11 +601,25 @@ pub async fn bootstrap(context: &Context, args: BootstrapArgs) -> Result<ExitCod
     let headers = [(CONTENT_TYPE.as_str(), "application/json".to_owned())];
     let response = context
         .client
-        .send(Method::POST, "/berth/v1/images/bootstrap", &[], json_body(&body)?, &headers)
+        .send(
+            Method::POST,
+            "/berth/v1/images/bootstrap",
+            &[],
+            json_body(&body)?,
+            &headers,
+        )
         .await?;
     let aux = Progress::new(args.quiet).follow(response).await?;
-    let id = aux.iter().rev().find_map(|a| a["ID"].as_str().or(a["Id"].as_str())).unwrap_or_default();
-    output::line(if id.is_empty() { args.image } else { id.to_owned() });
+    let id = aux
+        .iter()
+        .rev()
+        .find_map(|a| a["ID"].as_str().or(a["Id"].as_str()))
+        .unwrap_or_default();
+    output::line(if id.is_empty() {
+        args.image
+    } else {
+        id.to_owned()
+    });
     Ok(ExitCode::SUCCESS)
 }
 
@@ -534,9 +638,12 @@ pub struct LoginArgs {
 /// Checks credentials and keeps them where docker keeps them.
 pub async fn login(context: &Context, args: LoginArgs) -> Result<ExitCode, Failure> {
     let mut password = String::new();
-    std::io::stdin().read_line(&mut password).map_err(|e| Failure::io("cannot read the password", &e))?;
+    std::io::stdin()
+        .read_line(&mut password)
+        .map_err(|e| Failure::io("cannot read the password", &e))?;
     let password = password.trim_end_matches(['\r', '\n']);
-    let body = json!({"username": args.username, "password": password, "serveraddress": args.registry});
+    let body =
+        json!({"username": args.username, "password": password, "serveraddress": args.registry});
     let _: Value = context.client.post("/auth", &[], &body).await?;
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let folder = std::env::var_os("DOCKER_CONFIG")
@@ -544,11 +651,13 @@ pub async fn login(context: &Context, args: LoginArgs) -> Result<ExitCode, Failu
         .or_else(|| home.map(|h| h.join(".docker")))
         .ok_or_else(|| Failure::invalid("neither HOME nor DOCKER_CONFIG is set"))?;
     let path = folder.join("config.json");
-    std::fs::create_dir_all(&folder).map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
+    std::fs::create_dir_all(&folder)
+        .map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
     let mut file: Value = base::file::read_json(&path)
         .map_err(|e| Failure::io("cannot read docker's configuration", &e))?
         .unwrap_or_else(|| json!({}));
-    let auth = base64::engine::general_purpose::STANDARD.encode(format!("{}:{password}", args.username));
+    let auth =
+        base64::engine::general_purpose::STANDARD.encode(format!("{}:{password}", args.username));
     file["auths"][&args.registry] = json!({"auth": auth});
     base::file::write_json(&path, &file, base::file::Durability::Host)
         .map_err(|e| Failure::io(format!("cannot write {}", path.display()), &e))?;
@@ -562,8 +671,14 @@ mod tests {
 
     #[test]
     fn a_registry_port_is_not_a_tag() {
-        assert_eq!(split_tag("localhost:5000/app"), ("localhost:5000/app", None));
-        assert_eq!(split_tag("localhost:5000/app:1"), ("localhost:5000/app", Some("1")));
+        assert_eq!(
+            split_tag("localhost:5000/app"),
+            ("localhost:5000/app", None)
+        );
+        assert_eq!(
+            split_tag("localhost:5000/app:1"),
+            ("localhost:5000/app", Some("1"))
+        );
         assert_eq!(split_tag("debian"), ("debian", None));
     }
 

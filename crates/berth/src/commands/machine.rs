@@ -38,7 +38,12 @@ pub struct BootArgs {
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Further words of the kernel's command line.
-    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     pub append: String,
     /// Disk image, FILE or FILE,ro; may be given many times.
     #[arg(long, value_name = "FILE[,ro]")]
@@ -68,15 +73,22 @@ pub struct BootArgs {
 
 /// Runs a kernel in the foreground. Exit code 0 for the guest's power-off or reset, 1 for a crash.
 pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
-    let memory = base::units::parse_size(&args.memory).map_err(|e| Failure::invalid(format!("--memory: {e}")))?;
+    let memory = base::units::parse_size(&args.memory)
+        .map_err(|e| Failure::invalid(format!("--memory: {e}")))?;
     let model = vmm::boot::parse_model(&args.cpu_model).map_err(Failure::invalid)?;
     let protocol = args.protocol.parse().map_err(Failure::invalid)?;
     let disks: Vec<DiskConfig> = args
         .disk
         .iter()
         .map(|spec| match spec.strip_suffix(",ro") {
-            Some(path) => DiskConfig { path: path.into(), read_only: true },
-            None => DiskConfig { path: spec.into(), read_only: false },
+            Some(path) => DiskConfig {
+                path: path.into(),
+                read_only: true,
+            },
+            None => DiskConfig {
+                path: spec.into(),
+                read_only: false,
+            },
         })
         .collect();
     let cpu = match args.cpu {
@@ -90,7 +102,13 @@ pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
             initrd: args.initrd.clone(),
             append: args.append.clone(),
             disks: disks.clone(),
-            machine: MachineConfig { cpus: args.cpus, memory, cpu, model, ..MachineConfig::default() },
+            machine: MachineConfig {
+                cpus: args.cpus,
+                memory,
+                cpu,
+                model,
+                ..MachineConfig::default()
+            },
             protocol,
             verbose: args.verbose,
         })

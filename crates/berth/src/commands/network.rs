@@ -122,7 +122,9 @@ pub fn map_of(option: &str, specs: &[String]) -> Result<Map<String, Value>, Fail
         .map(|spec| {
             let (key, value) = spec.split_once('=').unwrap_or((spec, ""));
             if key.is_empty() {
-                return Err(Failure::invalid(format!("--{option} {spec:?}: KEY=VALUE is wanted")));
+                return Err(Failure::invalid(format!(
+                    "--{option} {spec:?}: KEY=VALUE is wanted"
+                )));
             }
             Ok((key.to_owned(), json!(value)))
         })
@@ -157,20 +159,34 @@ pub async fn run(context: &Context, command: NetworkCommand) -> Result<ExitCode,
         }
         NetworkCommand::Rm(args) => {
             for_each(&args.networks, async |name| {
-                match context.client.delete(&format!("/networks/{}", encode(name)), &[]).await {
-                    Err(failure) if args.force && failure.code == base::Kind::NotFound.exit_code() => Ok(None),
+                match context
+                    .client
+                    .delete(&format!("/networks/{}", encode(name)), &[])
+                    .await
+                {
+                    Err(failure)
+                        if args.force && failure.code == base::Kind::NotFound.exit_code() =>
+                    {
+                        Ok(None)
+                    }
                     other => other.map(|_| Some(name.to_owned())),
                 }
             })
             .await
         }
         NetworkCommand::Prune(args) => {
-            super::system::confirm(args.force, "This removes all networks that no container uses.")?;
+            super::system::confirm(
+                args.force,
+                "This removes all networks that no container uses.",
+            )?;
             let mut query = Vec::new();
             if let Some(filters) = filters(&args.filter)? {
                 query.push(("filters", filters));
             }
-            let answer: Value = context.client.post("/networks/prune", &query, &Value::Null).await?;
+            let answer: Value = context
+                .client
+                .post("/networks/prune", &query, &Value::Null)
+                .await?;
             for name in list(&answer, "/NetworksDeleted") {
                 output::line(text(name, ""));
             }
@@ -201,13 +217,21 @@ async fn ls(context: &Context, args: LsArgs) -> Result<ExitCode, Failure> {
     }
     let mut table = Table::new(&["NETWORK ID", "NAME", "DRIVER", "SUBNET", "INTERNAL"]);
     for network in &networks {
-        let subnets: Vec<String> = list(network, "/IPAM/Config").iter().map(|c| text(c, "/Subnet")).collect();
+        let subnets: Vec<String> = list(network, "/IPAM/Config")
+            .iter()
+            .map(|c| text(c, "/Subnet"))
+            .collect();
         table.row(vec![
             id_of(network),
             text(network, "/Name"),
             text(network, "/Driver"),
             subnets.join(", "),
-            if network["Internal"] == true { "yes" } else { "no" }.to_owned(),
+            if network["Internal"] == true {
+                "yes"
+            } else {
+                "no"
+            }
+            .to_owned(),
         ]);
     }
     output::print(&table.render());

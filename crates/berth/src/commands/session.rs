@@ -114,7 +114,11 @@ fn exit_code(status: i64) -> ExitCode {
 }
 
 /// Creates the container, fetching its image first where that is wanted and needed. Its id.
-async fn create(client: &Client, options: &ContainerOptions, attach: bool) -> Result<String, Failure> {
+async fn create(
+    client: &Client,
+    options: &ContainerOptions,
+    attach: bool,
+) -> Result<String, Failure> {
     let body = options.body(attach)?;
     if options.pull == Pull::Always {
         pull_image(client, &options.image, options.platform.as_deref(), false).await?;
@@ -129,8 +133,11 @@ async fn create(client: &Client, options: &ContainerOptions, attach: bool) -> Re
     if let Some(file) = &options.cidfile
         && file.exists()
     {
-        return Err(Failure::new(base::Kind::Conflict, format!("the file {} exists already", file.display()))
-            .with_fix("remove it, or name another with --cidfile"));
+        return Err(Failure::new(
+            base::Kind::Conflict,
+            format!("the file {} exists already", file.display()),
+        )
+        .with_fix("remove it, or name another with --cidfile"));
     }
     let created: Result<Value, Failure> = client.post("/containers/create", &query, &body).await;
     let created = match created {
@@ -140,7 +147,10 @@ async fn create(client: &Client, options: &ContainerOptions, attach: bool) -> Re
                 && options.pull == Pull::Missing
                 && failure.message.to_lowercase().contains("image") =>
         {
-            eprintln!("berth: image {} is not stored here; pulling it", options.image);
+            eprintln!(
+                "berth: image {} is not stored here; pulling it",
+                options.image
+            );
             pull_image(client, &options.image, options.platform.as_deref(), false).await.map_err(|mut e| {
                 e.fix.get_or_insert_with(|| {
                     format!("see what is stored: berth images; or make it: berth image bootstrap {}", options.image)
@@ -156,7 +166,8 @@ async fn create(client: &Client, options: &ContainerOptions, attach: bool) -> Re
     }
     let id = created["Id"].as_str().unwrap_or_default().to_owned();
     if let Some(file) = &options.cidfile {
-        std::fs::write(file, &id).map_err(|e| Failure::io(format!("cannot write {}", file.display()), &e))?;
+        std::fs::write(file, &id)
+            .map_err(|e| Failure::io(format!("cannot write {}", file.display()), &e))?;
     }
     Ok(id)
 }
@@ -173,7 +184,11 @@ pub async fn run_run(context: &Context, args: RunArgs) -> Result<ExitCode, Failu
     outcome.map_err(|mut failure| {
         if ![126, 127].contains(&failure.code) {
             failure.code = match failure.message.to_lowercase() {
-                m if m.contains("executable file not found") || m.contains("no such file or directory") => 127,
+                m if m.contains("executable file not found")
+                    || m.contains("no such file or directory") =>
+                {
+                    127
+                }
                 m if m.contains("permission denied") && m.contains("exec") => 126,
                 _ => RUN_FAILED,
             };
@@ -200,13 +215,22 @@ async fn run_inner(context: &Context, args: RunArgs) -> Result<ExitCode, Failure
         keys: options.tty.then_some(keys),
         proxy_signals: !args.no_sig_proxy,
     };
-    session.attach_and_wait(&id, if options.rm { "removed" } else { "next-exit" }, true, false).await
+    session
+        .attach_and_wait(
+            &id,
+            if options.rm { "removed" } else { "next-exit" },
+            true,
+            false,
+        )
+        .await
 }
 
 fn check_terminal(wanted: bool) -> Result<(), Failure> {
     if wanted && !std::io::stdin().is_terminal() {
-        return Err(Failure::invalid("a terminal was asked for (-t), but standard input is none")
-            .with_fix("leave out -t, or run this in a terminal"));
+        return Err(
+            Failure::invalid("a terminal was asked for (-t), but standard input is none")
+                .with_fix("leave out -t, or run this in a terminal"),
+        );
     }
     Ok(())
 }
@@ -229,37 +253,72 @@ impl Session<'_> {
         start: bool,
         logs: bool,
     ) -> Result<ExitCode, Failure> {
-        let mut query = vec![("stream", "1".to_owned()), ("stdout", "1".into()), ("stderr", "1".into())];
+        let mut query = vec![
+            ("stream", "1".to_owned()),
+            ("stdout", "1".into()),
+            ("stderr", "1".into()),
+        ];
         if self.stdin {
             query.push(("stdin", "1".into()));
         }
         if logs {
             query.push(("logs", "1".into()));
         }
-        let (stream, raw) = self.client.upgrade(&path_of(id, "attach"), &query, empty()).await?;
+        let (stream, raw) = self
+            .client
+            .upgrade(&path_of(id, "attach"), &query, empty())
+            .await?;
         let wait = self
             .client
-            .send(Method::POST, &path_of(id, "wait"), &[("condition", condition.to_owned())], empty(), &[])
+            .send(
+                Method::POST,
+                &path_of(id, "wait"),
+                &[("condition", condition.to_owned())],
+                empty(),
+                &[],
+            )
             .await?;
         if start && let Err(failure) = self.client.act(&path_of(id, "start"), &[]).await {
             // A container that never ran and was to vanish at its end vanishes now.
             if condition == "removed" {
-                let _ = self.client.delete(&format!("/containers/{id}"), &[("force", "1".into()), ("v", "1".into())]).await;
+                let _ = self
+                    .client
+                    .delete(
+                        &format!("/containers/{id}"),
+                        &[("force", "1".into()), ("v", "1".into())],
+                    )
+                    .await;
             }
             return Err(failure);
         }
-        let _forward = self.proxy_signals.then(|| forward_signals(self.client.clone(), id.to_owned(), self.tty));
+        let _forward = self
+            .proxy_signals
+            .then(|| forward_signals(self.client.clone(), id.to_owned(), self.tty));
         let target = path_of(id, "resize");
         let end = self.pump(stream, raw || self.tty, &target).await?;
         if end == StreamEnd::Detached {
-            eprintln!("\r\nberth: detached; it runs on (berth attach {})", &id[..id.len().min(12)]);
+            eprintln!(
+                "\r\nberth: detached; it runs on (berth attach {})",
+                &id[..id.len().min(12)]
+            );
             return Ok(ExitCode::SUCCESS);
         }
         let status: Value = read_json(wait).await?;
-        if let Some(message) = status["Error"]["Message"].as_str().filter(|m| !m.is_empty()) {
-            return Err(Failure { message: message.to_owned(), fix: None, code: RUN_FAILED });
+        if let Some(message) = status["Error"]["Message"]
+            .as_str()
+            .filter(|m| !m.is_empty())
+        {
+            return Err(Failure {
+                message: message.to_owned(),
+                fix: None,
+                code: RUN_FAILED,
+            });
         }
-        Ok(exit_code(status["StatusCode"].as_i64().unwrap_or(i64::from(RUN_FAILED))))
+        Ok(exit_code(
+            status["StatusCode"]
+                .as_i64()
+                .unwrap_or(i64::from(RUN_FAILED)),
+        ))
     }
 
     /// Moves bytes both ways until the output ends or the user detaches.
@@ -269,11 +328,16 @@ impl Session<'_> {
     {
         let (reader, mut writer) = split(stream);
         let _raw_mode = if self.tty && self.stdin {
-            Some(RawMode::enter().map_err(|e| Failure::io("cannot set the terminal to raw mode", &e))?)
+            Some(
+                RawMode::enter()
+                    .map_err(|e| Failure::io("cannot set the terminal to raw mode", &e))?,
+            )
         } else {
             None
         };
-        let _resizer = self.tty.then(|| follow_size(self.client.clone(), resize.to_owned()));
+        let _resizer = self
+            .tty
+            .then(|| follow_size(self.client.clone(), resize.to_owned()));
         let output = copy_output(reader, raw);
         let input = async {
             if !self.stdin {
@@ -316,7 +380,9 @@ impl Drop for Background {
 
 fn follow_size(client: Client, path: String) -> Background {
     Background(tokio::spawn(async move {
-        let Ok(mut changes) = signal(SignalKind::window_change()) else { return };
+        let Ok(mut changes) = signal(SignalKind::window_change()) else {
+            return;
+        };
         // The program may not have its terminal yet: a few tries in the beginning.
         let mut first = 0;
         loop {
@@ -354,7 +420,9 @@ fn forward_signals(client: Client, id: String, tty: bool) -> Background {
             if tty && (name == "SIGINT" || name == "SIGQUIT") && std::io::stdin().is_terminal() {
                 continue;
             }
-            let Ok(mut stream) = signal(kind) else { continue };
+            let Ok(mut stream) = signal(kind) else {
+                continue;
+            };
             let sender = sender.clone();
             tasks.push(Background(tokio::spawn(async move {
                 while stream.recv().await.is_some() {
@@ -365,7 +433,9 @@ fn forward_signals(client: Client, id: String, tty: bool) -> Background {
             })));
         }
         while let Some(name) = received.recv().await {
-            let _ = client.act(&path_of(&id, "kill"), &[("signal", name.to_owned())]).await;
+            let _ = client
+                .act(&path_of(&id, "kill"), &[("signal", name.to_owned())])
+                .await;
         }
     }))
 }
@@ -375,15 +445,25 @@ pub async fn run_attach(context: &Context, args: AttachArgs) -> Result<ExitCode,
     let keys = DetachKeys::parse(&args.detach_keys).map_err(Failure::invalid)?;
     let about: Value = client.get(&path_of(&args.container, "json"), &[]).await?;
     if about["State"]["Running"] != true {
-        return Err(Failure::new(base::Kind::Conflict, format!("container {} is not running", args.container))
-            .with_fix(format!("berth start --attach {}", args.container)));
+        return Err(Failure::new(
+            base::Kind::Conflict,
+            format!("container {} is not running", args.container),
+        )
+        .with_fix(format!("berth start --attach {}", args.container)));
     }
     let tty = about["Config"]["Tty"] == true;
     let stdin = !args.no_stdin && about["Config"]["OpenStdin"] == true;
-    let session =
-        Session { client, tty, stdin, keys: tty.then_some(keys), proxy_signals: !args.no_sig_proxy };
+    let session = Session {
+        client,
+        tty,
+        stdin,
+        keys: tty.then_some(keys),
+        proxy_signals: !args.no_sig_proxy,
+    };
     let id = about["Id"].as_str().unwrap_or(&args.container).to_owned();
-    session.attach_and_wait(&id, "not-running", false, false).await
+    session
+        .attach_and_wait(&id, "not-running", false, false)
+        .await
 }
 
 pub async fn run_start(context: &Context, args: StartArgs) -> Result<ExitCode, Failure> {
@@ -396,16 +476,31 @@ pub async fn run_start(context: &Context, args: StartArgs) -> Result<ExitCode, F
         .await;
     }
     let [name] = args.containers.as_slice() else {
-        return Err(Failure::invalid("one container at a time can be started and attached"));
+        return Err(Failure::invalid(
+            "one container at a time can be started and attached",
+        ));
     };
     let keys = DetachKeys::parse(&args.detach_keys).map_err(Failure::invalid)?;
     let about: Value = client.get(&path_of(name, "json"), &[]).await?;
     let tty = about["Config"]["Tty"] == true;
     let stdin = args.interactive && about["Config"]["OpenStdin"] == true;
     let remove = about["HostConfig"]["AutoRemove"] == true;
-    let session = Session { client, tty, stdin, keys: tty.then_some(keys), proxy_signals: true };
+    let session = Session {
+        client,
+        tty,
+        stdin,
+        keys: tty.then_some(keys),
+        proxy_signals: true,
+    };
     let id = about["Id"].as_str().unwrap_or(name).to_owned();
-    session.attach_and_wait(&id, if remove { "removed" } else { "next-exit" }, true, false).await
+    session
+        .attach_and_wait(
+            &id,
+            if remove { "removed" } else { "next-exit" },
+            true,
+            false,
+        )
+        .await
 }
 
 pub async fn run_exec(context: &Context, args: ExecArgs) -> Result<ExitCode, Failure> {
@@ -427,13 +522,17 @@ pub async fn run_exec(context: &Context, args: ExecArgs) -> Result<ExitCode, Fai
     if let Some((rows, columns)) = size().filter(|_| args.tty) {
         body["ConsoleSize"] = json!([rows, columns]);
     }
-    let created: Value = client.post(&path_of(&args.container, "exec"), &[], &body).await?;
+    let created: Value = client
+        .post(&path_of(&args.container, "exec"), &[], &body)
+        .await?;
     let id = created["Id"].as_str().unwrap_or_default().to_owned();
     let start = json!({"Detach": args.detach, "Tty": args.tty});
     let path = format!("/exec/{id}/start");
     if args.detach {
         let headers = [(CONTENT_TYPE.as_str(), "application/json".to_owned())];
-        let response = client.send(Method::POST, &path, &[], json_body(&start)?, &headers).await?;
+        let response = client
+            .send(Method::POST, &path, &[], json_body(&start)?, &headers)
+            .await?;
         collect(response).await?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -445,7 +544,11 @@ pub async fn run_exec(context: &Context, args: ExecArgs) -> Result<ExitCode, Fai
         keys: args.tty.then_some(keys),
         proxy_signals: false,
     };
-    if session.pump(stream, raw || args.tty, &format!("/exec/{id}/resize")).await? == StreamEnd::Detached {
+    if session
+        .pump(stream, raw || args.tty, &format!("/exec/{id}/resize"))
+        .await?
+        == StreamEnd::Detached
+    {
         return Ok(ExitCode::SUCCESS);
     }
     // The stream may close a moment before the end is recorded.

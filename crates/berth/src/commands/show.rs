@@ -13,7 +13,11 @@ pub fn text(value: &Value, pointer: &str) -> String {
 
 /// Twelve digits of an id, without its algorithm.
 pub fn short(id: &str) -> String {
-    id.strip_prefix("sha256:").unwrap_or(id).chars().take(12).collect()
+    id.strip_prefix("sha256:")
+        .unwrap_or(id)
+        .chars()
+        .take(12)
+        .collect()
 }
 
 /// Shortens to `width` characters with an ellipsis.
@@ -41,16 +45,19 @@ pub fn seconds(text: &str) -> i64 {
 
 /// The array at a key; empty where there is none.
 pub fn list<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
-    value.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    value
+        .pointer(pointer)
+        .and_then(Value::as_array)
+        .map_or(&[], Vec::as_slice)
 }
 
 /// `-f key=value` options as the API's filter parameter.
 pub fn filters(specs: &[String]) -> Result<Option<String>, crate::failure::Failure> {
     let mut map: std::collections::BTreeMap<&str, Vec<&str>> = std::collections::BTreeMap::new();
     for spec in specs {
-        let (key, value) = spec
-            .split_once('=')
-            .ok_or_else(|| crate::failure::Failure::invalid(format!("--filter {spec:?}: KEY=VALUE is wanted")))?;
+        let (key, value) = spec.split_once('=').ok_or_else(|| {
+            crate::failure::Failure::invalid(format!("--filter {spec:?}: KEY=VALUE is wanted"))
+        })?;
         map.entry(key).or_default().push(value);
     }
     if map.is_empty() {
@@ -68,10 +75,16 @@ pub fn point(text: &str) -> Result<String, crate::failure::Failure> {
         return Ok(text.to_owned());
     }
     if let Ok(time) = text.parse::<jiff::Timestamp>() {
-        return Ok(format!("{}.{:09}", time.as_second(), time.subsec_nanosecond()));
+        return Ok(format!(
+            "{}.{:09}",
+            time.as_second(),
+            time.subsec_nanosecond()
+        ));
     }
     let back = base::units::parse_duration(text).map_err(|_| {
-        crate::failure::Failure::invalid(format!("{text:?} is no point in time: write 10m, 2026-01-02T03:04:05Z or seconds since 1970"))
+        crate::failure::Failure::invalid(format!(
+            "{text:?} is no point in time: write 10m, 2026-01-02T03:04:05Z or seconds since 1970"
+        ))
     })?;
     Ok((jiff::Timestamp::now().as_second() - back.as_secs() as i64).to_string())
 }

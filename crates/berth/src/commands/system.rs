@@ -68,16 +68,25 @@ pub fn confirm(force: bool, what: &str) -> Result<(), Failure> {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(Failure::invalid(format!("{what} Nobody is there to confirm it.")).with_fix("say --force"));
+        return Err(
+            Failure::invalid(format!("{what} Nobody is there to confirm it."))
+                .with_fix("say --force"),
+        );
     }
     eprint!("{what} Go on? [y/N] ");
     let _ = std::io::stderr().flush();
     let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer).map_err(|e| Failure::io("cannot read the answer", &e))?;
+    std::io::stdin()
+        .read_line(&mut answer)
+        .map_err(|e| Failure::io("cannot read the answer", &e))?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         Ok(())
     } else {
-        Err(Failure { message: "nothing was removed".into(), fix: None, code: 1 })
+        Err(Failure {
+            message: "nothing was removed".into(),
+            fix: None,
+            code: 1,
+        })
     }
 }
 
@@ -89,7 +98,9 @@ pub async fn run(context: &Context, command: SystemCommand) -> Result<ExitCode, 
         SystemCommand::Events(args) => super::container::events(context, args).await,
         SystemCommand::Stop => {
             context.client.act("/berth/v1/shutdown", &[]).await?;
-            eprintln!("berth: the daemon ends; containers go on and are found again by the next one");
+            eprintln!(
+                "berth: the daemon ends; containers go on and are found again by the next one"
+            );
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -130,7 +141,11 @@ fn usage(df: &Value) -> [Usage; 4] {
             total: containers.len(),
             active: containers.iter().filter(running).count(),
             size: containers.iter().map(|c| number(c, "SizeRw")).sum(),
-            reclaimable: containers.iter().filter(|c| !running(c)).map(|c| number(c, "SizeRw")).sum(),
+            reclaimable: containers
+                .iter()
+                .filter(|c| !running(c))
+                .map(|c| number(c, "SizeRw"))
+                .sum(),
         },
         Usage {
             kind: "Local Volumes",
@@ -144,7 +159,11 @@ fn usage(df: &Value) -> [Usage; 4] {
             total: cache.len(),
             active: cache.iter().filter(|c| c["InUse"] == true).count(),
             size: cache.iter().map(|c| number(c, "Size")).sum(),
-            reclaimable: cache.iter().filter(|c| c["InUse"] != true).map(|c| number(c, "Size")).sum(),
+            reclaimable: cache
+                .iter()
+                .filter(|c| c["InUse"] != true)
+                .map(|c| number(c, "Size"))
+                .sum(),
         },
     ]
 }
@@ -157,7 +176,11 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
     }
     let mut table = Table::new(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"]);
     for row in usage(&df) {
-        let percent = if row.size > 0 { format!(" ({}%)", row.reclaimable.min(row.size) * 100 / row.size) } else { String::new() };
+        let percent = if row.size > 0 {
+            format!(" ({}%)", row.reclaimable.min(row.size) * 100 / row.size)
+        } else {
+            String::new()
+        };
         table.row(vec![
             row.kind.to_owned(),
             row.total.to_string(),
@@ -170,11 +193,19 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
     if args.verbose {
         let mut table = Table::new(&["KIND", "NAME", "SIZE"]);
         for image in list(&df, "/Images") {
-            let name = list(image, "/RepoTags").first().map_or_else(|| text(image, "/Id"), |t| text(t, ""));
-            table.row(vec!["image".into(), name, format_size_decimal(image["Size"].as_u64().unwrap_or(0))]);
+            let name = list(image, "/RepoTags")
+                .first()
+                .map_or_else(|| text(image, "/Id"), |t| text(t, ""));
+            table.row(vec![
+                "image".into(),
+                name,
+                format_size_decimal(image["Size"].as_u64().unwrap_or(0)),
+            ]);
         }
         for container in list(&df, "/Containers") {
-            let name = list(container, "/Names").first().map_or_else(String::new, |t| text(t, ""));
+            let name = list(container, "/Names")
+                .first()
+                .map_or_else(String::new, |t| text(t, ""));
             table.row(vec![
                 "container".into(),
                 name.trim_start_matches('/').to_owned(),
@@ -183,7 +214,11 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
         }
         for volume in list(&df, "/Volumes") {
             let size = volume["UsageData"]["Size"].as_i64().unwrap_or(0).max(0) as u64;
-            table.row(vec!["volume".into(), text(volume, "/Name"), format_size_decimal(size)]);
+            table.row(vec![
+                "volume".into(),
+                text(volume, "/Name"),
+                format_size_decimal(size),
+            ]);
         }
         output::line("");
         output::print(&table.render());
@@ -196,7 +231,11 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
 
 async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failure> {
     let mut what = vec!["all stopped containers", "all networks no container uses"];
-    what.push(if args.all { "all images no container uses" } else { "all untagged images" });
+    what.push(if args.all {
+        "all images no container uses"
+    } else {
+        "all untagged images"
+    });
     what.push("the build cache");
     if args.volumes {
         what.push("all anonymous volumes no container uses");
@@ -209,7 +248,10 @@ async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failure> 
             .filter(|u| args.volumes || u.kind != "Local Volumes")
             .map(|u| u.reclaimable)
             .sum();
-        output::line(format!("At most {} would come free.", format_size_decimal(total)));
+        output::line(format!(
+            "At most {} would come free.",
+            format_size_decimal(total)
+        ));
         return Ok(ExitCode::SUCCESS);
     }
     confirm(args.force, &format!("This removes {}.", what.join(", ")))?;
@@ -235,10 +277,20 @@ async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failure> 
         }
         Ok(())
     };
-    step("/containers/prune", args.filter.clone(), "/ContainersDeleted").await?;
+    step(
+        "/containers/prune",
+        args.filter.clone(),
+        "/ContainersDeleted",
+    )
+    .await?;
     step("/networks/prune", args.filter.clone(), "/NetworksDeleted").await?;
     if args.volumes {
-        let labels = args.filter.iter().filter(|f| f.starts_with("label")).cloned().collect();
+        let labels = args
+            .filter
+            .iter()
+            .filter(|f| f.starts_with("label"))
+            .cloned()
+            .collect();
         step("/volumes/prune", labels, "/VolumesDeleted").await?;
     }
     let mut specs = args.filter.clone();
@@ -262,10 +314,20 @@ pub async fn info(context: &Context, args: InfoArgs) -> Result<ExitCode, Failure
         ("Kernel", text(&info, "/KernelVersion")),
         ("Architecture", text(&info, "/Architecture")),
         ("CPUs", text(&info, "/NCPU")),
-        ("Memory", format_size(info["MemTotal"].as_u64().unwrap_or(0))),
+        (
+            "Memory",
+            format_size(info["MemTotal"].as_u64().unwrap_or(0)),
+        ),
         ("State", text(&info, "/DockerRootDir")),
         ("Storage", text(&info, "/Driver")),
-        ("Cgroups", format!("{} (v{})", text(&info, "/CgroupDriver"), text(&info, "/CgroupVersion"))),
+        (
+            "Cgroups",
+            format!(
+                "{} (v{})",
+                text(&info, "/CgroupDriver"),
+                text(&info, "/CgroupVersion")
+            ),
+        ),
         (
             "Containers",
             format!(
@@ -289,7 +351,11 @@ pub async fn info(context: &Context, args: InfoArgs) -> Result<ExitCode, Failure
 }
 
 /// `berth version`.
-pub async fn version(context: &Context, show: ShowOptions, format_given: bool) -> Result<ExitCode, Failure> {
+pub async fn version(
+    context: &Context,
+    show: ShowOptions,
+    format_given: bool,
+) -> Result<ExitCode, Failure> {
     let server: Result<Value, Failure> = context.client.get("/version", &[]).await;
     let client = json!({
         "Version": env!("CARGO_PKG_VERSION"),
@@ -301,7 +367,11 @@ pub async fn version(context: &Context, show: ShowOptions, format_given: bool) -
         output::document(show.format, &json!({"Client": client, "Server": server}))?;
         return Ok(ExitCode::SUCCESS);
     }
-    output::line(format!("Client: berth {} ({})", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH));
+    output::line(format!(
+        "Client: berth {} ({})",
+        env!("CARGO_PKG_VERSION"),
+        std::env::consts::ARCH
+    ));
     match server {
         Ok(server) => output::line(format!(
             "Server: berth {} (Docker Engine API {} to {}, kernel {})",

@@ -95,13 +95,19 @@ pub async fn run(context: &Context, command: VolumeCommand) -> Result<ExitCode, 
         VolumeCommand::Rm(args) => {
             let query = [("force", args.force.to_string())];
             for_each(&args.volumes, async |name| {
-                context.client.delete(&format!("/volumes/{}", encode(name)), &query).await?;
+                context
+                    .client
+                    .delete(&format!("/volumes/{}", encode(name)), &query)
+                    .await?;
                 Ok(Some(name.to_owned()))
             })
             .await
         }
         VolumeCommand::Prune(args) => {
-            super::system::confirm(args.force, "This removes volumes that no container uses, with what is in them.")?;
+            super::system::confirm(
+                args.force,
+                "This removes volumes that no container uses, with what is in them.",
+            )?;
             let mut specs = args.filter;
             if args.all {
                 specs.push("all=true".into());
@@ -110,7 +116,10 @@ pub async fn run(context: &Context, command: VolumeCommand) -> Result<ExitCode, 
             if let Some(filters) = filters(&specs)? {
                 query.push(("filters", filters));
             }
-            let answer: Value = context.client.post("/volumes/prune", &query, &Value::Null).await?;
+            let answer: Value = context
+                .client
+                .post("/volumes/prune", &query, &Value::Null)
+                .await?;
             for name in list(&answer, "/VolumesDeleted") {
                 output::line(text(name, ""));
             }

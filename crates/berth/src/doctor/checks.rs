@@ -34,15 +34,27 @@ pub fn all(state: &Path) -> Vec<Check> {
 
 fn cpu_flags() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    info.lines().find(|line| line.starts_with("flags") || line.starts_with("Features")).unwrap_or_default().to_owned()
+    info.lines()
+        .find(|line| line.starts_with("flags") || line.starts_with("Features"))
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn virtualization() -> Check {
     const NAME: &str = "virtualization";
     let flags = cpu_flags();
-    let hardware = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
-    match fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) if hardware => Check::pass(NAME, "/dev/kvm, backed by the processor: machines run at full speed"),
+    let hardware = flags
+        .split_whitespace()
+        .any(|flag| flag == "vmx" || flag == "svm");
+    match fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+    {
+        Ok(_) if hardware => Check::pass(
+            NAME,
+            "/dev/kvm, backed by the processor: machines run at full speed",
+        ),
         Ok(_) => Check::warn(
             NAME,
             "/dev/kvm opens, but the processor shows no vmx or svm: the kernel only emulates behind it. Machines run on the software CPU",
@@ -106,14 +118,19 @@ fn cgroups() -> Check {
     let unified = Path::new("/sys/fs/cgroup/cgroup.controllers");
     let wanted = ["cpu", "memory", "pids"];
     if let Ok(text) = fs::read_to_string(unified) {
-        let missing: Vec<&str> =
-            wanted.into_iter().filter(|c| !text.split_whitespace().any(|have| have == *c)).collect();
+        let missing: Vec<&str> = wanted
+            .into_iter()
+            .filter(|c| !text.split_whitespace().any(|have| have == *c))
+            .collect();
         return if missing.is_empty() {
             Check::pass(NAME, format!("v2: {}", text.trim()))
         } else {
             Check::warn(
                 NAME,
-                format!("v2 without {}: those limits have no effect", missing.join(", ")),
+                format!(
+                    "v2 without {}: those limits have no effect",
+                    missing.join(", ")
+                ),
                 "boot with the controllers enabled (cgroup_enable=memory on some boards)",
             )
         };
@@ -121,26 +138,45 @@ fn cgroups() -> Check {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let has = |controller: &str| {
         mounts.lines().any(|line| {
-            line.split_once(" - cgroup ")
-                .is_some_and(|(_, tail)| tail.rsplit(' ').next().unwrap_or_default().split(',').any(|c| c == controller))
+            line.split_once(" - cgroup ").is_some_and(|(_, tail)| {
+                tail.rsplit(' ')
+                    .next()
+                    .unwrap_or_default()
+                    .split(',')
+                    .any(|c| c == controller)
+            })
         })
     };
     let missing: Vec<&str> = wanted.into_iter().filter(|c| !has(c)).collect();
     let hybrid = mounts.contains(" - cgroup2 ");
-    let kind = if hybrid { "hybrid (v1 controllers, v2 beside them)" } else { "v1" };
+    let kind = if hybrid {
+        "hybrid (v1 controllers, v2 beside them)"
+    } else {
+        "v1"
+    };
     if missing.len() == wanted.len() {
-        return Check::fail(NAME, "no controllers are mounted", "mount -t cgroup2 none /sys/fs/cgroup");
+        return Check::fail(
+            NAME,
+            "no controllers are mounted",
+            "mount -t cgroup2 none /sys/fs/cgroup",
+        );
     }
     if missing.is_empty() {
         Check::pass(NAME, kind)
     } else {
-        Check::warn(NAME, format!("{kind}, without {}", missing.join(", ")), "mount the missing controllers")
+        Check::warn(
+            NAME,
+            format!("{kind}, without {}", missing.join(", ")),
+            "mount the missing controllers",
+        )
     }
 }
 
 fn filesystem_known(name: &str) -> bool {
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    known.lines().any(|line| line.split_whitespace().next_back() == Some(name))
+    known
+        .lines()
+        .any(|line| line.split_whitespace().next_back() == Some(name))
 }
 
 fn overlay() -> Check {
@@ -148,19 +184,35 @@ fn overlay() -> Check {
     if filesystem_known("overlay") {
         Check::pass(NAME, "in the kernel")
     } else {
-        Check::fail(NAME, "the kernel has none: containers cannot share their image", "modprobe overlay")
-            .mended_by(&["modprobe", "overlay"])
+        Check::fail(
+            NAME,
+            "the kernel has none: containers cannot share their image",
+            "modprobe overlay",
+        )
+        .mended_by(&["modprobe", "overlay"])
     }
 }
 
 fn user_namespaces() -> Check {
     const NAME: &str = "user namespaces";
     if !Path::new("/proc/self/ns/user").exists() {
-        return Check::warn(NAME, "the kernel has none: no containers for ordinary users", "use a kernel with CONFIG_USER_NS");
+        return Check::warn(
+            NAME,
+            "the kernel has none: no containers for ordinary users",
+            "use a kernel with CONFIG_USER_NS",
+        );
     }
-    let number = |path: &str| fs::read_to_string(path).ok().and_then(|t| t.trim().parse::<u64>().ok());
+    let number = |path: &str| {
+        fs::read_to_string(path)
+            .ok()
+            .and_then(|t| t.trim().parse::<u64>().ok())
+    };
     if number("/proc/sys/kernel/unprivileged_userns_clone") == Some(0) {
-        return Check::warn(NAME, "ordinary users may not make them", "sysctl -w kernel.unprivileged_userns_clone=1");
+        return Check::warn(
+            NAME,
+            "ordinary users may not make them",
+            "sysctl -w kernel.unprivileged_userns_clone=1",
+        );
     }
     if number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == Some(1) {
         return Check::warn(
@@ -170,7 +222,11 @@ fn user_namespaces() -> Check {
         );
     }
     match number("/proc/sys/user/max_user_namespaces") {
-        Some(0) => Check::warn(NAME, "none may be made", "sysctl -w user.max_user_namespaces=15000"),
+        Some(0) => Check::warn(
+            NAME,
+            "none may be made",
+            "sysctl -w user.max_user_namespaces=15000",
+        ),
         Some(most) => Check::pass(NAME, format!("up to {most}")),
         None => Check::pass(NAME, "there"),
     }
@@ -185,9 +241,16 @@ fn subordinate_ids() -> Check {
     }
     let user = std::env::var("USER").unwrap_or_default();
     if !helper {
-        return Check::warn(NAME, "newuidmap is missing: containers see one user only", "sudo apt-get install uidmap");
+        return Check::warn(
+            NAME,
+            "newuidmap is missing: containers see one user only",
+            "sudo apt-get install uidmap",
+        );
     }
-    if lines.lines().any(|line| line.split(':').next() == Some(&user)) {
+    if lines
+        .lines()
+        .any(|line| line.split(':').next() == Some(&user))
+    {
         Check::pass(NAME, "newuidmap, with a range for this user")
     } else {
         Check::warn(
@@ -209,18 +272,32 @@ fn program(name: &str) -> Option<PathBuf> {
 fn nftables() -> Check {
     const NAME: &str = "nftables";
     match program("nft") {
-        None => Check::fail(NAME, "the program nft is missing: no networks for containers", "apt-get install nftables")
-            .mended_by(&["apt-get", "install", "-y", "nftables"]),
+        None => Check::fail(
+            NAME,
+            "the program nft is missing: no networks for containers",
+            "apt-get install nftables",
+        )
+        .mended_by(&["apt-get", "install", "-y", "nftables"]),
         Some(nft) => {
-            let listed = std::process::Command::new(nft).args(["list", "tables"]).output();
+            let listed = std::process::Command::new(nft)
+                .args(["list", "tables"])
+                .output();
             match listed {
                 Ok(output) if output.status.success() => Check::pass(NAME, "nft works"),
                 Ok(output) => {
                     let why = String::from_utf8_lossy(&output.stderr);
                     let why = why.lines().next().unwrap_or("no reason given").to_owned();
-                    Check::fail(NAME, format!("nft fails: {why}"), "run as root, on a kernel with CONFIG_NF_TABLES")
+                    Check::fail(
+                        NAME,
+                        format!("nft fails: {why}"),
+                        "run as root, on a kernel with CONFIG_NF_TABLES",
+                    )
                 }
-                Err(error) => Check::fail(NAME, format!("nft cannot be run: {error}"), "apt-get install --reinstall nftables"),
+                Err(error) => Check::fail(
+                    NAME,
+                    format!("nft cannot be run: {error}"),
+                    "apt-get install --reinstall nftables",
+                ),
             }
         }
     }
@@ -229,11 +306,19 @@ fn nftables() -> Check {
 fn firewall() -> Check {
     const NAME: &str = "other firewalls";
     let run = |name: &str, args: &[&str]| -> Option<String> {
-        let output = std::process::Command::new(program(name)?).args(args).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+        let output = std::process::Command::new(program(name)?)
+            .args(args)
+            .output()
+            .ok()?;
+        output
+            .status
+            .success()
+            .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let rules = run("nft", &["list", "ruleset"]).unwrap_or_default();
-    let drops_forward = rules.lines().any(|l| l.contains("hook forward") && l.contains("policy drop"))
+    let drops_forward = rules
+        .lines()
+        .any(|l| l.contains("hook forward") && l.contains("policy drop"))
         || run("iptables", &["-S", "FORWARD"]).is_some_and(|t| t.contains("-P FORWARD DROP"));
     if rules.contains("table inet firewalld") {
         return Check::warn(
@@ -258,7 +343,10 @@ fn forwarding() -> Check {
     if on("/proc/sys/net/ipv4/ip_forward") {
         Check::pass(NAME, "on")
     } else {
-        Check::pass(NAME, "off; the daemon switches it on with its first network and off after its last")
+        Check::pass(
+            NAME,
+            "off; the daemon switches it on with its first network and off after its last",
+        )
     }
 }
 
@@ -268,14 +356,21 @@ fn tunnel() -> Check {
     if tun {
         Check::pass(NAME, "/dev/net/tun is there: machines can join networks")
     } else {
-        Check::warn(NAME, "/dev/net/tun is missing: machines cannot join networks", "modprobe tun")
-            .mended_by(&["modprobe", "tun"])
+        Check::warn(
+            NAME,
+            "/dev/net/tun is missing: machines cannot join networks",
+            "modprobe tun",
+        )
+        .mended_by(&["modprobe", "tun"])
     }
 }
 
 /// The nearest existing folder at or above `path`.
 fn existing(path: &Path) -> PathBuf {
-    path.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("/")).to_owned()
+    path.ancestors()
+        .find(|p| p.is_dir())
+        .unwrap_or(Path::new("/"))
+        .to_owned()
 }
 
 fn space(state: &Path) -> Check {
@@ -291,12 +386,20 @@ fn space(state: &Path) -> Check {
             } else if free < 10 << 30 {
                 Check::warn(NAME, found, "berth system prune, or another --state-dir")
             } else if stat.f_files > 0 && inodes < 100_000 {
-                Check::warn(NAME, format!("{found}, but only {inodes} files more"), "berth system prune, or another --state-dir")
+                Check::warn(
+                    NAME,
+                    format!("{found}, but only {inodes} files more"),
+                    "berth system prune, or another --state-dir",
+                )
             } else {
                 Check::pass(NAME, found)
             }
         }
-        Err(error) => Check::warn(NAME, format!("cannot look at {}: {error}", folder.display()), "check the folder's file system"),
+        Err(error) => Check::warn(
+            NAME,
+            format!("cannot look at {}: {error}", folder.display()),
+            "check the folder's file system",
+        ),
     }
 }
 
@@ -309,7 +412,12 @@ fn reflinks(state: &Path) -> Check {
         .filter_map(|line| {
             let (head, tail) = line.split_once(" - ")?;
             let point = head.split(' ').nth(4)?;
-            folder.starts_with(point).then(|| (point.len(), tail.split(' ').next().unwrap_or_default().to_owned()))
+            folder.starts_with(point).then(|| {
+                (
+                    point.len(),
+                    tail.split(' ').next().unwrap_or_default().to_owned(),
+                )
+            })
         })
         .max_by_key(|(length, _)| *length)
         .map(|(_, kind)| kind)
@@ -357,11 +465,21 @@ fn resolver() -> Check {
         .map(str::trim)
         .collect();
     if servers.is_empty() {
-        return Check::warn(NAME, "/etc/resolv.conf names no server: containers find each other, but nothing outside", "set network.dns in berth.toml");
+        return Check::warn(
+            NAME,
+            "/etc/resolv.conf names no server: containers find each other, but nothing outside",
+            "set network.dns in berth.toml",
+        );
     }
     let loopback = servers.iter().all(|s| s.starts_with("127.") || *s == "::1");
     if loopback && !Path::new("/run/systemd/resolve/resolv.conf").exists() {
-        return Check::pass(NAME, format!("{} on loopback; the daemon asks it for the containers", servers.join(", ")));
+        return Check::pass(
+            NAME,
+            format!(
+                "{} on loopback; the daemon asks it for the containers",
+                servers.join(", ")
+            ),
+        );
     }
     Check::pass(NAME, servers.join(", "))
 }
@@ -372,20 +490,37 @@ fn clock() -> Check {
     // Certificates and signatures of archives are judged by it.
     const BUILT_AFTER: i64 = 1_750_000_000;
     if now < BUILT_AFTER {
-        Check::fail(NAME, "it is set to the past: signatures and certificates will be refused", "timedatectl set-ntp true")
+        Check::fail(
+            NAME,
+            "it is set to the past: signatures and certificates will be refused",
+            "timedatectl set-ntp true",
+        )
     } else {
-        Check::pass(NAME, jiff::Timestamp::now().strftime("%Y-%m-%d %H:%M UTC").to_string())
+        Check::pass(
+            NAME,
+            jiff::Timestamp::now()
+                .strftime("%Y-%m-%d %H:%M UTC")
+                .to_string(),
+        )
     }
 }
 
 fn certificates() -> Check {
     const NAME: &str = "certificates";
-    let places = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+    let places = [
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/tls/certs/ca-bundle.crt",
+        "/etc/ssl/cert.pem",
+    ];
     if places.iter().any(|p| Path::new(p).exists()) || std::env::var_os("SSL_CERT_FILE").is_some() {
         Check::pass(NAME, "there")
     } else {
-        Check::warn(NAME, "none: registries over HTTPS cannot be trusted", "apt-get install ca-certificates")
-            .mended_by(&["apt-get", "install", "-y", "ca-certificates"])
+        Check::warn(
+            NAME,
+            "none: registries over HTTPS cannot be trusted",
+            "apt-get install ca-certificates",
+        )
+        .mended_by(&["apt-get", "install", "-y", "ca-certificates"])
     }
 }
 
@@ -394,20 +529,37 @@ fn bootstrap() -> Check {
     if program("mmdebstrap").is_some() {
         Check::pass(NAME, "mmdebstrap is there")
     } else {
-        Check::warn(NAME, "mmdebstrap is missing: `berth image bootstrap` cannot work", "apt-get install mmdebstrap")
-            .mended_by(&["apt-get", "install", "-y", "mmdebstrap"])
+        Check::warn(
+            NAME,
+            "mmdebstrap is missing: `berth image bootstrap` cannot work",
+            "apt-get install mmdebstrap",
+        )
+        .mended_by(&["apt-get", "install", "-y", "mmdebstrap"])
     }
 }
 
 fn kernel() -> Check {
     const NAME: &str = "kernel";
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut parts = release.split(['.', '-']).filter_map(|p| p.parse::<u32>().ok());
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut parts = release
+        .split(['.', '-'])
+        .filter_map(|p| p.parse::<u32>().ok());
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
     if version < (5, 12) {
-        Check::fail(NAME, format!("{release}: older than 5.12, without the mount interface Berth uses"), "use a newer kernel")
+        Check::fail(
+            NAME,
+            format!("{release}: older than 5.12, without the mount interface Berth uses"),
+            "use a newer kernel",
+        )
     } else if version < (5, 14) {
-        Check::warn(NAME, format!("{release}: without cgroup.kill"), "use a newer kernel")
+        Check::warn(
+            NAME,
+            format!("{release}: without cgroup.kill"),
+            "use a newer kernel",
+        )
     } else {
         Check::pass(NAME, release)
     }
@@ -421,7 +573,12 @@ mod tests {
     #[test]
     fn whatever_is_not_well_has_a_fix() {
         for check in all(Path::new("/var/lib/berth")) {
-            assert_eq!(check.verdict != Verdict::Pass, check.fix.is_some(), "{}", check.name);
+            assert_eq!(
+                check.verdict != Verdict::Pass,
+                check.fix.is_some(),
+                "{}",
+                check.name
+            );
             assert!(!check.found.is_empty(), "{}", check.name);
         }
     }

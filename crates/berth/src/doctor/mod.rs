@@ -55,15 +55,33 @@ pub struct Check {
 
 impl Check {
     fn pass(name: &'static str, found: impl Into<String>) -> Check {
-        Check { name, verdict: Verdict::Pass, found: found.into(), fix: None, command: None }
+        Check {
+            name,
+            verdict: Verdict::Pass,
+            found: found.into(),
+            fix: None,
+            command: None,
+        }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Check {
-        Check { name, verdict: Verdict::Warn, found: found.into(), fix: Some(fix.into()), command: None }
+        Check {
+            name,
+            verdict: Verdict::Warn,
+            found: found.into(),
+            fix: Some(fix.into()),
+            command: None,
+        }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Check {
-        Check { name, verdict: Verdict::Fail, found: found.into(), fix: Some(fix.into()), command: None }
+        Check {
+            name,
+            verdict: Verdict::Fail,
+            found: found.into(),
+            fix: Some(fix.into()),
+            command: None,
+        }
     }
 
     /// The fix can be run as it stands.
@@ -75,18 +93,25 @@ impl Check {
 
 /// Prints every check; exit code 7 where one failed.
 pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
-    let state = args.state_dir.clone().unwrap_or_else(|| base::paths::Paths::of_this_user().state);
+    let state = args
+        .state_dir
+        .clone()
+        .unwrap_or_else(|| base::paths::Paths::of_this_user().state);
     let mut all = checks::all(&state);
     if args.fix || args.dry_run {
         let mut ran = false;
         for check in all.iter().filter(|c| c.verdict != Verdict::Pass) {
-            let Some(command) = &check.command else { continue };
+            let Some(command) = &check.command else {
+                continue;
+            };
             eprintln!("{}: {}", check.name, command.join(" "));
             if args.dry_run {
                 continue;
             }
             ran = true;
-            let status = std::process::Command::new(&command[0]).args(&command[1..]).status();
+            let status = std::process::Command::new(&command[0])
+                .args(&command[1..])
+                .status();
             match status {
                 Ok(status) if status.success() => {}
                 Ok(status) => eprintln!("berth: {} ended with {status}", command[0]),
@@ -106,14 +131,24 @@ pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
                 Verdict::Warn => ("WARN", style.yellow),
                 Verdict::Fail => ("FAIL", style.red),
             };
-            output::line(format!("{colour}{word}{}  {:<width$}  {}", style.reset, check.name, check.found));
+            output::line(format!(
+                "{colour}{word}{}  {:<width$}  {}",
+                style.reset, check.name, check.found
+            ));
             if let Some(fix) = &check.fix {
-                output::line(format!("      {:<width$}  {}fix:{} {fix}", "", style.dim, style.reset));
+                output::line(format!(
+                    "      {:<width$}  {}fix:{} {fix}",
+                    "", style.dim, style.reset
+                ));
             }
         }
     } else {
         output::document(args.format, &all)?;
     }
     let failed = all.iter().any(|c| c.verdict == Verdict::Fail);
-    Ok(if failed { ExitCode::from(base::Kind::Unsupported.exit_code()) } else { ExitCode::SUCCESS })
+    Ok(if failed {
+        ExitCode::from(base::Kind::Unsupported.exit_code())
+    } else {
+        ExitCode::SUCCESS
+    })
 }

@@ -17,7 +17,9 @@ pub struct Host {
 /// Whether `program` is installed.
 pub fn has(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).chain(["/usr/sbin".into()]).any(|folder| folder.join(program).is_file())
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into()])
+        .any(|folder| folder.join(program).is_file())
 }
 
 /// Starts a daemon, or says why this machine cannot.
@@ -32,7 +34,13 @@ pub fn start() -> Option<Host> {
             return None;
         }
     }
-    let mut host = Host { directory: tempfile::Builder::new().prefix("berth-e2e-").tempdir().unwrap(), daemon: None };
+    let mut host = Host {
+        directory: tempfile::Builder::new()
+            .prefix("berth-e2e-")
+            .tempdir()
+            .unwrap(),
+        daemon: None,
+    };
     host.start_daemon();
     host.import_busybox();
     Some(host)
@@ -81,8 +89,17 @@ impl Host {
                 command
             }
         };
-        command.args(["sh", "-c", script, BERTH]).arg(self.state()).arg(self.socket()).arg(self.docker_socket());
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+        command
+            .args(["sh", "-c", script, BERTH])
+            .arg(self.state())
+            .arg(self.socket())
+            .arg(self.docker_socket());
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
         if !namespace.exists() {
             // A sleeper keeps the namespace while no daemon runs.
             self.wait_for_socket();
@@ -100,7 +117,11 @@ impl Host {
     fn wait_for_socket(&self) {
         let end = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
-            assert!(Instant::now() < end, "the daemon does not answer: {}", self.log());
+            assert!(
+                Instant::now() < end,
+                "the daemon does not answer: {}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -119,7 +140,11 @@ impl Host {
     /// `berth ARGS` against this daemon.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(BERTH);
-        command.args(args).env("BERTH_SOCKET", self.socket()).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+            .args(args)
+            .env("BERTH_SOCKET", self.socket())
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
         command
     }
 
@@ -138,14 +163,20 @@ impl Host {
             String::from_utf8_lossy(&output.stderr),
             self.log()
         );
-        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim_end()
+            .to_owned()
     }
 
     /// Exit code and standard error of a command that must fail.
     pub fn fails(&self, args: &[&str]) -> (i32, String) {
         let output = self.berth(args);
         assert!(!output.status.success(), "berth {args:?} succeeded");
-        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     }
 
     /// Runs a command with standard input.
@@ -170,35 +201,56 @@ impl Host {
     /// Runs a program inside the daemon's network namespace.
     pub fn in_network(&self, args: &[&str]) -> Output {
         let pid = self.daemon_pid().to_string();
-        Command::new("nsenter").args(["-t", &pid, "-n"]).args(args).stdin(Stdio::null()).output().unwrap()
+        Command::new("nsenter")
+            .args(["-t", &pid, "-n"])
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
     }
 
     /// An image `busybox` of the host's static busybox.
     fn import_busybox(&self) {
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let busybox = std::env::split_paths(&path).map(|f| f.join("busybox")).find(|f| f.is_file()).unwrap();
+        let busybox = std::env::split_paths(&path)
+            .map(|f| f.join("busybox"))
+            .find(|f| f.is_file())
+            .unwrap();
         let mut builder = tar::Builder::new(Vec::new());
         let program = std::fs::read(&busybox).unwrap();
         let mut header = tar::Header::new_gnu();
         header.set_size(program.len() as u64);
         header.set_mode(0o755);
-        builder.append_data(&mut header, "bin/busybox", &program[..]).unwrap();
+        builder
+            .append_data(&mut header, "bin/busybox", &program[..])
+            .unwrap();
         let list = Command::new(&busybox).arg("--list").output().unwrap();
-        for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|a| *a != "busybox") {
+        for applet in String::from_utf8(list.stdout)
+            .unwrap()
+            .lines()
+            .filter(|a| *a != "busybox")
+        {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(tar::EntryType::Symlink);
             header.set_size(0);
             header.set_mode(0o777);
-            builder.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
+            builder
+                .append_link(&mut header, format!("bin/{applet}"), "busybox")
+                .unwrap();
         }
         for (name, text) in [
-            ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
+            (
+                "etc/passwd",
+                "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+            ),
             ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
         ] {
             let mut header = tar::Header::new_gnu();
             header.set_size(text.len() as u64);
             header.set_mode(0o644);
-            builder.append_data(&mut header, name, text.as_bytes()).unwrap();
+            builder
+                .append_data(&mut header, name, text.as_bytes())
+                .unwrap();
         }
         for folder in ["tmp", "root", "var"] {
             let mut header = tar::Header::new_gnu();
@@ -209,14 +261,23 @@ impl Host {
         }
         let archive = builder.into_inner().unwrap();
         let output = self.with_input(&["import", "-c", "CMD [\"sh\"]", "-", "busybox"], &archive);
-        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), self.log());
+        assert!(
+            output.status.success(),
+            "{}\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.log()
+        );
     }
 
     /// Waits until `probe` holds.
     pub fn eventually(&self, what: &str, mut probe: impl FnMut() -> bool) {
         let end = Instant::now() + Duration::from_secs(60);
         while !probe() {
-            assert!(Instant::now() < end, "never: {what}\n--- daemon ---\n{}", self.log());
+            assert!(
+                Instant::now() < end,
+                "never: {what}\n--- daemon ---\n{}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -263,7 +324,9 @@ impl Drop for Host {
 pub fn keeper_of(state: &Path) -> bool {
     let needle = state.as_os_str().as_encoded_bytes();
     std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { return false };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else {
+            return false;
+        };
         line.split(|b| *b == 0).any(|word| word == b"keeper")
             && line.windows(needle.len()).any(|window| window == needle)
     })

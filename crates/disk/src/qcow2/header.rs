@@ -57,7 +57,9 @@ pub struct Backing {
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+    bytes
+        .get(at..at + 4)
+        .map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
@@ -70,8 +72,10 @@ impl Header {
     /// # Errors
     /// What is wrong with it, for people.
     pub fn parse(bytes: &[u8]) -> Result<Header, String> {
-        let word = |at: usize| u32_at(bytes, at).ok_or_else(|| "its header is cut short".to_owned());
-        let long = |at: usize| u64_at(bytes, at).ok_or_else(|| "its header is cut short".to_owned());
+        let word =
+            |at: usize| u32_at(bytes, at).ok_or_else(|| "its header is cut short".to_owned());
+        let long =
+            |at: usize| u64_at(bytes, at).ok_or_else(|| "its header is cut short".to_owned());
         if word(0)? != MAGIC {
             return Err("it is no qcow2 image".into());
         }
@@ -81,7 +85,9 @@ impl Header {
         }
         let cluster_bits = word(20)?;
         if !(9..=21).contains(&cluster_bits) {
-            return Err(format!("its clusters have 2^{cluster_bits} bytes; 2^9 to 2^21 are allowed"));
+            return Err(format!(
+                "its clusters have 2^{cluster_bits} bytes; 2^9 to 2^21 are allowed"
+            ));
         }
         if word(32)? != 0 {
             return Err("it is encrypted; decrypt it with qemu-img convert".into());
@@ -92,7 +98,9 @@ impl Header {
             (0, 0, 4, 72)
         };
         if incompatible & EXTERNAL_DATA != 0 {
-            return Err("its data lies in another file; put it into one with qemu-img convert".into());
+            return Err(
+                "its data lies in another file; put it into one with qemu-img convert".into(),
+            );
         }
         let unknown = incompatible & !(DIRTY | CORRUPT | COMPRESSION_TYPE);
         if unknown != 0 {
@@ -101,7 +109,9 @@ impl Header {
             ));
         }
         if refcount_order > 6 {
-            return Err(format!("its reference counts have 2^{refcount_order} bits; at most 64 are allowed"));
+            return Err(format!(
+                "its reference counts have 2^{refcount_order} bits; at most 64 are allowed"
+            ));
         }
         if version == 3 && (header_length < 104 || u64::from(header_length) > 1 << cluster_bits) {
             return Err("its header's length is impossible".into());
@@ -130,7 +140,9 @@ impl Header {
         }
         let refcount_table_offset = long(48)?;
         let refcount_table_clusters = word(56)?;
-        if u64::from(refcount_table_clusters) << cluster_bits > REFCOUNT_TABLE_LIMIT || refcount_table_clusters == 0 {
+        if u64::from(refcount_table_clusters) << cluster_bits > REFCOUNT_TABLE_LIMIT
+            || refcount_table_clusters == 0
+        {
             return Err("its table of reference counts has an impossible size".into());
         }
         for offset in [l1_offset, refcount_table_offset] {
@@ -157,7 +169,11 @@ impl Header {
         })
     }
 
-    fn backing(bytes: &[u8], header_length: usize, cluster: u64) -> Result<Option<Backing>, String> {
+    fn backing(
+        bytes: &[u8],
+        header_length: usize,
+        cluster: u64,
+    ) -> Result<Option<Backing>, String> {
         let offset = u64_at(bytes, 8).unwrap_or(0);
         let length = u32_at(bytes, 16).unwrap_or(0) as usize;
         if offset == 0 {
@@ -167,7 +183,8 @@ impl Header {
             return Err("the name of its backing file is out of place".into());
         }
         let name = &bytes[offset as usize..offset as usize + length];
-        let file = String::from_utf8(name.to_vec()).map_err(|_| "the name of its backing file is no text")?;
+        let file = String::from_utf8(name.to_vec())
+            .map_err(|_| "the name of its backing file is no text")?;
         let mut format = None;
         let mut at = header_length;
         // Extensions lie between the header and the backing file's name.
@@ -233,7 +250,10 @@ mod tests {
             version: 3,
             cluster_bits: 16,
             size: 10 << 30,
-            backing: Some(Backing { file: "base.img".into(), format: Some("raw".into()) }),
+            backing: Some(Backing {
+                file: "base.img".into(),
+                format: Some("raw".into()),
+            }),
             l1_entries: 20,
             l1_offset: 3 << 16,
             refcount_table_offset: 1 << 16,

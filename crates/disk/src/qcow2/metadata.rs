@@ -28,7 +28,10 @@ const TABLES_KEPT: usize = 32;
 const BLOCKS_KEPT: usize = 16;
 
 fn invalid(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the image is damaged: {what}; try qemu-img check"))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the image is damaged: {what}; try qemu-img check"),
+    )
 }
 
 fn to_bytes(words: &[u64]) -> Vec<u8> {
@@ -36,7 +39,12 @@ fn to_bytes(words: &[u64]) -> Vec<u8> {
 }
 
 fn to_words(bytes: &[u8]) -> Vec<u64> {
-    bytes.as_chunks::<8>().0.iter().map(|chunk| u64::from_be_bytes(*chunk)).collect()
+    bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|chunk| u64::from_be_bytes(*chunk))
+        .collect()
 }
 
 struct Table {
@@ -78,12 +86,17 @@ impl Metadata {
         let mut table = vec![0; (header.refcount_table_clusters as usize) << header.cluster_bits];
         for (offset, bytes, what) in [
             (header.l1_offset, &mut l1, "the first-level table"),
-            (header.refcount_table_offset, &mut table, "the table of reference counts"),
+            (
+                header.refcount_table_offset,
+                &mut table,
+                "the table of reference counts",
+            ),
         ] {
-            file.read_exact_at(bytes, offset).map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => invalid(&format!("{what} is cut off")),
-                _ => error,
-            })?;
+            file.read_exact_at(bytes, offset)
+                .map_err(|error| match error.kind() {
+                    io::ErrorKind::UnexpectedEof => invalid(&format!("{what} is cut off")),
+                    _ => error,
+                })?;
         }
         let end = len.div_ceil(1 << header.cluster_bits);
         Ok(Metadata {
@@ -114,7 +127,8 @@ impl Metadata {
     /// A table's offset from an entry that names one.
     fn place(&self, entry: u64, what: &str) -> io::Result<u64> {
         let offset = entry & OFFSET;
-        if !offset.is_multiple_of(self.cluster()) || offset >> self.header.cluster_bits >= self.end {
+        if !offset.is_multiple_of(self.cluster()) || offset >> self.header.cluster_bits >= self.end
+        {
             return Err(invalid(&format!("{what} lies outside of the file")));
         }
         Ok(offset)
@@ -138,7 +152,10 @@ impl Metadata {
     /// The L2 entry of the cluster that holds `guest`.
     pub fn entry(&mut self, file: &File, guest: u64) -> io::Result<u64> {
         let (l1, l2) = self.split(guest);
-        let entry = *self.l1.get(l1).ok_or_else(|| invalid("an access lies beyond the first-level table"))?;
+        let entry = *self
+            .l1
+            .get(l1)
+            .ok_or_else(|| invalid("an access lies beyond the first-level table"))?;
         if entry & OFFSET == 0 {
             return Ok(0);
         }
@@ -152,9 +169,19 @@ impl Metadata {
             self.make_room(file)?;
             let mut bytes = vec![0; self.cluster() as usize];
             file.read_exact_at(&mut bytes, offset)?;
-            self.tables.insert(offset, Table { entries: to_words(&bytes), dirty: false, used });
+            self.tables.insert(
+                offset,
+                Table {
+                    entries: to_words(&bytes),
+                    dirty: false,
+                    used,
+                },
+            );
         }
-        let table = self.tables.get_mut(&offset).ok_or_else(|| invalid("a table vanished"))?;
+        let table = self
+            .tables
+            .get_mut(&offset)
+            .ok_or_else(|| invalid("a table vanished"))?;
         table.used = used;
         Ok(table)
     }
@@ -166,7 +193,12 @@ impl Metadata {
         if self.tables.values().all(|table| table.dirty) {
             self.flush(file)?;
         }
-        let oldest = self.tables.iter().filter(|(_, t)| !t.dirty).min_by_key(|(_, t)| t.used).map(|(o, _)| *o);
+        let oldest = self
+            .tables
+            .iter()
+            .filter(|(_, t)| !t.dirty)
+            .min_by_key(|(_, t)| t.used)
+            .map(|(o, _)| *o);
         if let Some(offset) = oldest {
             self.tables.remove(&offset);
         }
@@ -176,13 +208,23 @@ impl Metadata {
     /// Sets the entry of a cluster, making (or un-sharing) its table where that is needed.
     pub fn set_entry(&mut self, file: &File, guest: u64, entry: u64) -> io::Result<()> {
         let (l1, l2) = self.split(guest);
-        let current = *self.l1.get(l1).ok_or_else(|| invalid("an access lies beyond the first-level table"))?;
+        let current = *self
+            .l1
+            .get(l1)
+            .ok_or_else(|| invalid("an access lies beyond the first-level table"))?;
         let offset = if current & OFFSET == 0 {
             self.make_room(file)?;
             let offset = self.allocate(file, 1)?;
             let entries = vec![0; (self.cluster() / 8) as usize];
             let used = self.tick();
-            self.tables.insert(offset, Table { entries, dirty: true, used });
+            self.tables.insert(
+                offset,
+                Table {
+                    entries,
+                    dirty: true,
+                    used,
+                },
+            );
             self.l1[l1] = offset | COPIED;
             self.l1_dirty = true;
             offset
@@ -193,7 +235,14 @@ impl Metadata {
             self.make_room(file)?;
             let offset = self.allocate(file, 1)?;
             let used = self.tick();
-            self.tables.insert(offset, Table { entries, dirty: true, used });
+            self.tables.insert(
+                offset,
+                Table {
+                    entries,
+                    dirty: true,
+                    used,
+                },
+            );
             self.free(shared, 1);
             self.l1[l1] = offset | COPIED;
             self.l1_dirty = true;
@@ -212,7 +261,9 @@ impl Metadata {
     }
 
     fn block(&mut self, file: &File, index: usize) -> io::Result<Option<&mut Block>> {
-        let Some(&entry) = self.refcount_table.get(index) else { return Ok(None) };
+        let Some(&entry) = self.refcount_table.get(index) else {
+            return Ok(None);
+        };
         if entry & OFFSET == 0 {
             return Ok(None);
         }
@@ -220,7 +271,11 @@ impl Metadata {
         let used = self.tick();
         if !self.blocks.contains_key(&offset) {
             if self.blocks.len() >= BLOCKS_KEPT {
-                let oldest = self.blocks.iter().min_by_key(|(_, b)| b.used).map(|(o, _)| *o);
+                let oldest = self
+                    .blocks
+                    .iter()
+                    .min_by_key(|(_, b)| b.used)
+                    .map(|(o, _)| *o);
                 if let Some(oldest) = oldest
                     && let Some(block) = self.blocks.remove(&oldest)
                     && block.dirty
@@ -231,9 +286,19 @@ impl Metadata {
             }
             let mut bytes = vec![0; self.cluster() as usize];
             file.read_exact_at(&mut bytes, offset)?;
-            self.blocks.insert(offset, Block { bytes, dirty: false, used });
+            self.blocks.insert(
+                offset,
+                Block {
+                    bytes,
+                    dirty: false,
+                    used,
+                },
+            );
         }
-        let block = self.blocks.get_mut(&offset).ok_or_else(|| invalid("a block vanished"))?;
+        let block = self
+            .blocks
+            .get_mut(&offset)
+            .ok_or_else(|| invalid("a block vanished"))?;
         block.used = used;
         Ok(Some(block))
     }
@@ -242,7 +307,9 @@ impl Metadata {
     pub fn count(&mut self, file: &File, cluster: u64) -> io::Result<u64> {
         let per_block = self.counts_per_block();
         let order = self.header.refcount_order;
-        let Some(block) = self.block(file, (cluster / per_block) as usize)? else { return Ok(0) };
+        let Some(block) = self.block(file, (cluster / per_block) as usize)? else {
+            return Ok(0);
+        };
         Ok(get_count(&block.bytes, cluster % per_block, order))
     }
 
@@ -274,7 +341,14 @@ impl Metadata {
         self.refcount_table[index] = offset;
         self.refcount_table_dirty = true;
         let used = self.tick();
-        self.blocks.insert(offset, Block { bytes: vec![0; self.cluster() as usize], dirty: true, used });
+        self.blocks.insert(
+            offset,
+            Block {
+                bytes: vec![0; self.cluster() as usize],
+                dirty: true,
+                used,
+            },
+        );
         self.need_block(file, own, own + 1)?;
         self.set_count(file, own, 1)
     }
@@ -326,7 +400,10 @@ impl Metadata {
         }
         if self.refcount_table_dirty {
             file.sync_data()?;
-            file.write_all_at(&to_bytes(&self.refcount_table), self.header.refcount_table_offset)?;
+            file.write_all_at(
+                &to_bytes(&self.refcount_table),
+                self.header.refcount_table_offset,
+            )?;
             self.refcount_table_dirty = false;
         }
         file.sync_data()?;
@@ -366,11 +443,17 @@ impl Metadata {
         let wanted = size.div_ceil(covered);
         if wanted > u64::from(self.header.l1_entries) {
             if wanted * 8 > 32 << 20 {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a disk of this size needs larger clusters"));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "a disk of this size needs larger clusters",
+                ));
             }
             let clusters = (wanted * 8).div_ceil(self.cluster());
             let offset = self.allocate(file, clusters)?;
-            let old = (self.header.l1_offset, (u64::from(self.header.l1_entries) * 8).div_ceil(self.cluster()));
+            let old = (
+                self.header.l1_offset,
+                (u64::from(self.header.l1_entries) * 8).div_ceil(self.cluster()),
+            );
             self.l1.resize(wanted as usize, 0);
             let mut bytes = to_bytes(&self.l1);
             bytes.resize((clusters * self.cluster()) as usize, 0);
@@ -401,7 +484,9 @@ fn get_count(bytes: &[u8], index: u64, order: u32) -> u64 {
         return u64::from(bytes[bit / 8] >> (bit % 8)) & ((1 << bits) - 1);
     }
     let width = 1usize << (order - 3);
-    bytes[index * width..(index + 1) * width].iter().fold(0, |count, byte| count << 8 | u64::from(*byte))
+    bytes[index * width..(index + 1) * width]
+        .iter()
+        .fold(0, |count, byte| count << 8 | u64::from(*byte))
 }
 
 fn put_count(bytes: &mut [u8], index: u64, order: u32, count: u64) {
@@ -429,7 +514,11 @@ mod tests {
             put_count(&mut bytes, 3, order, 0);
             put_count(&mut bytes, 3, order, 1);
             assert_eq!(get_count(&bytes, 3, order), 1, "order {order}");
-            let full = if order == 6 { u64::MAX } else { (1u64 << (1 << order)) - 1 };
+            let full = if order == 6 {
+                u64::MAX
+            } else {
+                (1u64 << (1 << order)) - 1
+            };
             assert_eq!(get_count(&bytes, 2, order), full);
             assert_eq!(get_count(&bytes, 4, order), full);
         }

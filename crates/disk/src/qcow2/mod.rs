@@ -51,10 +51,13 @@ pub struct CreateOptions {
 
 impl Default for CreateOptions {
     fn default() -> CreateOptions {
-        CreateOptions { size: 0, cluster_bits: 16, backing: None }
+        CreateOptions {
+            size: 0,
+            cluster_bits: 16,
+            backing: None,
+        }
     }
 }
-
 
 /// Reads what is there; what lies beyond the file's end reads as zeros (a cluster never fully written).
 fn read_or_zero(file: &File, data: &mut [u8], mut offset: u64) -> io::Result<()> {
@@ -81,30 +84,60 @@ impl Qcow2Disk {
     ///
     /// # Errors
     /// [`DiskError::Open`]; [`DiskError::Unusable`] with what is wrong with it.
-    pub fn open(path: &Path, read_only: bool, backing: BackingFiles) -> Result<Qcow2Disk, DiskError> {
+    pub fn open(
+        path: &Path,
+        read_only: bool,
+        backing: BackingFiles,
+    ) -> Result<Qcow2Disk, DiskError> {
         Qcow2Disk::open_at(path, read_only, backing, 0)
     }
 
-    fn open_at(path: &Path, read_only: bool, backing: BackingFiles, depth: usize) -> Result<Qcow2Disk, DiskError> {
-        let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        let unusable = |reason: String| DiskError::Unusable { path: path.to_owned(), reason };
-        let file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(failed)?;
+    fn open_at(
+        path: &Path,
+        read_only: bool,
+        backing: BackingFiles,
+        depth: usize,
+    ) -> Result<Qcow2Disk, DiskError> {
+        let failed = |source| DiskError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let unusable = |reason: String| DiskError::Unusable {
+            path: path.to_owned(),
+            reason,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .open(path)
+            .map_err(failed)?;
         if !file.metadata().map_err(failed)?.file_type().is_file() {
             return Err(unusable("it is no file".into()));
         }
-        let lock = if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+        let lock = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
         // File systems without locks exist; the disk is usable all the same.
         if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&file, lock) {
             return Err(unusable("another machine uses it".into()));
         }
         let mut first = Vec::new();
-        (&file).take(1 << 16).read_to_end(&mut first).map_err(failed)?;
+        (&file)
+            .take(1 << 16)
+            .read_to_end(&mut first)
+            .map_err(failed)?;
         let mut header = Header::parse(&first).map_err(unusable)?;
         if !read_only && header.corrupt {
-            return Err(unusable("it is marked as damaged; mend it with qemu-img check -r all".into()));
+            return Err(unusable(
+                "it is marked as damaged; mend it with qemu-img check -r all".into(),
+            ));
         }
         if !read_only && header.dirty {
-            return Err(unusable("it was not closed in order; mend it with qemu-img check -r leaks".into()));
+            return Err(unusable(
+                "it was not closed in order; mend it with qemu-img check -r leaks".into(),
+            ));
         }
         let below = match &header.backing {
             None => None,
@@ -115,7 +148,9 @@ impl Qcow2Disk {
                 ));
             }
             Some(_) if depth >= CHAIN_LIMIT => {
-                return Err(unusable(format!("more than {CHAIN_LIMIT} images lie below one another")));
+                return Err(unusable(format!(
+                    "more than {CHAIN_LIMIT} images lie below one another"
+                )));
             }
             Some(below) => Some(Qcow2Disk::open_backing(path, below, depth)?),
         };
@@ -135,17 +170,26 @@ impl Qcow2Disk {
         })
     }
 
-    fn open_backing(path: &Path, below: &Backing, depth: usize) -> Result<Box<dyn Disk>, DiskError> {
+    fn open_backing(
+        path: &Path,
+        below: &Backing,
+        depth: usize,
+    ) -> Result<Box<dyn Disk>, DiskError> {
         // A relative name is relative to the image that says it.
         let file = path.parent().unwrap_or(Path::new("")).join(&below.file);
         match below.format.as_deref() {
-            Some("qcow2") => {
-                Ok(Box::new(Qcow2Disk::open_at(&file, true, BackingFiles::Allowed, depth + 1)?))
-            }
+            Some("qcow2") => Ok(Box::new(Qcow2Disk::open_at(
+                &file,
+                true,
+                BackingFiles::Allowed,
+                depth + 1,
+            )?)),
             Some("raw") => Ok(Box::new(crate::RawDisk::open(&file, true)?)),
             Some(other) => Err(DiskError::Unusable {
                 path: path.to_owned(),
-                reason: format!("the image below it has the format {other:?}; raw and qcow2 are known"),
+                reason: format!(
+                    "the image below it has the format {other:?}; raw and qcow2 are known"
+                ),
             }),
             // Guessing would let the writer of a raw image turn it into a qcow2 that names any file.
             None => Err(DiskError::Unusable {
@@ -165,8 +209,14 @@ impl Qcow2Disk {
     /// # Errors
     /// Where the file cannot be made; nothing is left then.
     pub fn create(path: &Path, options: &CreateOptions) -> Result<(), DiskError> {
-        let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        let unusable = |reason: &str| DiskError::Unusable { path: path.to_owned(), reason: reason.into() };
+        let failed = |source| DiskError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let unusable = |reason: &str| DiskError::Unusable {
+            path: path.to_owned(),
+            reason: reason.into(),
+        };
         let mut size = options.size;
         if let Some(below) = &options.backing {
             let below = Qcow2Disk::open_backing(path, below, 0)?;
@@ -176,20 +226,30 @@ impl Qcow2Disk {
         }
         let bits = options.cluster_bits;
         if !(9..=21).contains(&bits) {
-            return Err(unusable("its clusters would have a size that is not allowed: 2^9 to 2^21 bytes are"));
+            return Err(unusable(
+                "its clusters would have a size that is not allowed: 2^9 to 2^21 bytes are",
+            ));
         }
         let cluster = 1u64 << bits;
         let size = size.next_multiple_of(512);
         let l1_entries = size.div_ceil(cluster * (cluster / 8)).max(1);
         if size == 0 || l1_entries * 8 > 32 << 20 {
-            return Err(unusable("its size is impossible; choose larger clusters for a larger disk"));
+            return Err(unusable(
+                "its size is impossible; choose larger clusters for a larger disk",
+            ));
         }
-        if options.backing.as_ref().is_some_and(|b| b.file.len() > 1023.min(cluster as usize - 160)) {
+        if options
+            .backing
+            .as_ref()
+            .is_some_and(|b| b.file.len() > 1023.min(cluster as usize - 160))
+        {
             return Err(unusable("the name of the image below it is too long"));
         }
         // Header, reference counts' table, one block of them, first-level table.
         let l1_clusters = (l1_entries * 8).div_ceil(cluster);
-        let table_clusters = (size.div_ceil(cluster * cluster * 4) * 2 * 8).div_ceil(cluster).clamp(1, (8 << 20) / cluster);
+        let table_clusters = (size.div_ceil(cluster * cluster * 4) * 2 * 8)
+            .div_ceil(cluster)
+            .clamp(1, (8 << 20) / cluster);
         let used = 1 + table_clusters + 1 + l1_clusters;
         if used > cluster * 8 / 16 {
             return Err(unusable("its clusters are too small for its size"));
@@ -210,7 +270,11 @@ impl Qcow2Disk {
             dirty: false,
             corrupt: false,
         };
-        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .map_err(failed)?;
         let written = (|| {
             let block = (1 + table_clusters) * cluster;
             file.set_len(used * cluster)?;
@@ -240,13 +304,18 @@ impl Qcow2Disk {
             });
         }
         let mut metadata = disk.write_lock();
-        metadata.grow(&disk.file, size).map_err(|source| disk.failed("growing", 0, 0, source))
+        metadata
+            .grow(&disk.file, size)
+            .map_err(|source| disk.failed("growing", 0, 0, source))
     }
 
     /// Bytes the image takes on the host.
     pub fn allocated(&self) -> Result<u64, DiskError> {
         use std::os::unix::fs::MetadataExt;
-        let about = self.file.metadata().map_err(|source| self.failed("looking", 0, 0, source))?;
+        let about = self
+            .file
+            .metadata()
+            .map_err(|source| self.failed("looking", 0, 0, source))?;
         Ok(about.blocks() * 512)
     }
 
@@ -255,16 +324,24 @@ impl Qcow2Disk {
     }
 
     fn write_lock(&self) -> RwLockWriteGuard<'_, Metadata> {
-        self.metadata.write().unwrap_or_else(PoisonError::into_inner)
+        self.metadata
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failed(&self, what: &'static str, offset: u64, len: u64, source: io::Error) -> DiskError {
-        DiskError::Io { what, offset, len, source }
+        DiskError::Io {
+            what,
+            offset,
+            len,
+            source,
+        }
     }
 
     fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), DiskError> {
         if offset.checked_add(len).is_none_or(|end| end > self.size) {
-            let source = io::Error::new(io::ErrorKind::InvalidInput, "it lies beyond the disk's end");
+            let source =
+                io::Error::new(io::ErrorKind::InvalidInput, "it lies beyond the disk's end");
             return Err(self.failed(what, offset, len, source));
         }
         Ok(())
@@ -286,7 +363,13 @@ impl Qcow2Disk {
     }
 
     /// Reads within one cluster.
-    fn read_part(&self, metadata: &Metadata, entry: u64, offset: u64, data: &mut [u8]) -> io::Result<()> {
+    fn read_part(
+        &self,
+        metadata: &Metadata,
+        entry: u64,
+        offset: u64,
+        data: &mut [u8],
+    ) -> io::Result<()> {
         if entry & COMPRESSED != 0 {
             let whole = self.decompress(&metadata.header, entry)?;
             let at = (offset % metadata.cluster()) as usize;
@@ -302,7 +385,10 @@ impl Qcow2Disk {
             return self.read_below(offset, data);
         }
         if !host.is_multiple_of(metadata.cluster()) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the image is damaged: a cluster is out of place"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the image is damaged: a cluster is out of place",
+            ));
         }
         read_or_zero(&self.file, data, host + offset % metadata.cluster())
     }
@@ -318,10 +404,17 @@ impl Qcow2Disk {
         read_or_zero(&self.file, &mut packed, host)?;
         let cluster = 1usize << header.cluster_bits;
         let mut whole = vec![0; cluster];
-        let damaged = |_| io::Error::new(io::ErrorKind::InvalidData, "the image is damaged: a compressed cluster cannot be read");
+        let damaged = |_| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the image is damaged: a compressed cluster cannot be read",
+            )
+        };
         match header.compression {
             Compression::Deflate => {
-                flate2::read::DeflateDecoder::new(&packed[..]).read_exact(&mut whole).map_err(damaged)?;
+                flate2::read::DeflateDecoder::new(&packed[..])
+                    .read_exact(&mut whole)
+                    .map_err(damaged)?;
             }
             Compression::Zstd => {
                 zstd::stream::read::Decoder::new(&packed[..])
@@ -368,7 +461,11 @@ impl Qcow2Disk {
         };
         // A zero cluster may keep its place, unless it is shared.
         let keeps_place = entry & COMPRESSED == 0 && entry & COPIED != 0 && entry & OFFSET != 0;
-        let host = if keeps_place { entry & OFFSET } else { metadata.allocate(&self.file, 1)? };
+        let host = if keeps_place {
+            entry & OFFSET
+        } else {
+            metadata.allocate(&self.file, 1)?
+        };
         self.file.write_all_at(bytes, host)?;
         metadata.set_entry(&self.file, start, host | COPIED)?;
         if !keeps_place {
@@ -386,12 +483,21 @@ impl Qcow2Disk {
         if entry == 0 && self.backing.is_none() {
             return Ok(());
         }
-        let empty = if metadata.header.version == 3 { ZERO } else { 0 };
+        let empty = if metadata.header.version == 3 {
+            ZERO
+        } else {
+            0
+        };
         if empty == 0 && self.backing.is_some() {
             let zeros = vec![0; metadata.cluster().min(self.size - offset) as usize];
             return self.write_new(metadata, offset, &zeros);
         }
-        if keep && entry & COMPRESSED == 0 && entry & COPIED != 0 && entry & OFFSET != 0 && empty != 0 {
+        if keep
+            && entry & COMPRESSED == 0
+            && entry & COPIED != 0
+            && entry & OFFSET != 0
+            && empty != 0
+        {
             return metadata.set_entry(&self.file, offset, entry | ZERO);
         }
         metadata.set_entry(&self.file, offset, empty)?;
@@ -427,9 +533,12 @@ impl Qcow2Disk {
             // The last cluster of a disk may be shorter than a cluster.
             if at == start && (next == start + cluster || next == self.size) {
                 let mut metadata = self.write_lock();
-                whole(&mut metadata, start).map_err(|source| self.failed(what, offset, len, source))?;
+                whole(&mut metadata, start)
+                    .map_err(|source| self.failed(what, offset, len, source))?;
                 if metadata.wants_flush() {
-                    metadata.flush(&self.file).map_err(|source| self.failed(what, offset, len, source))?;
+                    metadata
+                        .flush(&self.file)
+                        .map_err(|source| self.failed(what, offset, len, source))?;
                 }
             } else {
                 part(at, next - at)?;
@@ -466,7 +575,9 @@ impl Disk for Qcow2Disk {
             let n = ((cluster - here % cluster) as usize).min(data.len() - at);
             let part = &mut data[at..at + n];
             match metadata.peek(here) {
-                Some(entry) => self.read_part(&metadata, entry, here, part).map_err(failed)?,
+                Some(entry) => self
+                    .read_part(&metadata, entry, here, part)
+                    .map_err(failed)?,
                 None => {
                     drop(metadata);
                     // Brings the table in; the next turn finds it.
@@ -484,7 +595,10 @@ impl Disk for Qcow2Disk {
         self.check("writing", offset, len)?;
         let failed = |source| self.failed("writing", offset, len, source);
         if self.read_only {
-            return Err(failed(io::Error::new(io::ErrorKind::PermissionDenied, "the disk is read-only")));
+            return Err(failed(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the disk is read-only",
+            )));
         }
         let mut at = 0;
         while at < data.len() {
@@ -496,11 +610,14 @@ impl Disk for Qcow2Disk {
             match metadata.peek(here) {
                 Some(entry) if in_place(entry) => {
                     let host = entry & OFFSET;
-                    self.file.write_all_at(part, host + here % cluster).map_err(failed)?;
+                    self.file
+                        .write_all_at(part, host + here % cluster)
+                        .map_err(failed)?;
                 }
                 _ => {
                     drop(metadata);
-                    self.write_new(&mut self.write_lock(), here, part).map_err(failed)?;
+                    self.write_new(&mut self.write_lock(), here, part)
+                        .map_err(failed)?;
                 }
             }
             at += n;
@@ -512,21 +629,39 @@ impl Disk for Qcow2Disk {
         if self.read_only {
             return Ok(());
         }
-        self.write_lock().flush(&self.file).map_err(|source| self.failed("flushing", 0, self.size, source))
+        self.write_lock()
+            .flush(&self.file)
+            .map_err(|source| self.failed("flushing", 0, self.size, source))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.check("discarding", offset, len)?;
         if self.read_only {
-            return Err(self.failed("discarding", offset, len, io::ErrorKind::PermissionDenied.into()));
+            return Err(self.failed(
+                "discarding",
+                offset,
+                len,
+                io::ErrorKind::PermissionDenied.into(),
+            ));
         }
-        self.each_cluster(offset, len, |metadata, at| self.clear(metadata, at, false), |_, _| Ok(()), "discarding")
+        self.each_cluster(
+            offset,
+            len,
+            |metadata, at| self.clear(metadata, at, false),
+            |_, _| Ok(()),
+            "discarding",
+        )
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         self.check("writing zeros", offset, len)?;
         if self.read_only {
-            return Err(self.failed("writing zeros", offset, len, io::ErrorKind::PermissionDenied.into()));
+            return Err(self.failed(
+                "writing zeros",
+                offset,
+                len,
+                io::ErrorKind::PermissionDenied.into(),
+            ));
         }
         self.each_cluster(
             offset,
@@ -542,20 +677,32 @@ impl Drop for Qcow2Disk {
     fn drop(&mut self) {
         if !self.read_only {
             // Nobody is left to hear of a failure; what was flushed is safe.
-            let _ = self.metadata.get_mut().unwrap_or_else(PoisonError::into_inner).close(&self.file);
+            let _ = self
+                .metadata
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner)
+                .close(&self.file);
         }
     }
 }
 
 /// Opens an image for reading from any bytes, as fuzzing wants it.
 pub fn fuzz_image(data: &[u8]) {
-    let Ok(mut file) = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).map(File::from) else { return };
+    let Ok(mut file) =
+        rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).map(File::from)
+    else {
+        return;
+    };
     if io::Write::write_all(&mut file, data).is_err() {
         return;
     }
-    let Ok(header) = Header::parse(data) else { return };
+    let Ok(header) = Header::parse(data) else {
+        return;
+    };
     let size = header.size;
-    let Ok(metadata) = Metadata::load(&file, header) else { return };
+    let Ok(metadata) = Metadata::load(&file, header) else {
+        return;
+    };
     let disk = Qcow2Disk {
         file,
         read_only: false,

@@ -26,7 +26,15 @@ fn text(path: &Path) -> &str {
 }
 
 fn new(path: &Path, size: u64, cluster_bits: u32) -> Qcow2Disk {
-    Qcow2Disk::create(path, &CreateOptions { size, cluster_bits, backing: None }).unwrap();
+    Qcow2Disk::create(
+        path,
+        &CreateOptions {
+            size,
+            cluster_bits,
+            backing: None,
+        },
+    )
+    .unwrap();
     Qcow2Disk::open(path, false, BackingFiles::Refused).unwrap()
 }
 
@@ -57,7 +65,9 @@ fn what_was_flushed_is_there_and_qemu_finds_the_image_sound() {
 fn qemu_reads_ours_and_we_read_qemus_compressed_ones() {
     let directory = tempfile::tempdir().unwrap();
     let raw = directory.path().join("a.raw");
-    let bytes: Vec<u8> = (0..3_000_000u32).flat_map(|i| (i / 1000).to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..3_000_000u32)
+        .flat_map(|i| (i / 1000).to_le_bytes())
+        .collect();
     std::fs::write(&raw, &bytes[..bytes.len() / 512 * 512]).unwrap();
     let size = std::fs::metadata(&raw).unwrap().len();
     let ours = directory.path().join("ours.qcow2");
@@ -66,12 +76,23 @@ fn qemu_reads_ours_and_we_read_qemus_compressed_ones() {
         disk.write_at(index as u64 * 100_000, chunk).unwrap();
     }
     drop(disk);
-    let Some(()) = qemu_img(&["compare", text(&ours), text(&raw)]) else { return };
+    let Some(()) = qemu_img(&["compare", text(&ours), text(&raw)]) else {
+        return;
+    };
     qemu_img(&["check", text(&ours)]);
     for compression in ["zlib", "zstd"] {
         let packed = directory.path().join(compression);
         let option = format!("compression_type={compression}");
-        qemu_img(&["convert", "-c", "-O", "qcow2", "-o", &option, text(&raw), text(&packed)]);
+        qemu_img(&[
+            "convert",
+            "-c",
+            "-O",
+            "qcow2",
+            "-o",
+            &option,
+            text(&raw),
+            text(&packed),
+        ]);
         let disk = Qcow2Disk::open(&packed, false, BackingFiles::Refused).unwrap();
         let mut all = vec![0; size as usize];
         disk.read_at(0, &mut all).unwrap();
@@ -92,15 +113,29 @@ fn an_overlay_leaves_its_base_alone() {
     drop(disk);
     let before = std::fs::read(&base).unwrap();
     let top = directory.path().join("top.qcow2");
-    let backing = Some(Backing { file: "base.qcow2".into(), format: Some("qcow2".into()) });
-    Qcow2Disk::create(&top, &CreateOptions { size: 16 << 20, cluster_bits: 16, backing }).unwrap();
+    let backing = Some(Backing {
+        file: "base.qcow2".into(),
+        format: Some("qcow2".into()),
+    });
+    Qcow2Disk::create(
+        &top,
+        &CreateOptions {
+            size: 16 << 20,
+            cluster_bits: 16,
+            backing,
+        },
+    )
+    .unwrap();
     assert!(Qcow2Disk::open(&top, false, BackingFiles::Refused).is_err());
     let disk = Qcow2Disk::open(&top, false, BackingFiles::Allowed).unwrap();
     disk.write_at(65_530, &[2; 20]).unwrap();
     disk.write_zeroes(131_072, 65_536).unwrap();
     let mut all = vec![9; 16 << 20];
     disk.read_at(0, &mut all).unwrap();
-    assert_eq!(&all[65_520..65_560], &[&[1; 10][..], &[2; 20], &[1; 10]].concat()[..]);
+    assert_eq!(
+        &all[65_520..65_560],
+        &[&[1; 10][..], &[2; 20], &[1; 10]].concat()[..]
+    );
     assert!(all[131_072..196_608].iter().all(|b| *b == 0));
     assert!(all[196_608..300_000].iter().all(|b| *b == 1));
     assert!(all[300_000..].iter().all(|b| *b == 0));
@@ -134,7 +169,9 @@ fn a_snapshot_of_qemus_keeps_its_clusters() {
     let disk = new(&path, 4 << 20, 16);
     disk.write_at(0, &[1; 200_000]).unwrap();
     drop(disk);
-    let Some(()) = qemu_img(&["snapshot", "-c", "before", text(&path)]) else { return };
+    let Some(()) = qemu_img(&["snapshot", "-c", "before", text(&path)]) else {
+        return;
+    };
     let disk = Qcow2Disk::open(&path, false, BackingFiles::Refused).unwrap();
     disk.write_at(100, &[2; 100_000]).unwrap();
     drop(disk);

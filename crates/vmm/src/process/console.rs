@@ -28,7 +28,11 @@ pub struct Console {
 }
 
 fn open_log(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
 }
 
 impl Console {
@@ -38,7 +42,12 @@ impl Console {
         let written = log.metadata()?.len();
         Ok(Arc::new(Console {
             path: path.to_owned(),
-            inner: Mutex::new(Inner { log, written, history: VecDeque::new(), attached: Vec::new() }),
+            inner: Mutex::new(Inner {
+                log,
+                written,
+                history: VecDeque::new(),
+                attached: Vec::new(),
+            }),
         }))
     }
 
@@ -67,7 +76,9 @@ impl Console {
         let excess = inner.history.len().saturating_sub(HISTORY);
         inner.history.drain(..excess);
         // Whoever does not read fast enough is let go: the guest waits for nobody.
-        inner.attached.retain_mut(|stream| stream.write_all(bytes).is_ok());
+        inner
+            .attached
+            .retain_mut(|stream| stream.write_all(bytes).is_ok());
     }
 
     /// A line of ours among the guest's output.
@@ -138,7 +149,10 @@ mod tests {
         for _ in 0..200 {
             console.output(&[b'y'; 65536]);
         }
-        let total: u64 = fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        let total: u64 = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|e| e.unwrap().metadata().unwrap().len())
+            .sum();
         assert!(total <= 2 * LOG_LIMIT, "{total}");
         assert!(fs::metadata(&path).unwrap().len() > 0);
     }

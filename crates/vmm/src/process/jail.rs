@@ -8,8 +8,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use landlock::{ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, path_beneath_rules};
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities, unshare_unsafe};
+use landlock::{
+    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
+    path_beneath_rules,
+};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities, unshare_unsafe,
+};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 /// Confines this process. What it could not take away comes back as sentences for people; the guest still runs,
@@ -22,12 +27,19 @@ pub fn enter(readable: &[&Path], writable: &[&Path]) -> Vec<String> {
             weaknesses.push(format!("the machine's process keeps {what}: {why}"));
         }
     };
-    let flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS;
+    let flags =
+        UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS;
     // SAFETY: this is the only thread, and it shares no file system state with another process.
     let unshared = unsafe { unshare_unsafe(flags) };
     step("the host's namespaces", unshared.map_err(|e| e.to_string()));
-    step("its capabilities", drop_capabilities().map_err(|e| e.to_string()));
-    step("sight of the host's files", restrict_files(readable, writable));
+    step(
+        "its capabilities",
+        drop_capabilities().map_err(|e| e.to_string()),
+    );
+    step(
+        "sight of the host's files",
+        restrict_files(readable, writable),
+    );
     step("system calls it does not need", restrict_calls());
     weaknesses
 }
@@ -61,7 +73,10 @@ fn restrict_files(readable: &[&Path], writable: &[&Path]) -> Result<(), String> 
             .handle_access(all)?
             .create()?
             .add_rules(path_beneath_rules(looked_at.iter().chain(readable), read))?
-            .add_rules(path_beneath_rules(devices.iter().chain(writable), all & !AccessFs::Execute))?
+            .add_rules(path_beneath_rules(
+                devices.iter().chain(writable),
+                all & !AccessFs::Execute,
+            ))?
             .restrict_self()
     })()
     .map_err(|error: landlock::RulesetError| error.to_string())?;
@@ -172,15 +187,24 @@ const CALLS: &[libc::c_long] = &[
 ];
 
 fn restrict_calls() -> Result<(), String> {
-    let arch: TargetArch = std::env::consts::ARCH.try_into().map_err(|e| format!("{e:?}"))?;
+    let arch: TargetArch = std::env::consts::ARCH
+        .try_into()
+        .map_err(|e| format!("{e:?}"))?;
     let install = |rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>>, otherwise, matching| {
-        let filter = SeccompFilter::new(rules, otherwise, matching, arch).map_err(|e| e.to_string())?;
-        let program: BpfProgram = filter.try_into().map_err(|e: seccompiler::BackendError| e.to_string())?;
+        let filter =
+            SeccompFilter::new(rules, otherwise, matching, arch).map_err(|e| e.to_string())?;
+        let program: BpfProgram = filter
+            .try_into()
+            .map_err(|e: seccompiler::BackendError| e.to_string())?;
         apply_filter(&program).map_err(|e| e.to_string())
     };
     // clone3 hides its flags in memory: glibc falls back to clone, whose flags can be seen.
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    install(no_clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
+    install(
+        no_clone3,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+    )?;
     let mut rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
         CALLS.iter().map(|call| (*call, Vec::new())).collect();
     // Threads, never processes.
@@ -193,7 +217,11 @@ fn restrict_calls() -> Result<(), String> {
     .and_then(|condition| seccompiler::SeccompRule::new(vec![condition]))
     .map_err(|e| e.to_string())?;
     rules.insert(libc::SYS_clone, vec![thread]);
-    install(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+    install(
+        rules,
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+    )
 }
 
 #[cfg(test)]
@@ -249,6 +277,9 @@ mod tests {
         })
         .join()
         .unwrap();
-        assert!(!weaknesses.iter().any(|w| w.contains("system calls")), "{weaknesses:?}");
+        assert!(
+            !weaknesses.iter().any(|w| w.contains("system calls")),
+            "{weaknesses:?}"
+        );
     }
 }

@@ -133,11 +133,15 @@ pub(crate) struct Handles {
 /// Runs the machine of a folder; exit code 0 for a power-off.
 pub fn main(args: impl IntoIterator<Item = String>) -> ExitCode {
     let Some(folder) = args.into_iter().next().map(PathBuf::from) else {
-        eprintln!("usage: berth machine-process FOLDER (the daemon's own; use berth machine start)");
+        eprintln!(
+            "usage: berth machine-process FOLDER (the daemon's own; use berth machine start)"
+        );
         return ExitCode::from(2);
     };
     let record = match run(&folder) {
-        Ok(Outcome::PowerOff | Outcome::Reset | Outcome::DebugExit(_)) => record(ExitReason::PowerOff, String::new()),
+        Ok(Outcome::PowerOff | Outcome::Reset | Outcome::DebugExit(_)) => {
+            record(ExitReason::PowerOff, String::new())
+        }
         Ok(Outcome::Killed) => record(ExitReason::Killed, String::new()),
         Ok(Outcome::Crash(why)) => record(ExitReason::Crashed, why),
         Err(error) => {
@@ -156,16 +160,28 @@ pub fn main(args: impl IntoIterator<Item = String>) -> ExitCode {
         eprintln!("berth: cannot record the end: {error}");
         return ExitCode::FAILURE;
     }
-    if record.reason == ExitReason::PowerOff { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if record.reason == ExitReason::PowerOff {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn record(reason: ExitReason, message: String) -> ExitRecord {
-    ExitRecord { reason, message, finished: base::time::now_rfc3339() }
+    ExitRecord {
+        reason,
+        message,
+        finished: base::time::now_rfc3339(),
+    }
 }
 
 fn read_config(folder: &Path) -> Result<ProcessConfig, BootError> {
     let path = folder.join(CONFIG);
-    let failed = |source| BootError::Read { what: "the machine's configuration", path: path.clone(), source };
+    let failed = |source| BootError::Read {
+        what: "the machine's configuration",
+        path: path.clone(),
+        source,
+    };
     read_json(&path)
         .map_err(failed)?
         .ok_or_else(|| failed(std::io::Error::from(std::io::ErrorKind::NotFound)))
@@ -174,20 +190,31 @@ fn read_config(folder: &Path) -> Result<ProcessConfig, BootError> {
 fn run(folder: &Path) -> Result<Outcome, BootError> {
     let config = read_config(folder)?;
     let kernel = Kernel::open(&config.kernel, Protocol::default())?;
-    let initrd = config.initrd.as_deref().map(|path| crate::boot::read("initrd", path)).transpose()?;
+    let initrd = config
+        .initrd
+        .as_deref()
+        .map(|path| crate::boot::read("initrd", path))
+        .transpose()?;
     let taps: Vec<(ProcessNetwork, OwnedFd)> = config
         .networks
         .iter()
         .map(|network| {
             // SAFETY: the daemon passed these descriptors to this process alone and wrote their numbers;
             // this is the only place that takes them, once.
-            (network.clone(), unsafe { OwnedFd::from_raw_fd(network.descriptor) })
+            (network.clone(), unsafe {
+                OwnedFd::from_raw_fd(network.descriptor)
+            })
         })
         .collect();
     let failed = |what: &'static str| {
-        move |source| BootError::Read { what, path: folder.to_owned(), source }
+        move |source| BootError::Read {
+            what,
+            path: folder.to_owned(),
+            source,
+        }
     };
-    let console = Console::open(&folder.join(CONSOLE_LOG)).map_err(failed("the console's log in"))?;
+    let console =
+        Console::open(&folder.join(CONSOLE_LOG)).map_err(failed("the console's log in"))?;
     let socket = folder.join(CONTROL);
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).map_err(failed("the control socket in"))?;
@@ -198,7 +225,13 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
         started: std::time::Instant::now(),
     });
     let mut writable: Vec<&Path> = vec![folder];
-    writable.extend(config.disks.iter().filter(|d| !d.read_only).map(|d| d.path.as_path()));
+    writable.extend(
+        config
+            .disks
+            .iter()
+            .filter(|d| !d.read_only)
+            .map(|d| d.path.as_path()),
+    );
     let mut readable: Vec<&Path> = Vec::new();
     readable.extend(config.disks.iter().map(|d| d.path.as_path()));
     // What could not be confined is said, so that `inspect` and the log show it.
@@ -209,7 +242,10 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
     protocol::serve(listener, running.clone()).map_err(failed("a thread for"))?;
     loop {
         let outcome = run_once(&config, &kernel, initrd.as_deref(), &taps, &running)?;
-        *running.machine.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *running
+            .machine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
         match &outcome {
             Outcome::Reset => {}
             Outcome::Crash(why) if config.on_crash == OnCrash::Restart => {
@@ -219,7 +255,10 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
             }
             _ => return Ok(outcome),
         }
-        *running.resets.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        *running
+            .resets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) += 1;
     }
 }
 
@@ -240,7 +279,15 @@ fn run_once(
     let mut machine = Machine::new(machine_config, Box::new(running.console.writer()))?;
     let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
     for disk in &config.disks {
-        disks.push(disk::open(&disk.path, disk.format, disk.read_only, BackingFiles::Allowed)?.into());
+        disks.push(
+            disk::open(
+                &disk.path,
+                disk.format,
+                disk.read_only,
+                BackingFiles::Allowed,
+            )?
+            .into(),
+        );
     }
     if !disks.is_empty() {
         machine.add_nvme(disks, 0)?;
@@ -250,9 +297,20 @@ fn run_once(
     let words = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
     let memory = machine.memory.clone();
     machine.set_start::<BootError>(|state| {
-        place(&memory, kernel, initrd, &words, rsdp, Protocol::default(), state)
+        place(
+            &memory,
+            kernel,
+            initrd,
+            &words,
+            rsdp,
+            Protocol::default(),
+            state,
+        )
     })?;
-    *running.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(Handles {
+    *running
+        .machine
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner) = Some(Handles {
         control: machine.control.clone(),
         power: machine.power.clone(),
         serial: machine.serial.clone(),
@@ -263,7 +321,10 @@ fn run_once(
     Ok(machine.wait())
 }
 
-fn attach_networks(machine: &mut Machine, taps: &[(ProcessNetwork, OwnedFd)]) -> Result<(), BootError> {
+fn attach_networks(
+    machine: &mut Machine,
+    taps: &[(ProcessNetwork, OwnedFd)],
+) -> Result<(), BootError> {
     let _ = machine;
     for (network, tap) in taps {
         let _ = (network, tap);

@@ -84,20 +84,25 @@ pub fn parse(line: &str) -> Result<Request, String> {
 /// Serves the socket from a thread of its own.
 pub(super) fn serve(listener: UnixListener, running: Arc<Running>) -> io::Result<()> {
     let count = Arc::new(());
-    std::thread::Builder::new().name("control".into()).spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else { continue };
-            if Arc::strong_count(&count) > CONNECTION_LIMIT {
-                continue;
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(stream) = stream else { continue };
+                if Arc::strong_count(&count) > CONNECTION_LIMIT {
+                    continue;
+                }
+                let (running, held) = (running.clone(), count.clone());
+                let _ = std::thread::Builder::new()
+                    .name("connection".into())
+                    .stack_size(128 << 10)
+                    .spawn(move || {
+                        let _held = held;
+                        // A client that goes away in the middle is no news.
+                        let _ = converse(&stream, &running);
+                    });
             }
-            let (running, held) = (running.clone(), count.clone());
-            let _ = std::thread::Builder::new().name("connection".into()).stack_size(128 << 10).spawn(move || {
-                let _held = held;
-                // A client that goes away in the middle is no news.
-                let _ = converse(&stream, &running);
-            });
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -111,12 +116,25 @@ fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
         let request = match parse(&line) {
             Ok(request) => request,
             Err(error) => {
-                send(stream, &Answer { ok: false, error: Some(error), status: None })?;
+                send(
+                    stream,
+                    &Answer {
+                        ok: false,
+                        error: Some(error),
+                        status: None,
+                    },
+                )?;
                 return Ok(());
             }
         };
         if let Request::Console { history } = request {
-            send(stream, &Answer { ok: true, ..Answer::default() })?;
+            send(
+                stream,
+                &Answer {
+                    ok: true,
+                    ..Answer::default()
+                },
+            )?;
             running.console.attach(stream.try_clone()?, history)?;
             return type_into(reader, running);
         }
@@ -131,7 +149,11 @@ fn send(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
 }
 
 fn handles(running: &Running) -> Option<Handles> {
-    running.machine.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    running
+        .machine
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone()
 }
 
 fn type_into(mut reader: impl Read, running: &Running) -> io::Result<()> {
@@ -166,13 +188,24 @@ fn answer(request: &Request, running: &Running) -> Answer {
             state,
             cpu: machine.as_ref().map_or("", |m| m.cpu).to_owned(),
             note: machine.and_then(|m| m.note),
-            resets: *running.resets.lock().unwrap_or_else(PoisonError::into_inner),
+            resets: *running
+                .resets
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
             uptime_ms: running.started.elapsed().as_millis() as u64,
         };
-        return Answer { ok: true, error: None, status: Some(status) };
+        return Answer {
+            ok: true,
+            error: None,
+            status: Some(status),
+        };
     }
     let Some(machine) = machine else {
-        return Answer { ok: false, error: Some("the machine is starting; try again".into()), status: None };
+        return Answer {
+            ok: false,
+            error: Some("the machine is starting; try again".into()),
+            status: None,
+        };
     };
     let done = match request {
         Request::Pause => machine.control.pause(),
@@ -191,7 +224,11 @@ fn answer(request: &Request, running: &Running) -> Answer {
         }
         Request::Status | Request::Console { .. } => true,
     };
-    Answer { ok: done, error: (!done).then(|| "the machine has ended".into()), status: None }
+    Answer {
+        ok: done,
+        error: (!done).then(|| "the machine has ended".into()),
+        status: None,
+    }
 }
 
 #[cfg(test)]
@@ -203,7 +240,10 @@ mod tests {
     #[test]
     fn requests_have_one_written_form() {
         assert_eq!(parse(r#"{"op":"power-button"}"#), Ok(Request::PowerButton));
-        assert_eq!(parse(r#"{"op":"console"}"#), Ok(Request::Console { history: false }));
+        assert_eq!(
+            parse(r#"{"op":"console"}"#),
+            Ok(Request::Console { history: false })
+        );
         assert!(parse(r#"{"op":"format"}"#).is_err());
     }
 
