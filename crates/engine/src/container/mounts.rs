@@ -1,0 +1,328 @@
+//! Volumes, binds and tmpfs: from what was asked for to what is mounted.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+
+use serde_json::{Value, json};
+
+use crate::container::config::ContainerConfig;
+use crate::container::host_config::{HostConfig, Mount, VolumeOptions};
+use crate::container::inspect::MountPoint;
+use crate::container::inventory::Inventory;
+use crate::container::record::MountRecord;
+use crate::error::{Error, Result};
+use crate::volume::{VolumeCreate, VolumeSource, Volumes};
+
+const PROPAGATIONS: [&str; 6] = ["private", "rprivate", "shared", "rshared", "slave", "rslave"];
+
+fn invalid<T>(text: impl Into<String>) -> Result<T> {
+    Err(Error::Invalid(text.into()))
+}
+
+/// A path in a container, without `.` and `..`.
+///
+/// # Errors
+/// [`Error::Invalid`] for one that is not absolute, and for the root.
+pub(crate) fn target(path: &str) -> Result<String> {
+    if !path.starts_with('/') {
+        return invalid(format!("invalid mount config: invalid mount path: '{path}' mount path must be absolute"));
+    }
+    let mut parts: Vec<&str> = Vec::new();
+    for component in Path::new(path).components() {
+        match component {
+            Component::Normal(part) => parts.push(part.to_str().unwrap_or_default()),
+            Component::ParentDir => drop(parts.pop()),
+            _ => {}
+        }
+    }
+    if parts.is_empty() {
+        return invalid("invalid specification: destination can't be '/'");
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// Reads `source:target[:options]` or, of a volume, `name:target`.
+///
+/// # Errors
+/// [`Error::Invalid`] in dockerd's words.
+pub(crate) fn parse_bind(text: &str) -> Result<MountRecord> {
+    let wrong = || Error::Invalid(format!("invalid volume specification: '{text}'"));
+    let parts: Vec<&str> = text.split(':').collect();
+    let (source, destination, mode) = match parts[..] {
+        [destination] => ("", destination, ""),
+        [source, destination] => (source, destination, ""),
+        [source, destination, mode] => (source, destination, mode),
+        _ => return Err(wrong()),
+    };
+    if destination.is_empty() || (parts.len() > 1 && source.is_empty()) {
+        return Err(wrong());
+    }
+    let bind = source.starts_with('/');
+    let mut record = MountRecord {
+        point: MountPoint {
+            kind: if bind { "bind" } else { "volume" }.into(),
+            destination: target(destination)?,
+            mode: mode.into(),
+            rw: true,
+            ..Default::default()
+        },
+        recursive: true,
+        copy: !bind,
+        ..Default::default()
+    };
+    if bind {
+        record.point.source = source.into();
+        record.point.propagation = "rprivate".into();
+    } else {
+        record.point.name = source.into();
+        record.point.driver = "local".into();
+    }
+    for option in mode.split(',').filter(|option| !option.is_empty()) {
+        match option {
+            "rw" => {}
+            "ro" => record.point.rw = false,
+            // SELinux labels and consistency: nothing to do on hosts without.
+            "z" | "Z" | "consistent" | "cached" | "delegated" => {}
+            "nocopy" => record.copy = false,
+            "volume-nocopy" => record.copy = false,
+            other if bind && PROPAGATIONS.contains(&other) => record.point.propagation = other.into(),
+            _ => return invalid(format!("invalid mode: {mode}")),
+        }
+    }
+    Ok(record)
+}
+
+fn of_mount(mount: &Mount) -> Result<MountRecord> {
+    let destination = target(&mount.target)?;
+    let mut record = MountRecord {
+        point: MountPoint { kind: mount.kind.clone(), destination, rw: !mount.read_only, ..Default::default() },
+        recursive: true,
+        ..Default::default()
+    };
+    match mount.kind.as_str() {
+        "bind" => {
+            if !mount.source.starts_with('/') {
+                return invalid(format!(
+                    "invalid mount config for type \"bind\": invalid mount path: '{}' mount path must be absolute",
+                    mount.source
+                ));
+            }
+            let options = mount.bind_options.clone().unwrap_or_default();
+            if !Path::new(&mount.source).exists() {
+                if !options.create_mountpoint {
+                    return invalid(format!(
+                        "invalid mount config for type \"bind\": bind source path does not exist: {}",
+                        mount.source
+                    ));
+                }
+                make_source(&mount.source)?;
+            }
+            record.point.source = mount.source.clone();
+            record.recursive = !options.non_recursive;
+            record.point.propagation = match options.propagation.as_str() {
+                "" => "rprivate".into(),
+                known if PROPAGATIONS.contains(&known) => known.into(),
+                other => return invalid(format!("invalid mount config for type \"bind\": invalid propagation mode: {other}")),
+            };
+        }
+        "volume" => {
+            let options = mount.volume_options.clone().unwrap_or_default();
+            record.point.name = mount.source.clone();
+            record.point.driver = "local".into();
+            record.copy = !options.no_copy;
+            record.subpath = subpath(&options)?;
+        }
+        "tmpfs" => {
+            let options = mount.tmpfs_options.clone().unwrap_or_default();
+            if options.size_bytes > 0 {
+                record.options.push(format!("size={}", options.size_bytes));
+            }
+            if let Some(mode) = options.mode {
+                record.options.push(format!("mode={mode:o}"));
+            }
+            record.options.extend(options.options.iter().map(|pair| pair.join("=")));
+        }
+        other => return invalid(format!("invalid mount config: unknown mount type {other:?}: bind, volume and tmpfs are known")),
+    }
+    Ok(record)
+}
+
+fn subpath(options: &VolumeOptions) -> Result<String> {
+    let inside = Path::new(&options.subpath)
+        .components()
+        .all(|component| matches!(component, Component::Normal(_) | Component::CurDir));
+    if inside { Ok(options.subpath.clone()) } else { invalid("invalid mount config: the subpath must be a relative path within the volume") }
+}
+
+/// All mounts of a new container, with its volumes made and held for it.
+///
+/// # Errors
+/// [`Error::Invalid`] where two share a target or one is malformed.
+pub(crate) fn resolve(
+    id: &str,
+    config: &ContainerConfig,
+    host: &HostConfig,
+    inventory: &Inventory,
+    volumes: &Volumes,
+) -> Result<Vec<MountRecord>> {
+    let mut found: BTreeMap<String, MountRecord> = BTreeMap::new();
+    for reference in host.volumes_from.iter().flatten() {
+        let (name, mode) = reference.split_once(':').unwrap_or((reference, "rw"));
+        let read_only = mode.split(',').any(|option| option == "ro");
+        let other = inventory.find(name)?;
+        for mount in &other.record().mounts {
+            if mount.point.kind == "tmpfs" {
+                continue;
+            }
+            let mut mount = MountRecord { copy: false, anonymous: false, ..mount.clone() };
+            mount.point.rw &= !read_only;
+            found.insert(mount.point.destination.clone(), mount);
+        }
+    }
+    let mut own: BTreeMap<String, MountRecord> = BTreeMap::new();
+    let mut add = |record: MountRecord| match own.insert(record.point.destination.clone(), record) {
+        Some(twice) => invalid(format!("Duplicate mount point: {}", twice.point.destination)),
+        None => Ok(()),
+    };
+    for text in host.binds.iter().flatten() {
+        let record = parse_bind(text)?;
+        if record.point.kind == "bind" && !Path::new(&record.point.source).exists() {
+            make_source(&record.point.source)?;
+        }
+        add(record)?;
+    }
+    for mount in &host.mounts {
+        add(of_mount(mount)?)?;
+    }
+    for (path, options) in &host.tmpfs {
+        add(MountRecord {
+            point: MountPoint {
+                kind: "tmpfs".into(),
+                destination: target(path)?,
+                mode: options.clone(),
+                rw: !options.split(',').any(|option| option == "ro"),
+                ..Default::default()
+            },
+            options: options.split(',').filter(|o| !o.is_empty() && *o != "rw" && *o != "ro").map(str::to_owned).collect(),
+            ..Default::default()
+        })?;
+    }
+    found.extend(own);
+    for path in config.volumes.iter().flat_map(|set| set.iter()) {
+        let record = MountRecord { anonymous: true, ..parse_bind(path)? };
+        found.entry(record.point.destination.clone()).or_insert(record);
+    }
+    let mut mounts: Vec<MountRecord> = found.into_values().collect();
+    for mount in mounts.iter_mut().filter(|mount| mount.point.kind == "volume") {
+        let asked = host.mounts.iter().find(|m| m.kind == "volume" && target(&m.target).ok().as_ref() == Some(&mount.point.destination));
+        let options = asked.and_then(|m| m.volume_options.clone()).unwrap_or_default();
+        let driver = options.driver_config.unwrap_or_default();
+        mount.anonymous |= mount.point.name.is_empty();
+        let wanted = VolumeCreate {
+            name: mount.point.name.clone(),
+            driver: if driver.name.is_empty() { host.volume_driver.clone() } else { driver.name },
+            driver_opts: Some(driver.options),
+            labels: Some(options.labels),
+            cluster_volume_spec: None,
+        };
+        let (volume, _) = volumes.create_and_hold(wanted, Some(id))?;
+        mount.point.name = volume.name;
+        mount.point.source = volume.mountpoint;
+        mount.point.driver = volume.driver;
+        if mount.point.mode.is_empty() {
+            mount.point.mode = "z".into();
+        }
+    }
+    Ok(mounts)
+}
+
+fn make_source(path: &str) -> Result<()> {
+    std::fs::create_dir_all(path)
+        .map_err(|error| Error::Invalid(format!("error while creating mount source path '{path}': {error}")))
+}
+
+/// The mounts as the OCI spec writes them, shallow targets first. May ask a resolver (NFS volumes): call it off the reactor.
+///
+/// # Errors
+/// Where a bind's source or a volume is gone.
+pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value>> {
+    let mut sorted: Vec<&MountRecord> = mounts.iter().collect();
+    sorted.sort_by_key(|mount| mount.point.destination.matches('/').count());
+    let mut list = Vec::new();
+    for mount in sorted {
+        let point = &mount.point;
+        let access = if point.rw { "rw" } else { "ro" };
+        list.push(match point.kind.as_str() {
+            "tmpfs" => {
+                let mut options = vec!["noexec".to_owned(), "nosuid".into(), "nodev".into(), access.into()];
+                for option in &mount.options {
+                    // What is asked for wins over the default it contradicts.
+                    options.retain(|default| format!("no{option}") != *default);
+                    options.push(option.clone());
+                }
+                json!({ "destination": point.destination, "type": "tmpfs", "source": "tmpfs", "options": options })
+            }
+            "volume" => match volumes.source(&point.name)? {
+                VolumeSource::Directory(directory) => {
+                    let source = if mount.subpath.is_empty() { directory } else { below(&directory, &mount.subpath)? };
+                    json!({ "destination": point.destination, "type": "bind", "source": source,
+                        "options": ["rbind", "rprivate", access] })
+                }
+                VolumeSource::Mount { kind, device, mut options } => {
+                    let bind = options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
+                    options.push(access.into());
+                    let kind = if bind { "bind".to_owned() } else { kind };
+                    json!({ "destination": point.destination, "type": kind, "source": device, "options": options })
+                }
+            },
+            _ => {
+                if !Path::new(&point.source).exists() {
+                    return invalid(format!(
+                        "invalid mount config for type \"bind\": bind source path does not exist: {}",
+                        point.source
+                    ));
+                }
+                let bind = if mount.recursive { "rbind" } else { "bind" };
+                json!({ "destination": point.destination, "type": "bind", "source": point.source,
+                    "options": [bind, point.propagation, access] })
+            }
+        });
+    }
+    Ok(list)
+}
+
+/// A folder below another, with no link on the way that leaves it.
+fn below(directory: &Path, subpath: &str) -> Result<std::path::PathBuf> {
+    let real = directory.join(subpath).canonicalize().map_err(Error::io(format!("volume subpath {subpath}")))?;
+    let root = directory.canonicalize().map_err(Error::io("volume"))?;
+    if real.starts_with(&root) { Ok(real) } else { invalid(format!("volume subpath {subpath} leaves the volume")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn binds_are_read_as_dockerd_reads_them() {
+        let bind = parse_bind("/src:/dst/../dst/x:ro,rshared").unwrap();
+        assert_eq!((bind.point.kind.as_str(), bind.point.destination.as_str()), ("bind", "/dst/x"));
+        assert!(!bind.point.rw);
+        assert_eq!(bind.point.propagation, "rshared");
+        let volume = parse_bind("data:/data").unwrap();
+        assert_eq!((volume.point.kind.as_str(), volume.point.name.as_str()), ("volume", "data"));
+        for wrong in ["/a:", ":/b", "/a:/", "/a:b", "a:/b:c:d", "/a:/b:fast"] {
+            assert!(parse_bind(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn targets_never_keep_parent_folders(path in "/[a-z./]{0,20}") {
+            if let Ok(clean) = target(&path) {
+                prop_assert!(!clean.split('/').any(|part| part == ".." || part == "."));
+                prop_assert!(clean.len() > 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! Stopping, killing, pausing, waiting, renaming, updating.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::file::Durability;
+
+use crate::Engine;
+use crate::container::create::{blocking, check_name, check_restart};
+use crate::container::host_config::UpdateConfig;
+use crate::container::inspect::{Updated, WaitResult};
+use crate::container::record::{Container, Phase};
+use crate::container::start::detached;
+use crate::container::{Wait, WaitCondition, cgroup, limits, signal};
+use crate::error::{Error, Result};
+
+/// How long a killed container may take to be gone.
+const KILL_WAIT: Duration = Duration::from_secs(20);
+
+impl Engine {
+    /// Stops it: `signal` (its own stop signal), then after `timeout` seconds (its own; negative: never) SIGKILL.
+    /// [`Error::NotModified`] where it does not run.
+    pub async fn stop(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let signal = signal.filter(|signal| !signal.is_empty()).map(signal::number).transpose()?;
+        let engine = self.clone();
+        detached(async move {
+            let _operation = container.operation.lock().await;
+            engine.halt(&container, timeout, signal).await
+        })
+        .await
+    }
+
+    /// [`Engine::stop`] of a container whose operation lock the caller holds.
+    async fn halt(self: &Arc<Self>, container: &Arc<Container>, timeout: Option<i64>, signal: Option<i32>) -> Result<()> {
+        let record = container.record().clone();
+        if record.phase == Phase::Restarting {
+            container.end_tasks();
+            container.change(Durability::Process, |record| {
+                record.stopped_by_user = true;
+                record.phase = Phase::Exited;
+            })?;
+            container.milestones.send_modify(|milestones| milestones.rests += 1);
+            self.tell(container, "stop");
+            return Ok(());
+        }
+        if !record.phase.lives() {
+            return Err(Error::NotModified("container is already stopped".into()));
+        }
+        let number = match signal {
+            Some(number) => number,
+            None if record.config.stop_signal.is_empty() => libc::SIGTERM,
+            None => signal::number(&record.config.stop_signal)?,
+        };
+        let timeout = timeout.or(record.config.stop_timeout).unwrap_or(self.config.stop_timeout.as_secs() as i64);
+        container.note(|record| record.stopped_by_user = true);
+        let mut ends = container.milestones.subscribe();
+        let before = ends.borrow_and_update().exits;
+        self.send(container, number).await?;
+        if record.phase == Phase::Paused {
+            self.thaw(container).await?;
+        }
+        let gone = async {
+            let _ = ends.wait_for(|milestones| milestones.exits != before || milestones.removed).await;
+        };
+        let stopped = match u64::try_from(timeout) {
+            Ok(seconds) => tokio::time::timeout(Duration::from_secs(seconds), gone).await.is_ok(),
+            Err(_) => {
+                gone.await;
+                true
+            }
+        };
+        if !stopped {
+            self.kill_and_wait(container).await?;
+        }
+        self.tell(container, "stop");
+        Ok(())
+    }
+
+    /// Kills all of it and waits until that has been handled.
+    pub(crate) async fn kill_and_wait(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+        let mut ends = container.milestones.subscribe();
+        let before = ends.borrow_and_update().exits;
+        if !container.phase().lives() {
+            return Ok(());
+        }
+        self.send(container, libc::SIGKILL).await?;
+        if container.phase() == Phase::Paused {
+            self.thaw(container).await?;
+        }
+        let gone = ends.wait_for(|milestones| milestones.exits != before || milestones.removed);
+        match tokio::time::timeout(KILL_WAIT, gone).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Runtime {
+                message: format!(
+                    "container {} does not end after SIGKILL: a process of it hangs in the kernel (disk or network file system?)",
+                    container.id
+                ),
+                kind: base::Kind::Internal,
+            }),
+        }
+    }
+
+    async fn send(&self, container: &Container, number: i32) -> Result<()> {
+        let keeper = self.keeper().await?;
+        self.tell_with(container, "kill", &[("signal", number.to_string())]);
+        match keeper.signal(&container.id, number).await {
+            // It has ended by itself meanwhile, which is what was wanted.
+            Err(Error::Runtime { kind: base::Kind::NotFound, .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Stops (where it runs) and starts it.
+    pub async fn restart(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let signal = signal.filter(|signal| !signal.is_empty()).map(signal::number).transpose()?;
+        let engine = self.clone();
+        detached(async move {
+            let _operation = container.operation.lock().await;
+            // A container of `--rm` must survive its own restart.
+            let auto_remove = container.note(|record| std::mem::take(&mut record.host.auto_remove));
+            let stopped = match engine.halt(&container, timeout, signal).await {
+                Err(Error::NotModified(_)) => Ok(()),
+                other => other,
+            };
+            container.note(|record| {
+                record.host.auto_remove = auto_remove;
+                record.stopped_by_user = false;
+            });
+            stopped?;
+            engine.launch(&container).await?;
+            engine.tell(&container, "restart");
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sends a signal by name or number (`KILL`, `SIGKILL`, `9`; empty is SIGKILL).
+    pub async fn kill(self: &Arc<Self>, container: &str, signal: &str) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let number = if signal.is_empty() { libc::SIGKILL } else { signal::number(signal)? };
+        let record = container.record().clone();
+        match record.phase {
+            Phase::Running => {}
+            Phase::Paused if number == libc::SIGKILL => {}
+            Phase::Paused => return Err(Error::Paused(container.id.clone())),
+            _ => {
+                return Err(Error::Conflict(format!(
+                    "cannot kill container: {}: container {} is not running",
+                    record.name, container.id
+                )));
+            }
+        }
+        let stop = signal::number(&record.config.stop_signal).unwrap_or(libc::SIGTERM);
+        if number == libc::SIGKILL || number == stop {
+            container.note(|record| record.stopped_by_user = true);
+        }
+        if number == libc::SIGKILL {
+            let engine = self.clone();
+            return detached(async move { engine.kill_and_wait(&container).await }).await;
+        }
+        self.send(&container, number).await
+    }
+
+    /// Freezes all its processes.
+    pub async fn pause(self: &Arc<Self>, container: &str) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let _operation = container.operation.lock().await;
+        match container.phase() {
+            Phase::Running => {}
+            Phase::Paused => return Err(Error::Conflict(format!("container {} is already paused", container.id))),
+            _ => return Err(Error::NotRunning(container.id.clone())),
+        }
+        let group = self.cgroup_of(&container.record());
+        blocking(move || cgroup::freeze(&group, true)).await?;
+        container.note(|record| {
+            if record.phase == Phase::Running {
+                record.phase = Phase::Paused;
+            }
+        });
+        self.tell(&container, "pause");
+        Ok(())
+    }
+
+    /// Thaws them.
+    pub async fn unpause(self: &Arc<Self>, container: &str) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let _operation = container.operation.lock().await;
+        if container.phase() != Phase::Paused {
+            return Err(Error::Conflict(format!("Container {} is not paused", container.id)));
+        }
+        self.thaw(&container).await?;
+        self.tell(&container, "unpause");
+        Ok(())
+    }
+
+    pub(crate) async fn thaw(&self, container: &Container) -> Result<()> {
+        let group = self.cgroup_of(&container.record());
+        blocking(move || cgroup::freeze(&group, false)).await?;
+        container.note(|record| {
+            if record.phase == Phase::Paused {
+                record.phase = Phase::Running;
+            }
+        });
+        Ok(())
+    }
+
+    /// Registers a wait and returns it pending.
+    pub async fn wait(self: &Arc<Self>, container: &str, condition: WaitCondition) -> Result<Wait> {
+        let container = self.inventory.find(container)?;
+        let mut ends = container.milestones.subscribe();
+        let now = *ends.borrow_and_update();
+        let (phase, code) = {
+            let record = container.record();
+            (record.phase, record.exit_code)
+        };
+        let result = async move {
+            let rests = phase.lives() || phase == Phase::Restarting;
+            let over = ends
+                .wait_for(|milestones| match condition {
+                    WaitCondition::NotRunning => !rests || milestones.rests != now.rests || milestones.removed,
+                    WaitCondition::NextExit => milestones.exits != now.exits || milestones.removed,
+                    WaitCondition::Removed => milestones.removed,
+                })
+                .await
+                .map(|milestones| *milestones);
+            let code = match over {
+                Ok(milestones) if milestones.exits == now.exits => code,
+                Ok(milestones) => milestones.code,
+                Err(_) => code,
+            };
+            WaitResult { status_code: i64::from(code), error: None }
+        };
+        Ok(Wait { result: Box::pin(result) })
+    }
+
+    /// Renames it.
+    pub async fn rename(self: &Arc<Self>, container: &str, name: &str) -> Result<()> {
+        let container = self.inventory.find(container)?;
+        let _operation = container.operation.lock().await;
+        let name = name.strip_prefix('/').unwrap_or(name).to_owned();
+        if name.is_empty() {
+            return Err(Error::Invalid("Neither old nor new names may be empty".into()));
+        }
+        check_name(&name)?;
+        let old = container.name();
+        if old == name {
+            return Err(Error::Invalid(
+                "Renaming a container with the same name as its current name".into(),
+            ));
+        }
+        self.inventory.reserve(&name, &container.id)?;
+        if let Err(error) = container.change(Durability::Host, |record| record.name = name.clone()) {
+            self.inventory.free(&name, &container.id);
+            return Err(error);
+        }
+        self.inventory.free(&old, &container.id);
+        let (engine, id) = (self.clone(), container.id.clone());
+        let names = [name, container.record().config.hostname.clone()];
+        let _ = blocking(move || {
+            engine.networks.rename(&id, &names);
+            Ok(())
+        })
+        .await;
+        self.tell_with(&container, "rename", &[("oldName", format!("/{old}"))]);
+        Ok(())
+    }
+
+    /// Changes limits (fields that are zero stay) and the restart policy.
+    pub async fn update(self: &Arc<Self>, container: &str, update: UpdateConfig) -> Result<Updated> {
+        let container = self.inventory.find(container)?;
+        let _operation = container.operation.lock().await;
+        let record = container.record().clone();
+        if matches!(record.phase, Phase::Removing | Phase::Dead) {
+            return Err(Error::Conflict("Container is marked for removal and cannot be \"update\".".into()));
+        }
+        let mut host = record.host.clone();
+        host.resources = limits::merge(&host.resources, &update.resources)?;
+        let warnings = limits::check(&host.resources)?;
+        if let Some(policy) = update.restart_policy.filter(|policy| !policy.name.is_empty()) {
+            if host.auto_remove && policy.name != "no" {
+                return Err(Error::Invalid(
+                    "Restart policy cannot be updated because AutoRemove is enabled for the container".into(),
+                ));
+            }
+            host.restart_policy = policy;
+            check_restart(&host)?;
+        }
+        if record.phase.lives() && host.resources != record.host.resources {
+            let (group, resources) = (self.cgroup_of(&record), host.resources.clone());
+            blocking(move || cgroup::update(&group, &resources)).await?;
+        }
+        container.change(Durability::Host, |record| record.host = host)?;
+        self.tell(&container, "update");
+        Ok(Updated { warnings })
+    }
+}
