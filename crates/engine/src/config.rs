@@ -23,8 +23,6 @@ pub struct EngineConfig {
     pub cgroup_parent: String,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
     pub keeper_command: Vec<PathBuf>,
-    /// The program and first arguments that run [`crate::container::init::main`], as pid 1 of `--init` containers.
-    pub init_program: PathBuf,
 }
 
 impl EngineConfig {
@@ -41,7 +39,6 @@ impl EngineConfig {
             stop_timeout: Duration::from_secs(10),
             shm_size: 64 << 20,
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
-            init_program: "/proc/self/exe".into(),
         }
     }
 }

@@ -291,7 +291,7 @@ impl Engine {
     }
 
     /// Kills its process.
-    pub(crate) async fn exec_kill(&self, id: &str) -> Result<()> {
+    pub(crate) async fn exec_kill(self: &Arc<Self>, id: &str) -> Result<()> {
         let exec = self.exec(id)?;
         self.keeper().await?.signal(&exec.id, libc::SIGKILL).await
     }

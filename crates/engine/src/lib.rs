@@ -17,7 +17,9 @@ pub mod system;
 pub mod volume;
 pub(crate) mod wire;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex};
 
 pub use ::image::progress;
 pub use config::EngineConfig;
@@ -34,6 +36,32 @@ pub struct Engine {
     images: ::image::Store,
     networks: Arc<net::Manager>,
     volumes: Arc<Volumes>,
+    inventory: container::inventory::Inventory,
+    execs: Mutex<HashMap<String, Arc<exec::Exec>>>,
+    keeper: tokio::sync::Mutex<Option<Arc<keeper::client::Keeper>>>,
+    /// Held as long as this lives: one daemon per state folder.
+    _lock: File,
+}
+
+/// Makes the folders and takes their lock.
+fn take_folders(paths: &base::paths::Paths) -> Result<File> {
+    use std::os::unix::fs::DirBuilderExt;
+    for path in [&paths.state.join("containers"), &paths.run.join("containers")] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(path)
+            .map_err(Error::io(format!("cannot make {}", path.display())))?;
+    }
+    let path = paths.state.join("lock");
+    let file = File::create(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
+    file.try_lock().map_err(|_| {
+        Error::Conflict(format!(
+            "{} is in use by another daemon: stop it, or give this one another state folder",
+            paths.state.display()
+        ))
+    })?;
+    Ok(file)
 }
 
 impl Engine {
@@ -41,25 +69,31 @@ impl Engine {
     /// removes what a killed daemon left half-made, and starts what its restart policy wants running.
     ///
     /// # Errors
-    /// Where the folders cannot be made or the keeper cannot be started.
+    /// Where the folders cannot be made, another daemon has them, or the keeper cannot be started.
     pub async fn open(config: EngineConfig) -> Result<Arc<Engine>> {
-        std::fs::create_dir_all(&config.paths.state).map_err(Error::io(format!(
-            "cannot make {}",
-            config.paths.state.display()
-        )))?;
-        let volumes = Volumes::open(&config.paths.state.join("volumes"))?;
-        let images =
-            ::image::Store::open(&config.paths.state.join("images")).map_err(Error::room)?;
-        let networks =
-            net::Manager::open(net::NetConfig::new(&config.paths.state)).map_err(Error::room)?;
-        networks.restore(&[]).map_err(Error::room)?;
-        Ok(Arc::new(Engine {
+        let paths = config.paths.clone();
+        let (lock, volumes, images, networks) = container::create::blocking(move || {
+            let lock = take_folders(&paths)?;
+            let volumes = Volumes::open(&paths.state.join("volumes"))?;
+            let images = ::image::Store::open(&paths.state.join("images")).map_err(Error::room)?;
+            let networks =
+                net::Manager::open(net::NetConfig::new(&paths.state)).map_err(Error::room)?;
+            Ok((lock, volumes, images, networks))
+        })
+        .await?;
+        let engine = Arc::new(Engine {
             images,
             networks: Arc::new(networks),
             config,
             volumes: Arc::new(volumes),
             events: Events::default(),
-        }))
+            inventory: Default::default(),
+            execs: Default::default(),
+            keeper: Default::default(),
+            _lock: lock,
+        });
+        engine.reopen().await?;
+        Ok(engine)
     }
 
     /// What it was opened with.

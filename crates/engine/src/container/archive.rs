@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use image::layer::tar::{Entry, EntryKind, TarReader, TarWriter};
-use image::layer::{compression, pack, tree};
+use ::image::layer::tar::{Entry, EntryKind, TarReader, TarWriter};
+use ::image::layer::{compression, pack, tree};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use tokio::io::AsyncRead;
@@ -100,7 +100,7 @@ impl Engine {
             return Ok(Place { root, path: rest, name, follow, writable });
         }
         let layers = self.images.snapshot_layers(&container.id).map_err(Error::room)?;
-        let root = image::mount_detached(&layers, write).map_err(Error::room)?;
+        let root = ::image::mount_detached(&layers, write).map_err(Error::room)?;
         Ok(Place { root, path: inside, name, follow, writable })
     }
 
@@ -167,7 +167,7 @@ impl Engine {
     ) -> Result<()> {
         let container = self.inventory.find(container)?;
         let (engine, path, own) = (self.clone(), path.to_owned(), container.clone());
-        let reader = tokio_util::io::SyncIoBridge::new(archive);
+        let reader = crate::bridge::BlockingReader::new(archive);
         blocking(move || {
             let place = engine.place(&own, &path, true)?;
             debug_assert!(place.writable);
@@ -194,20 +194,32 @@ impl Engine {
     pub async fn export(self: &Arc<Self>, container: &str) -> Result<TarStream> {
         let container = self.inventory.find(container)?;
         let (engine, own) = (self.clone(), container.clone());
-        let root = blocking(move || {
-            let record = own.record().clone();
-            if let (true, Some(process)) = (record.phase.lives(), record.process) {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-                return rustix::fs::open(format!("/proc/{}/root", process.pid), flags, Mode::empty())
-                    .map_err(|error| Error::io("opening the container's file system")(error.into()))
-                    .and_then(|root| alone(&root));
-            }
+        let (root, scratch) = blocking(move || {
             let layers = engine.images.snapshot_layers(&own.id).map_err(Error::room)?;
-            image::mount_detached(&layers, false).map_err(Error::room)
+            if !own.phase().lives() {
+                return Ok((::image::mount_detached(&layers, false).map_err(Error::room)?, None));
+            }
+            // The layers are mounted for writing in the container, and no two mounts may write one: here they all are
+            // lower ones. What is mounted in the container does not belong to an export.
+            let scratch = Scratch::make(&own.directory)?;
+            let mut lower = vec![layers.upper];
+            lower.extend(layers.lower);
+            let view = ::image::Layers {
+                lower,
+                upper: scratch.0.join("upper"),
+                work: scratch.0.join("work"),
+                userxattr: layers.userxattr,
+            };
+            Ok((::image::mount_detached(&view, false).map_err(Error::room)?, Some(scratch)))
         })
         .await?;
         self.tell(&container, "export");
-        Ok(produce(move |sink| image::export(&root, sink).map_err(io::Error::other)))
+        Ok(produce(move |sink| {
+            let done = ::image::export(&root, sink).map_err(io::Error::other);
+            drop(root);
+            drop(scratch);
+            done
+        }))
     }
 
     /// What differs from its image.
@@ -240,12 +252,12 @@ impl Engine {
                 name => Some(format!("{name}:{}", options.tag)),
             };
             let reference =
-                reference.map(|name| image::Reference::parse(&name)).transpose().map_err(Error::room)?;
+                reference.map(|name| ::image::Reference::parse(&name)).transpose().map_err(Error::room)?;
             let config = match options.config {
                 Some(config) if config != Default::default() => {
                     // What is not said stays as the container has it.
                     let own = serde_json::to_value(&record.config)
-                        .and_then(serde_json::from_value::<image::RunConfig>)
+                        .and_then(serde_json::from_value::<::image::RunConfig>)
                         .map_err(|error| Error::Invalid(error.to_string()))?;
                     crate::container::create::over_image(config, Some(&own))?
                 }
@@ -259,7 +271,7 @@ impl Engine {
                 }
             }
             let config = serde_json::from_value(config).map_err(|error| Error::Invalid(error.to_string()))?;
-            let wanted = image::CommitOptions {
+            let wanted = ::image::CommitOptions {
                 reference,
                 author: options.author,
                 comment: options.comment,
@@ -288,14 +300,28 @@ impl Engine {
     }
 }
 
-/// The root's own mount alone: what is mounted in it does not belong to an export.
-fn alone(root: &OwnedFd) -> Result<OwnedFd> {
-    use rustix::mount::{OpenTreeFlags, open_tree};
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let clone = open_tree(root, c"", flags).map_err(|error| Error::io("cloning a mount")(error.into()))?;
-    // As a folder that can be read: a mount's descriptor is one of O_PATH.
-    tree::open_in(&clone, b"", OFlags::RDONLY | OFlags::DIRECTORY)
-        .map_err(|error| Error::io("opening a mount")(error.into()))
+/// Empty folders for a mount that is only read. A crash leaves them; the next start removes them.
+struct Scratch(std::path::PathBuf);
+
+/// What the names of [`Scratch`] begin with.
+pub(crate) const SCRATCH: &str = "export-";
+
+impl Scratch {
+    fn make(directory: &Path) -> Result<Scratch> {
+        let path = directory.join(format!("{SCRATCH}{}", base::Id::random().short()));
+        let scratch = Scratch(path);
+        for name in ["upper", "work"] {
+            let path = scratch.0.join(name);
+            std::fs::create_dir_all(&path).map_err(Error::io(format!("making {}", path.display())))?;
+        }
+        Ok(scratch)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 fn place_again(place: &Place) -> Result<Place> {

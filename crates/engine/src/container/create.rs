@@ -182,7 +182,7 @@ impl Engine {
     }
 
     /// The folders, files, volumes and layers of a new container. The record is written last: without it there is none.
-    fn furnish(&self, mut record: Record, image: &image::ImageId) -> Result<Arc<Container>> {
+    fn furnish(&self, mut record: Record, image: &::image::ImageId) -> Result<Arc<Container>> {
         let id = record.id.clone();
         let directory = self.containers_folder().join(&id);
         std::fs::create_dir(&directory).map_err(Error::io(format!("making {}", directory.display())))?;
@@ -350,7 +350,7 @@ fn check_health(health: Option<&HealthConfig>) -> Result<()> {
 }
 
 /// What was asked for, over the image's defaults.
-pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&image::RunConfig>) -> Result<ContainerConfig> {
+pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&::image::RunConfig>) -> Result<ContainerConfig> {
     let defaults: ContainerConfig = match image {
         // One set of names on the wire: the image's document reads as ours.
         Some(image) => serde_json::to_value(image)
@@ -435,7 +435,7 @@ mod tests {
 
     #[test]
     fn an_own_entrypoint_drops_the_images_command() {
-        let image = image::RunConfig {
+        let image = ::image::RunConfig {
             entrypoint: Some(vec!["/entry".into()]),
             cmd: Some(vec!["serve".into()]),
             env: vec!["A=1".into(), "B=2".into()],

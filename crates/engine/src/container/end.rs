@@ -21,15 +21,15 @@ impl Engine {
     /// Handles the end of a container's process.
     pub(crate) async fn ended(self: &Arc<Self>, container: Arc<Container>, exit: Exit) {
         let turn = container.turn.lock().await;
-        {
+        let stale = {
             let record = container.record();
-            if !record.phase.lives() || record.process.is_some_and(|process| process.pid != exit.pid) {
-                drop(record);
-                if let Ok(keeper) = self.keeper().await {
-                    let _ = keeper.forget(&container.id).await;
-                }
-                return;
+            !record.phase.lives() || record.process.is_some_and(|process| process.pid != exit.pid)
+        };
+        if stale {
+            if let Ok(keeper) = self.keeper().await {
+                let _ = keeper.forget(&container.id).await;
             }
+            return;
         }
         container.end_tasks();
         let record = container.record().clone();

@@ -293,7 +293,7 @@ pub(crate) fn merge(old: &Resources, new: &Resources) -> Result<Resources> {
         ));
     }
     macro_rules! take {
-        ($($field:ident),*) => { $( if new.$field != Default::default() { out.$field = new.$field.clone(); } )* };
+        ($($field:ident),*) => { $( replace(&mut out.$field, &new.$field); )* };
     }
     take!(
         cpu_shares, memory, nano_cpus, blkio_weight, cpu_period, cpu_quota, cpu_realtime_period,
@@ -306,6 +306,12 @@ pub(crate) fn merge(old: &Resources, new: &Resources) -> Result<Resources> {
         ));
     }
     Ok(out)
+}
+
+fn replace<T: Default + PartialEq + Clone>(old: &mut T, new: &T) {
+    if *new != T::default() {
+        *old = new.clone();
+    }
 }
 
 #[cfg(test)]

@@ -268,69 +268,30 @@ pub(crate) fn write_files(container: &Container, endpoints: &[net::Endpoint], ma
         let path = container.directory.join(name);
         std::fs::write(&path, text).map_err(Error::io(format!("writing {}", path.display())))
     };
-    let host_network = record.host.network_mode == "host";
-    let hostname = &record.config.hostname;
-    write("hostname", format!("{hostname}\n"))?;
-    let full = match record.config.domainname.as_str() {
-        "" => hostname.clone(),
-        domain => format!("{hostname}.{domain} {hostname}"),
-    };
-    let mut hosts = match std::fs::read_to_string("/etc/hosts") {
-        Ok(text) if host_network => text,
-        _ => "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::\tip6-localnet\n\
-              ff00::\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
-            .to_owned(),
-    };
-    for host in record.host.extra_hosts.iter().flatten() {
-        let Some((name, address)) = host.split_once([':', '=']) else { continue };
-        let gateway = || endpoints.iter().find_map(|endpoint| endpoint.gateway_v4).map(|a| a.to_string());
-        let address = match address {
-            "host-gateway" => gateway().unwrap_or_else(|| "127.0.0.1".into()),
-            other => other.trim_matches(['[', ']']).to_owned(),
-        };
-        hosts.push_str(&format!("{address}\t{name}\n"));
-    }
-    for endpoint in endpoints {
-        for address in [endpoint.ipv4().map(IpAddr::V4), endpoint.ipv6().map(IpAddr::V6)].into_iter().flatten() {
-            hosts.push_str(&format!("{address}\t{full}\n"));
-        }
-    }
-    write("hosts", hosts)?;
-    write("resolv.conf", resolver(&record, endpoints, manager))
-}
-
-fn resolver(record: &Record, endpoints: &[net::Endpoint], _manager: &net::Manager) -> String {
-    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let words = |key: &str| -> Vec<String> {
-        host.lines()
-            .filter_map(|line| line.trim().strip_prefix(key))
-            .filter(|rest| rest.starts_with([' ', '\t']))
-            .flat_map(|rest| rest.split_ascii_whitespace())
-            .map(str::to_owned)
-            .collect()
-    };
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let own = &record.host;
-    let mut servers = own.dns.clone();
-    if servers.is_empty() {
-        // Names of other containers are answered at the gateway, which asks the host's servers for the rest.
-        servers = endpoints.iter().filter_map(|e| e.gateway_v4).map(|a| a.to_string()).take(1).collect();
+    let gateways = manager.name_servers(endpoints);
+    let domain = Some(record.config.domainname.as_str()).filter(|domain| !domain.is_empty());
+    let extra: Vec<(String, String)> = own
+        .extra_hosts
+        .iter()
+        .flatten()
+        .filter_map(|host| host.split_once([':', '=']))
+        .map(|(name, address)| (name.to_owned(), address.trim_matches(['[', ']']).to_owned()))
+        .collect();
+    let mut hosts = net::hosts_file(endpoints, &record.config.hostname, domain, &extra, &gateways);
+    if own.network_mode == "host" {
+        // The host's own names hold on its network.
+        hosts.push_str(&read("/etc/hosts"));
     }
-    if servers.is_empty() {
-        servers = words("nameserver");
-    }
-    let search = if own.dns_search.is_empty() { words("search") } else { own.dns_search.clone() };
-    let options = if own.dns_options.is_empty() { words("options") } else { own.dns_options.clone() };
-    let mut text = String::new();
-    for server in servers {
-        text.push_str(&format!("nameserver {server}\n"));
-    }
-    if !search.is_empty() && search != ["."] {
-        text.push_str(&format!("search {}\n", search.join(" ")));
-    }
-    if !options.is_empty() {
-        text.push_str(&format!("options {}\n", options.join(" ")));
-    }
-    text
+    let asked = net::ResolvOptions {
+        servers: own.dns.iter().filter_map(|server| server.parse().ok()).collect(),
+        search: own.dns_search.clone(),
+        options: own.dns_options.clone(),
+    };
+    write("hostname", format!("{}\n", record.config.hostname))?;
+    write("hosts", hosts)?;
+    write("resolv.conf", net::resolv_conf(endpoints, &gateways, &read("/etc/resolv.conf"), &asked))
 }
 
 impl Engine {

@@ -111,7 +111,7 @@ impl Engine {
         filters.only(&["until", "label", "label!"])?;
         let until = match filters.get("until") {
             [] => None,
-            [one] => Some(base::time::parse_point(one).map_err(|error| Error::Invalid(error.to_string()))?),
+            [one] => Some(base::time::parse_moment(one).map_err(|error| Error::Invalid(error.to_string()))?),
             _ => return Err(Error::Invalid("more than one until filter specified".into())),
         };
         let mut report = PruneReport::default();

@@ -5,9 +5,9 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use image::Layers;
-use image::layer::merged::Stack;
-use image::layer::tree;
+use ::image::Layers;
+use ::image::layer::merged::Stack;
+use ::image::layer::tree;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
 use crate::container::record::{MountRecord, Record};
@@ -72,7 +72,7 @@ pub(crate) fn make_folder(layers: &Layers, path: &str, mounts: &[MountRecord]) -
     if mounted || path == "/" || exists(layers, path)? {
         return Ok(());
     }
-    let root = image::mount_detached(layers, true).map_err(Error::room)?;
+    let root = ::image::mount_detached(layers, true).map_err(Error::room)?;
     make_folders(&root, path.trim_matches('/').as_bytes()).map_err(Error::io(format!("making the working directory {path}")))
 }
 
@@ -112,7 +112,7 @@ pub(crate) fn copy_into_volumes(layers: &Layers, record: &Record, volumes: &Volu
             continue;
         }
         if root.is_none() {
-            root = Some(image::mount_detached(layers, false).map_err(Error::room)?);
+            root = Some(::image::mount_detached(layers, false).map_err(Error::room)?);
         }
         let Some(root) = &root else { continue };
         let copying = || format!("copying {} of the image into volume {}", mount.point.destination, mount.point.name);

@@ -200,7 +200,7 @@ pub(crate) fn build(record: &Record, around: Surroundings<'_>) -> Result<Value> 
     let mut arguments = record.arguments();
     let mut mounts = base_mounts(host, around.own_network || around.network_of.is_some());
     if let Some(program) = around.init_program {
-        arguments.splice(0..0, ["/sbin/docker-init".to_owned(), "init".into(), "--".into()]);
+        arguments.splice(0..0, ["/sbin/docker-init".to_owned(), "--".into()]);
         mounts.push(json!({ "destination": "/sbin/docker-init", "type": "bind", "source": program,
             "options": ["bind", "ro", "rprivate"] }));
     }

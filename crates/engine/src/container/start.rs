@@ -228,7 +228,7 @@ impl Engine {
     }
 
     /// Who `user` is in a container.
-    pub(crate) fn user_of(&self, user: &str, record: &Record, layers: &image::Layers) -> Result<User> {
+    pub(crate) fn user_of(&self, user: &str, record: &Record, layers: &::image::Layers) -> Result<User> {
         let passwd = root::read_text(layers, "etc/passwd");
         let group = root::read_text(layers, "etc/group");
         user::resolve(user, record.host.group_add.as_deref().unwrap_or_default(), &passwd, &group)

@@ -101,7 +101,7 @@ impl Engine {
         }
     }
 
-    async fn send(&self, container: &Container, number: i32) -> Result<()> {
+    async fn send(self: &Arc<Self>, container: &Container, number: i32) -> Result<()> {
         let keeper = self.keeper().await?;
         self.tell_with(container, "kill", &[("signal", number.to_string())]);
         match keeper.signal(&container.id, number).await {

@@ -56,7 +56,7 @@ fn full(pids: &[i32]) -> Top {
         let started = boot.unwrap_or(0) + number(19) / 100;
         let now = jiff::Timestamp::now().as_second();
         let age = (now - started).max(1);
-        let begun = jiff::Timestamp::from_second(started).ok()?.to_zoned(jiff::tz::TimeZone::system());
+        let begun = jiff::tz::TimeZone::system().to_datetime(jiff::Timestamp::from_second(started).ok()?);
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let command: Vec<String> = command
             .split(|byte| *byte == 0)

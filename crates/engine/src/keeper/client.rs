@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -39,10 +39,16 @@ pub(crate) struct Keeper {
     serial: AtomicU64,
     /// The order on the wire is the order in which sending began.
     sending: tokio::sync::Mutex<()>,
+    lost: Arc<AtomicBool>,
     pub pid: i32,
 }
 
 impl Keeper {
+    /// Whether the connection has ended.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     /// Connects to the keeper of a run folder, starting one where there is none; with what it holds.
     pub async fn connect(run: &Path, command: &[PathBuf]) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
         let path = protocol::socket_path(run);
@@ -59,8 +65,10 @@ impl Keeper {
 
     async fn greet(socket: OwnedFd) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
         let lost = |error: ProtocolError| Error::Keeper(error.to_string());
-        let socket = AsyncFd::with_interest(socket, Interest::READABLE | Interest::WRITABLE)
-            .map_err(Error::io("watching the keeper's socket"))?;
+        // SAFETY: the descriptor is owned by what is made here and closed only with it, so it stays the one registered.
+        let socket =
+            unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE) }
+                .map_err(|error| Error::Keeper(format!("watching its socket: {error:?}")))?;
         let socket = Arc::new(socket);
         let hello = protocol::encode(&Request::Hello { version: VERSION }).map_err(lost)?;
         send(&socket, &hello, &[]).await.map_err(lost)?;
@@ -87,12 +95,14 @@ impl Keeper {
         }
         let pending: Arc<Mutex<HashMap<u64, oneshot::Sender<Reply>>>> = Arc::default();
         let (sender, notices) = mpsc::unbounded_channel();
-        tokio::spawn(listen(socket.clone(), buffer, pending.clone(), sender));
+        let lost = Arc::new(AtomicBool::new(false));
+        tokio::spawn(listen(socket.clone(), buffer, pending.clone(), sender, lost.clone()));
         let keeper = Keeper {
             socket,
             pending,
             serial: AtomicU64::new(1),
             sending: tokio::sync::Mutex::new(()),
+            lost,
             pid: keeper_pid,
         };
         Ok((keeper, held, notices))
@@ -210,12 +220,14 @@ async fn listen(
     mut buffer: Vec<u8>,
     pending: Arc<Mutex<HashMap<u64, oneshot::Sender<Reply>>>>,
     notices: mpsc::UnboundedSender<Notice>,
+    lost: Arc<AtomicBool>,
 ) {
     loop {
         let reply = match receive(&socket, &mut buffer).await {
             Ok(reply) => reply,
             Err(error) => {
                 tracing::error!(%error, "the keeper's connection is lost");
+                lost.store(true, Ordering::Relaxed);
                 lock(&pending).clear();
                 let _ = notices.send(Notice::Lost);
                 return;

@@ -27,35 +27,112 @@ pub(super) struct Spawned {
 }
 
 /// An init that waits to be started.
-pub(super) struct Waiting(());
+pub(super) struct Waiting(oci::Created);
 
 impl Waiting {
+    /// Lets it execute its program. A failure has ended and reaped the process.
     pub fn start(self) -> Result<(), Failure> {
-        Ok(())
+        self.0.start().map(drop).map_err(Failure::of)
     }
+}
+
+impl Failure {
+    fn of(error: oci::Error) -> Failure {
+        let kind = base::Classified::kind(&error).into();
+        let mut message = error.to_string();
+        // A reason that the text does not hold yet.
+        if let Some(source) = std::error::Error::source(&error).map(ToString::to_string)
+            && !message.contains(&source)
+        {
+            message = format!("{message}: {source}");
+        }
+        Failure { kind, message }
+    }
+}
+
+fn read_spec(directory: &Path) -> Result<oci_spec::runtime::Spec, Failure> {
+    let path = directory.join("config.json");
+    base::file::read_json(&path)
+        .map_err(|error| Failure::system("reading the OCI configuration", error))?
+        .ok_or_else(|| Failure::not_found(format!("{} is missing", path.display())))
+}
+
+/// Our ends and theirs of the streams a record asks for.
+fn streams(record: &StdioRecord) -> Result<(oci::Stdio, Option<Pipes>), Failure> {
+    if record.terminal {
+        let size = (record.rows > 0 && record.columns > 0)
+            .then_some(oci::Size { columns: record.columns, rows: record.rows });
+        return Ok((oci::Stdio::Terminal { size }, None));
+    }
+    let mut pipes = pipes(record).map_err(|error| Failure::system("making pipes", error))?;
+    let theirs = pipes.theirs.take();
+    Ok((theirs.map_or(oci::Stdio::Inherit, oci::Stdio::Fds), Some(pipes)))
+}
+
+fn spawned(pid: i32, pidfd: OwnedFd, terminal: Option<OwnedFd>, pipes: Option<Pipes>) -> Result<Spawned, Failure> {
+    let (input, outputs) = match (&terminal, pipes) {
+        (Some(terminal), _) => {
+            let (output, input) =
+                terminal_streams(terminal).map_err(|error| Failure::system("opening the terminal", error))?;
+            (Some(input), [Some(output), None])
+        }
+        (None, Some(pipes)) => (pipes.input, pipes.outputs),
+        (None, None) => (None, [None, None]),
+    };
+    Ok(Spawned { pid, pidfd, terminal, outputs, input })
 }
 
 /// Makes the init of a container.
 pub(super) fn create(
-    _id: &str,
-    _directory: &Path,
+    id: &str,
+    directory: &Path,
     launch: &Launch,
-    _net_ns: Option<OwnedFd>,
+    net_ns: Option<OwnedFd>,
 ) -> Result<(Spawned, Waiting), Failure> {
-    let _ = pipes(&launch.stdio);
-    Err(Failure { kind: FailureKind::Unsupported, message: "no runtime in this build".into() })
+    let spec = read_spec(directory)?;
+    let (stdio, pipes) = streams(&launch.stdio)?;
+    let root = launch.root.clone();
+    let request = oci::Launch {
+        rootfs: oci::Rootfs::Overlay { lower: root.lower, upper: root.upper, work: root.work },
+        cgroup: oci::cgroup::CgroupTarget::Path(format!("/{}", launch.cgroup)),
+        stdio,
+        net_ns,
+        ..oci::Launch::new(id, directory, &spec).map_err(Failure::of)?
+    };
+    let mut created = oci::create(request).map_err(Failure::of)?;
+    let pidfd =
+        created.pidfd.try_clone().map_err(|error| Failure::system("sharing a process descriptor", error))?;
+    let spawned = spawned(created.pid, pidfd, created.terminal.take(), pipes)?;
+    Ok((spawned, Waiting(created)))
 }
 
 /// Starts a process in a container.
 pub(super) fn exec(
-    _container: &str,
-    _directory: &Path,
-    _init: ProcessKey,
-    _cgroup: &str,
+    container: &str,
+    directory: &Path,
+    init: ProcessKey,
+    cgroup: &str,
     exec: &Exec,
 ) -> Result<Spawned, Failure> {
-    let _ = pipes(&exec.stdio);
-    Err(Failure { kind: FailureKind::Unsupported, message: "no runtime in this build".into() })
+    let spec = read_spec(directory)?;
+    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+    let group = oci::cgroup::Cgroup::open(&format!("/{cgroup}")).map_err(Failure::of)?;
+    let (stdio, pipes) = streams(&exec.stdio)?;
+    let running = oci::exec(oci::Exec {
+        id: container,
+        pid: init.pid,
+        cgroup: Some(&group),
+        process: &exec.process,
+        seccomp,
+        stdio,
+        preserve_fds: 0,
+        listen_fds: 0,
+        no_new_keyring: false,
+        rootless: !rustix::process::geteuid().is_root(),
+        sub_cgroup: None,
+    })
+    .map_err(Failure::of)?;
+    spawned(running.pid, running.pidfd, running.terminal, pipes)
 }
 
 /// Whether the kernel has killed something in this cgroup for want of memory.
@@ -76,7 +153,7 @@ pub(super) fn resize(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::R
 }
 
 struct Pipes {
-    theirs: [OwnedFd; 3],
+    theirs: Option<[OwnedFd; 3]>,
     input: Option<OwnedFd>,
     outputs: [Option<OwnedFd>; 2],
 }
@@ -91,7 +168,7 @@ fn pipes(stdio: &StdioRecord) -> io::Result<Pipes> {
     let (out, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (err, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
     Ok(Pipes {
-        theirs: [stdin, stdout, stderr],
+        theirs: Some([stdin, stdout, stderr]),
         input,
         outputs: [Some(not_blocking(out)?), Some(not_blocking(err)?)],
     })

@@ -43,10 +43,11 @@ fn run() -> io::Result<()> {
     }
     let _ = rustix::process::setsid();
     rustix::process::chdir("/")?;
-    // Containers must not die of what is sent to the daemon's group. Their own dispositions are reset before exec.
-    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE] {
-        // SAFETY: SIG_IGN installs no handler.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    // Containers must not die of what is sent to the daemon's group. Handlers, not SIG_IGN: an ignored signal would
+    // stay ignored in every container.
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: the handler does nothing, which is safe at any point.
+        unsafe { libc::signal(signal, disregard as extern "C" fn(libc::c_int) as libc::sighandler_t) };
     }
     rename();
     process::raise_descriptor_limit();
@@ -54,6 +55,8 @@ fn run() -> io::Result<()> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     process::Keeper::new(listener)?.run()
 }
+
+extern "C" fn disregard(_: libc::c_int) {}
 
 /// Moves the listening socket from descriptor 0, and puts `/dev/null` there.
 fn take_listener() -> io::Result<OwnedFd> {
