@@ -114,7 +114,8 @@ pub(crate) fn bind_console(root: BorrowedFd<'_>, slave: BorrowedFd<'_>) -> Resul
 
 /// Makes the terminal the controlling one of a new session, and stdin, stdout and stderr.
 pub(crate) fn take(slave: BorrowedFd<'_>) -> Result<()> {
-    rustix::process::setsid().during(|| "setsid".into())?;
+    // Refused where the process leads a session of its own already.
+    let _ = rustix::process::setsid();
     rustix::process::ioctl_tiocsctty(slave)
         .during(|| "make the terminal the controlling one".into())?;
     for number in 0..3 {
