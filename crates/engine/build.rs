@@ -7,11 +7,21 @@ use std::process::Command;
 fn main() {
     println!("cargo:rerun-if-changed=init/main.rs");
     println!("cargo:rerun-if-changed=build.rs");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("docker-init");
+    let out =
+        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("docker-init");
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let target = env::var("TARGET").expect("cargo sets TARGET");
     let mut command = Command::new(rustc);
-    command.args(["--edition", "2024", "--crate-type", "bin", "--crate-name", "docker_init", "--target", &target]);
+    command.args([
+        "--edition",
+        "2024",
+        "--crate-type",
+        "bin",
+        "--crate-name",
+        "docker_init",
+        "--target",
+        &target,
+    ]);
     if let Some(linker) = env::var_os("RUSTC_LINKER") {
         let mut option = std::ffi::OsString::from("linker=");
         option.push(linker);
@@ -30,7 +40,12 @@ fn main() {
     ] {
         command.arg("-C").arg(option);
     }
-    let status = command.arg("-o").arg(&out).arg("init/main.rs").env_remove("RUSTFLAGS").status();
+    let status = command
+        .arg("-o")
+        .arg(&out)
+        .arg("init/main.rs")
+        .env_remove("RUSTFLAGS")
+        .status();
     match status {
         Ok(status) if status.success() => {}
         other => panic!("compiling init/main.rs: {other:?}"),

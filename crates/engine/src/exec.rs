@@ -92,7 +92,9 @@ impl Engine {
         if let Some(exec) = execs.get(id) {
             return Ok(exec.clone());
         }
-        let mut matching = execs.values().filter(|exec| id.len() >= 3 && exec.id.starts_with(id));
+        let mut matching = execs
+            .values()
+            .filter(|exec| id.len() >= 3 && exec.id.starts_with(id));
         match (matching.next(), matching.next()) {
             (Some(one), None) => Ok(one.clone()),
             _ => Err(Error::NoSuchExec(id.to_owned())),
@@ -103,7 +105,11 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Conflict`] where the container does not run or is paused, [`Error::Invalid`] without a command.
-    pub async fn exec_create(self: &Arc<Self>, container: &str, config: ExecConfig) -> Result<String> {
+    pub async fn exec_create(
+        self: &Arc<Self>,
+        container: &str,
+        config: ExecConfig,
+    ) -> Result<String> {
         let container = self.inventory.find(container)?;
         match container.phase() {
             Phase::Running => {}
@@ -113,7 +119,12 @@ impl Engine {
                     container.id
                 )));
             }
-            _ => return Err(Error::Conflict(format!("container {} is not running", container.id))),
+            _ => {
+                return Err(Error::Conflict(format!(
+                    "container {} is not running",
+                    container.id
+                )));
+            }
         }
         if config.cmd.is_empty() {
             return Err(Error::Invalid("No exec command specified".into()));
@@ -129,12 +140,21 @@ impl Engine {
         });
         {
             let mut execs = lock(&self.execs);
-            execs.retain(|_, exec| exec.state.borrow().ended.is_none_or(|ended| ended.elapsed() < KEPT));
+            execs.retain(|_, exec| {
+                exec.state
+                    .borrow()
+                    .ended
+                    .is_none_or(|ended| ended.elapsed() < KEPT)
+            });
             execs.insert(id.clone(), exec);
             lock(&container.execs).retain(|id| execs.contains_key(id));
         }
         lock(&container.execs).push(id.clone());
-        self.tell_with(&container, &format!("exec_create: {words}"), &[("execID", id.clone())]);
+        self.tell_with(
+            &container,
+            &format!("exec_create: {words}"),
+            &[("execID", id.clone())],
+        );
         Ok(id)
     }
 
@@ -142,27 +162,45 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Conflict`] where it has been started, the runtime's refusal where it cannot be executed.
-    pub async fn exec_start(self: &Arc<Self>, exec: &str, start: ExecStart) -> Result<Option<AttachStream>> {
+    pub async fn exec_start(
+        self: &Arc<Self>,
+        exec: &str,
+        start: ExecStart,
+    ) -> Result<Option<AttachStream>> {
         let exec = self.exec(exec)?;
         let container = self.inventory.find(&exec.container)?;
         if !container.phase().lives() {
-            return Err(Error::Conflict(format!("container {} is not running", container.id)));
+            return Err(Error::Conflict(format!(
+                "container {} is not running",
+                container.id
+            )));
         }
         if container.phase() == Phase::Paused {
-            return Err(Error::Conflict(format!("container {} is paused", container.id)));
+            return Err(Error::Conflict(format!(
+                "container {} is paused",
+                container.id
+            )));
         }
-        let first = exec.state.send_if_modified(|state| !std::mem::replace(&mut state.started, true));
+        let first = exec
+            .state
+            .send_if_modified(|state| !std::mem::replace(&mut state.started, true));
         if !first {
-            return Err(Error::Conflict(format!("Error: Exec command {} is already running", exec.id)));
+            return Err(Error::Conflict(format!(
+                "Error: Exec command {} is already running",
+                exec.id
+            )));
         }
         let engine = self.clone();
         detached(async move {
             let result = engine.exec_launch(&exec, &container, &start).await;
             if result.is_err() {
-                let failed = result.as_ref().err().map_or(126, |error| match error.to_string() {
-                    text if text.contains("not found") || text.contains("no such file") => 127,
-                    _ => 126,
-                });
+                let failed = result
+                    .as_ref()
+                    .err()
+                    .map_or(126, |error| match error.to_string() {
+                        text if text.contains("not found") || text.contains("no such file") => 127,
+                        _ => 126,
+                    });
                 exec.state.send_modify(|state| {
                     state.exit_code = Some(failed);
                     state.ended = Some(Instant::now());
@@ -181,7 +219,10 @@ impl Engine {
     ) -> Result<Option<AttachStream>> {
         let keeper = self.keeper().await?;
         let config = &exec.config;
-        let size = start.console_size.or(config.console_size).unwrap_or_default();
+        let size = start
+            .console_size
+            .or(config.console_size)
+            .unwrap_or_default();
         let record = {
             let (engine, container, exec, interactive) =
                 (self.clone(), container.clone(), exec.clone(), !start.detach);
@@ -190,8 +231,23 @@ impl Engine {
         let stream = if start.detach {
             None
         } else {
-            let keys = if config.tty { detach_keys(&config.detach_keys)? } else { Vec::new() };
-            Some(keeper.attach(&exec.id, config.attach_stdin, config.attach_stdout, config.attach_stderr, keys).await?.0)
+            let keys = if config.tty {
+                detach_keys(&config.detach_keys)?
+            } else {
+                Vec::new()
+            };
+            Some(
+                keeper
+                    .attach(
+                        &exec.id,
+                        config.attach_stdin,
+                        config.attach_stdout,
+                        config.attach_stderr,
+                        keys,
+                    )
+                    .await?
+                    .0,
+            )
         };
         let started = keeper.exec(&exec.id, &container.id, &record).await;
         let _ = std::fs::remove_file(&record);
@@ -210,15 +266,40 @@ impl Engine {
             }
         });
         let words = config.cmd.join(" ");
-        self.tell_with(container, &format!("exec_start: {words}"), &[("execID", exec.id.clone())]);
-        Ok(stream.map(|stream| AttachStream { tty: config.tty, past: Default::default(), stream }))
+        self.tell_with(
+            container,
+            &format!("exec_start: {words}"),
+            &[("execID", exec.id.clone())],
+        );
+        Ok(stream.map(|stream| AttachStream {
+            tty: config.tty,
+            past: Default::default(),
+            stream,
+        }))
     }
 
-    fn exec_record(&self, container: &Container, exec: &Exec, size: [u16; 2], interactive: bool) -> Result<std::path::PathBuf> {
+    fn exec_record(
+        &self,
+        container: &Container,
+        exec: &Exec,
+        size: [u16; 2],
+        interactive: bool,
+    ) -> Result<std::path::PathBuf> {
         let record = container.record().clone();
         let config = &exec.config;
-        let layers = self.images.snapshot_layers(&container.id).map_err(Error::room)?;
-        let user = self.user_of(if config.user.is_empty() { &record.config.user } else { &config.user }, &record, &layers)?;
+        let layers = self
+            .images
+            .snapshot_layers(&container.id)
+            .map_err(Error::room)?;
+        let user = self.user_of(
+            if config.user.is_empty() {
+                &record.config.user
+            } else {
+                &config.user
+            },
+            &record,
+            &layers,
+        )?;
         let words = |words: &Option<Words>| words.clone().unwrap_or_default().0;
         let host = &record.host;
         let set = capabilities::of(
@@ -226,26 +307,55 @@ impl Engine {
             &words(&host.cap_add),
             &words(&host.cap_drop),
         )?;
-        let own: Vec<String> = config.env.iter().filter_map(|entry| entry.split('=').next()).map(str::to_owned).collect();
+        let own: Vec<String> = config
+            .env
+            .iter()
+            .filter_map(|entry| entry.split('=').next())
+            .map(str::to_owned)
+            .collect();
         let mut environment = spec::environment(&record, &user);
-        if !config.user.is_empty() && !record.config.env.iter().any(|entry| entry.starts_with("HOME=")) {
+        if !config.user.is_empty()
+            && !record
+                .config
+                .env
+                .iter()
+                .any(|entry| entry.starts_with("HOME="))
+        {
             environment.retain(|entry| !entry.starts_with("HOME="));
             environment.push(format!("HOME={}", user.home));
         }
         environment.retain(|entry| !own.iter().any(|name| entry.split('=').next() == Some(name)));
-        environment.extend(config.env.iter().filter(|entry| entry.contains('=')).cloned());
+        environment.extend(
+            config
+                .env
+                .iter()
+                .filter(|entry| entry.contains('='))
+                .cloned(),
+        );
         if config.tty && !environment.iter().any(|entry| entry.starts_with("TERM=")) {
             environment.push("TERM=xterm".into());
         }
-        let directory = match (config.working_dir.as_str(), record.config.working_dir.as_str()) {
+        let directory = match (
+            config.working_dir.as_str(),
+            record.config.working_dir.as_str(),
+        ) {
             ("", "") => "/",
             ("", own) => own,
             (wanted, _) => wanted,
         };
         let security = spec::security(host)?;
-        let process =
-            spec::process(&config.cmd, environment, directory, &user, config.tty, size, &set, security.no_new_privileges);
-        let process = serde_json::from_value(process).map_err(|error| Error::Invalid(format!("exec: {error}")))?;
+        let process = spec::process(
+            &config.cmd,
+            environment,
+            directory,
+            &user,
+            config.tty,
+            size,
+            &set,
+            security.no_new_privileges,
+        );
+        let process = serde_json::from_value(process)
+            .map_err(|error| Error::Invalid(format!("exec: {error}")))?;
         let made = protocol::Exec {
             process,
             stdio: protocol::StdioRecord {
@@ -272,7 +382,10 @@ impl Engine {
             state.ended = Some(Instant::now());
         });
         if let Some(container) = self.inventory.get(&exec.container) {
-            let more = [("execID", exec.id.clone()), ("exitCode", exit.code.to_string())];
+            let more = [
+                ("execID", exec.id.clone()),
+                ("exitCode", exit.code.to_string()),
+            ];
             self.tell_with(&container, "exec_die", &more);
         }
         true
@@ -301,7 +414,11 @@ impl Engine {
         let exec = self.exec(exec)?;
         let state = exec.state.borrow().clone();
         let mut words = exec.config.cmd.0.clone();
-        let entrypoint = if words.is_empty() { String::new() } else { words.remove(0) };
+        let entrypoint = if words.is_empty() {
+            String::new()
+        } else {
+            words.remove(0)
+        };
         Ok(ExecInspect {
             id: exec.id.clone(),
             running: state.started && state.exit_code.is_none(),

@@ -46,7 +46,10 @@ pub struct Engine {
 /// Makes the folders and takes their lock.
 fn take_folders(paths: &base::paths::Paths) -> Result<File> {
     use std::os::unix::fs::DirBuilderExt;
-    for path in [&paths.state.join("containers"), &paths.run.join("containers")] {
+    for path in [
+        &paths.state.join("containers"),
+        &paths.run.join("containers"),
+    ] {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o711)

@@ -13,7 +13,9 @@ fn main() -> ExitCode {
     if arguments.next().as_deref() == Some("keeper") {
         return engine::keeper::main(arguments);
     }
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let filter = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with('-'));
     if std::env::args().any(|argument| argument == "--list") {
         return ExitCode::SUCCESS;
     }

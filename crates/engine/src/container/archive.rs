@@ -7,10 +7,10 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use futures_util::StreamExt;
 use ::image::layer::tar::{Entry, EntryKind, TarReader, TarWriter};
 use ::image::layer::{compression, pack, tree};
+use bytes::Bytes;
+use futures_util::StreamExt;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use tokio::io::AsyncRead;
@@ -47,18 +47,27 @@ fn normal(path: &str) -> (Vec<u8>, bool, bool) {
         }
     }
     let dot = path.ends_with("/.") || path == ".";
-    (parts.join("/").into_bytes(), dot || path.ends_with('/'), dot)
+    (
+        parts.join("/").into_bytes(),
+        dot || path.ends_with('/'),
+        dot,
+    )
 }
 
 impl Engine {
     /// A container's file system with a path of it: the living one, with all its mounts, or the layers of a stopped one.
     fn place(&self, container: &Container, path: &str, write: bool) -> Result<Place> {
         if path.is_empty() || path.contains('\0') {
-            return Err(Error::Invalid("invalid path: it is empty or holds a NUL byte".into()));
+            return Err(Error::Invalid(
+                "invalid path: it is empty or holds a NUL byte".into(),
+            ));
         }
         let record = container.record().clone();
         let (inside, follow, dot) = normal(path);
-        let base = inside.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        let base = inside
+            .rsplit(|byte| *byte == b'/')
+            .next()
+            .unwrap_or_default();
         let name = match String::from_utf8_lossy(base).into_owned() {
             _ if dot => ".".to_owned(),
             name if name.is_empty() => "/".into(),
@@ -67,21 +76,34 @@ impl Engine {
         let mount = record
             .mounts
             .iter()
-            .filter(|mount| Path::new("/").join(tree::os(&inside)).starts_with(&mount.point.destination))
+            .filter(|mount| {
+                Path::new("/")
+                    .join(tree::os(&inside))
+                    .starts_with(&mount.point.destination)
+            })
             .max_by_key(|mount| mount.point.destination.len());
         let writable = match mount {
             Some(mount) => mount.point.rw,
             None => !record.host.readonly_rootfs,
         };
         if write && !writable {
-            return Err(Error::Forbidden("mounted volume or container rootfs is marked read-only".into()));
+            return Err(Error::Forbidden(
+                "mounted volume or container rootfs is marked read-only".into(),
+            ));
         }
         let opening = || format!("opening the file system of container {}", container.id);
         if let (true, Some(process)) = (record.phase.lives(), record.process) {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let root = rustix::fs::open(format!("/proc/{}/root", process.pid), flags, Mode::empty())
-                .map_err(|error| Error::io(opening())(error.into()))?;
-            return Ok(Place { root, path: inside, name, follow, writable });
+            let root =
+                rustix::fs::open(format!("/proc/{}/root", process.pid), flags, Mode::empty())
+                    .map_err(|error| Error::io(opening())(error.into()))?;
+            return Ok(Place {
+                root,
+                path: inside,
+                name,
+                follow,
+                writable,
+            });
         }
         if let Some(mount) = mount
             && let Some(source) = match mount.point.kind.as_str() {
@@ -97,11 +119,26 @@ impl Engine {
             let root = tree::open_root(&source).map_err(Error::io(opening()))?;
             let depth = mount.point.destination.trim_matches('/').len();
             let rest = inside.get(depth + 1..).unwrap_or_default().to_vec();
-            return Ok(Place { root, path: rest, name, follow, writable });
+            return Ok(Place {
+                root,
+                path: rest,
+                name,
+                follow,
+                writable,
+            });
         }
-        let layers = self.images.snapshot_layers(&container.id).map_err(Error::room)?;
+        let layers = self
+            .images
+            .snapshot_layers(&container.id)
+            .map_err(Error::room)?;
         let root = ::image::mount_detached(&layers, write).map_err(Error::room)?;
-        Ok(Place { root, path: inside, name, follow, writable })
+        Ok(Place {
+            root,
+            path: inside,
+            name,
+            follow,
+            writable,
+        })
     }
 
     /// What is at a path inside.
@@ -122,7 +159,11 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::archive_stat`].
-    pub async fn archive_get(self: &Arc<Self>, container: &str, path: &str) -> Result<(PathStat, TarStream)> {
+    pub async fn archive_get(
+        self: &Arc<Self>,
+        container: &str,
+        path: &str,
+    ) -> Result<(PathStat, TarStream)> {
         let container = self.inventory.find(container)?;
         let (engine, path, own) = (self.clone(), path.to_owned(), container.clone());
         let (stat, place) = blocking(move || {
@@ -171,7 +212,14 @@ impl Engine {
         blocking(move || {
             let place = engine.place(&own, &path, true)?;
             debug_assert!(place.writable);
-            let (_, folder) = look(&Place { follow: true, ..place_again(&place)? }, &own, &path)?;
+            let (_, folder) = look(
+                &Place {
+                    follow: true,
+                    ..place_again(&place)?
+                },
+                &own,
+                &path,
+            )?;
             if !folder {
                 return Err(Error::Invalid("extraction point is not a directory".into()));
             }
@@ -179,7 +227,9 @@ impl Engine {
                 .map_err(Error::room)?;
             let mut tar = TarReader::new(source);
             unpack(&place, &mut tar, options).map_err(|error| match error.kind() {
-                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput => {
+                io::ErrorKind::InvalidData
+                | io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::InvalidInput => {
                     Error::Invalid(format!("the archive cannot be unpacked: {error}"))
                 }
                 _ => Error::io("unpacking the archive")(error),
@@ -195,9 +245,15 @@ impl Engine {
         let container = self.inventory.find(container)?;
         let (engine, own) = (self.clone(), container.clone());
         let (root, scratch) = blocking(move || {
-            let layers = engine.images.snapshot_layers(&own.id).map_err(Error::room)?;
+            let layers = engine
+                .images
+                .snapshot_layers(&own.id)
+                .map_err(Error::room)?;
             if !own.phase().lives() {
-                return Ok((::image::mount_detached(&layers, false).map_err(Error::room)?, None));
+                return Ok((
+                    ::image::mount_detached(&layers, false).map_err(Error::room)?,
+                    None,
+                ));
             }
             // The layers are mounted for writing in the container, and no two mounts may write one: here they all are
             // lower ones. What is mounted in the container does not belong to an export.
@@ -210,7 +266,10 @@ impl Engine {
                 work: scratch.0.join("work"),
                 userxattr: layers.userxattr,
             };
-            Ok((::image::mount_detached(&view, false).map_err(Error::room)?, Some(scratch)))
+            Ok((
+                ::image::mount_detached(&view, false).map_err(Error::room)?,
+                Some(scratch),
+            ))
         })
         .await?;
         self.tell(&container, "export");
@@ -227,8 +286,16 @@ impl Engine {
         let container = self.inventory.find(container)?;
         let images = self.images.clone();
         blocking(move || {
-            let changes = images.snapshot_changes(&container.id).map_err(Error::room)?;
-            Ok(changes.into_iter().map(|change| Change { path: change.path, kind: change.kind as u8 }).collect())
+            let changes = images
+                .snapshot_changes(&container.id)
+                .map_err(Error::room)?;
+            Ok(changes
+                .into_iter()
+                .map(|change| Change {
+                    path: change.path,
+                    kind: change.kind as u8,
+                })
+                .collect())
         })
         .await
     }
@@ -237,22 +304,31 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a name or for changes that cannot be.
-    pub async fn commit(self: &Arc<Self>, container: &str, options: CommitOptions) -> Result<String> {
+    pub async fn commit(
+        self: &Arc<Self>,
+        container: &str,
+        options: CommitOptions,
+    ) -> Result<String> {
         let container = self.inventory.find(container)?;
         let engine = self.clone();
         crate::container::start::detached(async move {
             let _operation = container.operation.lock().await;
             let record = container.record().clone();
             if matches!(record.phase, Phase::Removing | Phase::Dead) {
-                return Err(Error::Conflict(format!("You cannot commit container {} which is being removed", record.id)));
+                return Err(Error::Conflict(format!(
+                    "You cannot commit container {} which is being removed",
+                    record.id
+                )));
             }
             let reference = match options.repository.as_str() {
                 "" => None,
                 name if options.tag.is_empty() => Some(name.to_owned()),
                 name => Some(format!("{name}:{}", options.tag)),
             };
-            let reference =
-                reference.map(|name| ::image::Reference::parse(&name)).transpose().map_err(Error::room)?;
+            let reference = reference
+                .map(|name| ::image::Reference::parse(&name))
+                .transpose()
+                .map_err(Error::room)?;
             let config = match options.config {
                 Some(config) if config != Default::default() => {
                     // What is not said stays as the container has it.
@@ -266,11 +342,23 @@ impl Engine {
             let mut config = serde_json::to_value(config).unwrap_or_default();
             if let Some(map) = config.as_object_mut() {
                 // Of one container, not of an image.
-                for key in ["Image", "Hostname", "AttachStdin", "AttachStdout", "AttachStderr", "Tty", "OpenStdin", "StdinOnce", "Domainname", "MacAddress"] {
+                for key in [
+                    "Image",
+                    "Hostname",
+                    "AttachStdin",
+                    "AttachStdout",
+                    "AttachStderr",
+                    "Tty",
+                    "OpenStdin",
+                    "StdinOnce",
+                    "Domainname",
+                    "MacAddress",
+                ] {
                     map.remove(key);
                 }
             }
-            let config = serde_json::from_value(config).map_err(|error| Error::Invalid(error.to_string()))?;
+            let config = serde_json::from_value(config)
+                .map_err(|error| Error::Invalid(error.to_string()))?;
             let wanted = ::image::CommitOptions {
                 reference,
                 author: options.author,
@@ -279,7 +367,8 @@ impl Engine {
                 changes: options.changes,
                 created_by: record.arguments().join(" "),
             };
-            let group = (options.pause && record.phase == Phase::Running).then(|| engine.cgroup_of(&record));
+            let group = (options.pause && record.phase == Phase::Running)
+                .then(|| engine.cgroup_of(&record));
             let (images, id) = (engine.images.clone(), record.id.clone());
             let made = blocking(move || {
                 if let Some(group) = &group {
@@ -293,7 +382,11 @@ impl Engine {
             })
             .await?;
             let made = made.to_string();
-            engine.tell_with(&container, "commit", &[("imageID", made.clone()), ("comment", String::new())]);
+            engine.tell_with(
+                &container,
+                "commit",
+                &[("imageID", made.clone()), ("comment", String::new())],
+            );
             Ok(made)
         })
         .await
@@ -312,7 +405,8 @@ impl Scratch {
         let scratch = Scratch(path);
         for name in ["upper", "work"] {
             let path = scratch.0.join(name);
-            std::fs::create_dir_all(&path).map_err(Error::io(format!("making {}", path.display())))?;
+            std::fs::create_dir_all(&path)
+                .map_err(Error::io(format!("making {}", path.display())))?;
         }
         Ok(scratch)
     }
@@ -325,8 +419,17 @@ impl Drop for Scratch {
 }
 
 fn place_again(place: &Place) -> Result<Place> {
-    let root = place.root.try_clone().map_err(Error::io("opening a file system"))?;
-    Ok(Place { root, path: place.path.clone(), name: place.name.clone(), follow: place.follow, writable: place.writable })
+    let root = place
+        .root
+        .try_clone()
+        .map_err(Error::io("opening a file system"))?;
+    Ok(Place {
+        root,
+        path: place.path.clone(),
+        name: place.name.clone(),
+        follow: place.follow,
+        writable: place.writable,
+    })
 }
 
 /// What is at a place, and whether it is a folder.
@@ -338,7 +441,11 @@ fn look(place: &Place, container: &Container, path: &str) -> Result<(PathStat, b
         )),
         other => Error::io(format!("looking at {path}"))(other.into()),
     };
-    let flags = if place.follow { OFlags::PATH } else { OFlags::PATH | OFlags::NOFOLLOW };
+    let flags = if place.follow {
+        OFlags::PATH
+    } else {
+        OFlags::PATH | OFlags::NOFOLLOW
+    };
     let fd = tree::open_in(&place.root, &place.path, flags).map_err(missing)?;
     let stat = rustix::fs::fstat(&fd).map_err(missing)?;
     let kind = tree::file_type(&stat);
@@ -350,13 +457,15 @@ fn look(place: &Place, container: &Container, path: &str) -> Result<(PathStat, b
                 target
             } else {
                 let folder = tree::split(&place.path).0;
-                let (joined, ..) = normal(&format!("/{}/{target}", String::from_utf8_lossy(folder)));
+                let (joined, ..) =
+                    normal(&format!("/{}/{target}", String::from_utf8_lossy(folder)));
                 format!("/{}", String::from_utf8_lossy(&joined))
             }
         }
         _ => String::new(),
     };
-    let mtime = jiff::Timestamp::new(stat.st_mtime as i64, stat.st_mtime_nsec as i32).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+    let mtime = jiff::Timestamp::new(stat.st_mtime as i64, stat.st_mtime_nsec as i32)
+        .unwrap_or(jiff::Timestamp::UNIX_EPOCH);
     let stat = PathStat {
         name: place.name.clone(),
         size: stat.st_size,
@@ -379,7 +488,10 @@ fn go_mode(mode: u32) -> u32 {
         _ => 0,
     };
     let special = [(0o4000, 1 << 23), (0o2000, 1 << 22), (0o1000, 1 << 20)];
-    special.iter().filter(|(bit, _)| mode & bit != 0).fold(kind | (mode & 0o777), |all, (_, bit)| all | bit)
+    special
+        .iter()
+        .filter(|(bit, _)| mode & bit != 0)
+        .fold(kind | (mode & 0o777), |all, (_, bit)| all | bit)
 }
 
 /// Runs a writer on a thread of its own; what it writes comes out as a stream that holds it back.
@@ -414,14 +526,22 @@ impl Write for Sink {
 }
 
 fn bad(entry: &Entry, why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("{:?}: {why}", String::from_utf8_lossy(&entry.path)))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{:?}: {why}", String::from_utf8_lossy(&entry.path)),
+    )
 }
 
 /// Unpacks below a place. Links that lie in the container are followed within it, as its own programs would.
-fn unpack<R: Read>(place: &Place, tar: &mut TarReader<R>, options: ArchivePutOptions) -> io::Result<()> {
+fn unpack<R: Read>(
+    place: &Place,
+    tar: &mut TarReader<R>,
+    options: ArchivePutOptions,
+) -> io::Result<()> {
     let mut folders: Vec<(Vec<u8>, (i64, u32))> = Vec::new();
     while let Some(entry) = tar.next_entry()? {
-        let path = tree::clean(&entry.path).ok_or_else(|| bad(&entry, "its name holds \"..\" or a NUL byte"))?;
+        let path = tree::clean(&entry.path)
+            .ok_or_else(|| bad(&entry, "its name holds \"..\" or a NUL byte"))?;
         let full = if path.is_empty() {
             place.path.clone()
         } else if place.path.is_empty() {
@@ -462,12 +582,18 @@ fn unpack<R: Read>(place: &Place, tar: &mut TarReader<R>, options: ArchivePutOpt
         }
         let mode = Mode::from_raw_mode(entry.mode & 0o7777);
         match entry.kind {
-            EntryKind::Directory => match rustix::fs::mkdirat(&parent, &*name, Mode::from_raw_mode(0o755)) {
-                Ok(()) | Err(Errno::EXIST) => folders.push((full.clone(), entry.mtime)),
-                Err(error) => return Err(error.into()),
-            },
+            EntryKind::Directory => {
+                match rustix::fs::mkdirat(&parent, &*name, Mode::from_raw_mode(0o755)) {
+                    Ok(()) | Err(Errno::EXIST) => folders.push((full.clone(), entry.mtime)),
+                    Err(error) => return Err(error.into()),
+                }
+            }
             EntryKind::File => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags = OFlags::WRONLY
+                    | OFlags::CREATE
+                    | OFlags::EXCL
+                    | OFlags::NOFOLLOW
+                    | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&parent, &*name, flags, Mode::from_raw_mode(0o600))?;
                 let mut file = std::fs::File::from(fd);
                 io::copy(tar, &mut file)?;
@@ -477,30 +603,68 @@ fn unpack<R: Read>(place: &Place, tar: &mut TarReader<R>, options: ArchivePutOpt
                 rustix::fs::symlinkat(&*target, &parent, &*name)?;
             }
             EntryKind::HardLink => {
-                let target = tree::clean(&entry.link).ok_or_else(|| bad(&entry, "its link leaves the archive"))?;
-                let target = if place.path.is_empty() { target } else { [&place.path[..], b"/", &target].concat() };
+                let target = tree::clean(&entry.link)
+                    .ok_or_else(|| bad(&entry, "its link leaves the archive"))?;
+                let target = if place.path.is_empty() {
+                    target
+                } else {
+                    [&place.path[..], b"/", &target].concat()
+                };
                 let (folder, old) = tree::split(&target);
                 let from = tree::open_in(&place.root, folder, OFlags::PATH | OFlags::DIRECTORY)?;
-                rustix::fs::linkat(&from, &*CString::new(old)?, &parent, &*name, AtFlags::empty())?;
+                rustix::fs::linkat(
+                    &from,
+                    &*CString::new(old)?,
+                    &parent,
+                    &*name,
+                    AtFlags::empty(),
+                )?;
                 continue;
             }
             EntryKind::Fifo => rustix::fs::mknodat(&parent, &*name, FileType::Fifo, mode, 0)?,
             EntryKind::Char | EntryKind::Block => {
-                let kind = if entry.kind == EntryKind::Char { FileType::CharacterDevice } else { FileType::BlockDevice };
-                rustix::fs::mknodat(&parent, &*name, kind, mode, rustix::fs::makedev(entry.major, entry.minor))?;
+                let kind = if entry.kind == EntryKind::Char {
+                    FileType::CharacterDevice
+                } else {
+                    FileType::BlockDevice
+                };
+                rustix::fs::mknodat(
+                    &parent,
+                    &*name,
+                    kind,
+                    mode,
+                    rustix::fs::makedev(entry.major, entry.minor),
+                )?;
             }
         }
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        rustix::fs::chownat(&parent, &*name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+        rustix::fs::chownat(
+            &parent,
+            &*name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )?;
         if entry.kind != EntryKind::Symlink {
             // By the parent's descriptor, not following: what was made a moment ago may have been replaced.
-            let fd = rustix::fs::openat(&parent, &*name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+            let fd = rustix::fs::openat(
+                &parent,
+                &*name,
+                OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?;
             let magic = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
             rustix::fs::chmod(&magic, mode)?;
         }
         for (key, value) in &entry.xattrs {
-            if let (Ok(key), EntryKind::File | EntryKind::Directory) = (std::str::from_utf8(key), entry.kind)
-                && let Ok(fd) = rustix::fs::openat(&parent, &*name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+            if let (Ok(key), EntryKind::File | EntryKind::Directory) =
+                (std::str::from_utf8(key), entry.kind)
+                && let Ok(fd) = rustix::fs::openat(
+                    &parent,
+                    &*name,
+                    OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                    Mode::empty(),
+                )
             {
                 let _ = rustix::fs::fsetxattr(&fd, key, value, rustix::fs::XattrFlags::empty());
             }
@@ -509,9 +673,10 @@ fn unpack<R: Read>(place: &Place, tar: &mut TarReader<R>, options: ArchivePutOpt
     }
     for (path, mtime) in folders.into_iter().rev() {
         let (folder, name) = tree::split(&path);
-        if let (Ok(parent), Ok(name)) =
-            (tree::open_in(&place.root, folder, OFlags::PATH | OFlags::DIRECTORY), CString::new(name))
-        {
+        if let (Ok(parent), Ok(name)) = (
+            tree::open_in(&place.root, folder, OFlags::PATH | OFlags::DIRECTORY),
+            CString::new(name),
+        ) {
             set_time(&parent, &name, mtime);
         }
     }
@@ -519,8 +684,14 @@ fn unpack<R: Read>(place: &Place, tar: &mut TarReader<R>, options: ArchivePutOpt
 }
 
 fn set_time(parent: &OwnedFd, name: &CString, mtime: (i64, u32)) {
-    let time = Timespec { tv_sec: mtime.0, tv_nsec: i64::from(mtime.1) };
-    let times = Timestamps { last_access: time, last_modification: time };
+    let time = Timespec {
+        tv_sec: mtime.0,
+        tv_nsec: i64::from(mtime.1),
+    };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
     let _ = rustix::fs::utimensat(parent, &**name, &times, AtFlags::SYMLINK_NOFOLLOW);
 }
 
@@ -530,7 +701,13 @@ mod tests {
 
     fn place(directory: &Path) -> Place {
         let root = tree::open_root(directory).unwrap();
-        Place { root, path: Vec::new(), name: "/".into(), follow: true, writable: true }
+        Place {
+            root,
+            path: Vec::new(),
+            name: "/".into(),
+            follow: true,
+            writable: true,
+        }
     }
 
     #[test]
@@ -551,12 +728,25 @@ mod tests {
         entry.gid = rustix::process::getgid().as_raw();
         writer.entry(&entry).unwrap();
         let bytes = writer.finish().unwrap();
-        let _ = unpack(&place(directory.path()), &mut TarReader::new(&bytes[..]), ArchivePutOptions::default());
+        let _ = unpack(
+            &place(directory.path()),
+            &mut TarReader::new(&bytes[..]),
+            ArchivePutOptions::default(),
+        );
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let mut writer = TarWriter::new(Vec::new());
-        writer.entry(&Entry::new(EntryKind::File, "../evil", 0o644)).unwrap();
+        writer
+            .entry(&Entry::new(EntryKind::File, "../evil", 0o644))
+            .unwrap();
         let bytes = writer.finish().unwrap();
-        assert!(unpack(&place(directory.path()), &mut TarReader::new(&bytes[..]), ArchivePutOptions::default()).is_err());
+        assert!(
+            unpack(
+                &place(directory.path()),
+                &mut TarReader::new(&bytes[..]),
+                ArchivePutOptions::default()
+            )
+            .is_err()
+        );
     }
 
     #[test]

@@ -40,7 +40,11 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Conflict`] where it is paused or restarting.
-    pub async fn attach(self: &Arc<Self>, container: &str, options: AttachOptions) -> Result<AttachStream> {
+    pub async fn attach(
+        self: &Arc<Self>,
+        container: &str,
+        options: AttachOptions,
+    ) -> Result<AttachStream> {
         let container = self.inventory.find(container)?;
         let keys = detach_keys(&options.detach_keys)?;
         let (phase, tty, open_stdin) = {
@@ -69,11 +73,18 @@ impl Engine {
             let keys = if tty { keys } else { Vec::new() };
             if want.stream {
                 return keeper
-                    .attach(&own.id, want.stdin && open_stdin, want.stdout, want.stderr, keys)
+                    .attach(
+                        &own.id,
+                        want.stdin && open_stdin,
+                        want.stdout,
+                        want.stderr,
+                        keys,
+                    )
                     .await;
             }
             // Only what is past: a stream that has ended.
-            let (ours, theirs) = tokio::net::UnixStream::pair().map_err(Error::io("making a socket pair"))?;
+            let (ours, theirs) =
+                tokio::net::UnixStream::pair().map_err(Error::io("making a socket pair"))?;
             drop(theirs);
             Ok((ours, base::time::now_rfc3339()))
         })
@@ -103,8 +114,15 @@ impl Engine {
         if !container.phase().lives() {
             return Err(Error::NotRunning(container.id.clone()));
         }
-        self.keeper().await?.resize(&container.id, rows, columns).await?;
-        self.tell_with(&container, "resize", &[("height", rows.to_string()), ("width", columns.to_string())]);
+        self.keeper()
+            .await?
+            .resize(&container.id, rows, columns)
+            .await?;
+        self.tell_with(
+            &container,
+            "resize",
+            &[("height", rows.to_string()), ("width", columns.to_string())],
+        );
         Ok(())
     }
 }

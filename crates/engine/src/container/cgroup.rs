@@ -30,7 +30,11 @@ pub(crate) fn remove(path: &str) {
 /// Stops or continues all its processes.
 pub(crate) fn freeze(path: &str, frozen: bool) -> Result<()> {
     let mut group = open(path)?;
-    if frozen { group.freeze().map_err(Error::room) } else { group.thaw().map_err(Error::room) }
+    if frozen {
+        group.freeze().map_err(Error::room)
+    } else {
+        group.thaw().map_err(Error::room)
+    }
 }
 
 /// The pids in it and below it.
@@ -46,8 +50,8 @@ pub(crate) fn stats(path: &str) -> Result<oci::cgroup::Stats> {
 /// Sets new limits.
 pub(crate) fn update(path: &str, resources: &Resources) -> Result<()> {
     let value = serde_json::Value::Object(limits::oci(resources)?);
-    let limits: oci_spec::runtime::LinuxResources =
-        serde_json::from_value(value).map_err(|error| Error::Invalid(format!("limits: {error}")))?;
+    let limits: oci_spec::runtime::LinuxResources = serde_json::from_value(value)
+        .map_err(|error| Error::Invalid(format!("limits: {error}")))?;
     open(path)?.apply(&limits).map_err(Error::room)
 }
 
@@ -56,10 +60,19 @@ pub(crate) fn children(parent: &str) -> Vec<String> {
     let mut names = std::collections::BTreeSet::new();
     let mut roots = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
     if let Ok(entries) = std::fs::read_dir("/sys/fs/cgroup") {
-        roots.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()));
+        roots.extend(
+            entries
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|path| path.is_dir()),
+        );
     }
     for root in roots {
-        for entry in std::fs::read_dir(root.join(parent)).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(root.join(parent))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 names.insert(entry.file_name().to_string_lossy().into_owned());
             }

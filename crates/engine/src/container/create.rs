@@ -32,7 +32,15 @@ impl Engine {
         let engine = self.clone();
         let name = name.map(|name| name.strip_prefix('/').unwrap_or(name).to_owned());
         // Layers, volumes and records: files all the way. A caller that goes away does not stop it half-way.
-        blocking(move || engine.make(name.filter(|name| !name.is_empty()), config, host, networking)).await
+        blocking(move || {
+            engine.make(
+                name.filter(|name| !name.is_empty()),
+                config,
+                host,
+                networking,
+            )
+        })
+        .await
     }
 
     fn make(
@@ -43,16 +51,27 @@ impl Engine {
         networking: NetworkingConfig,
     ) -> Result<Created> {
         if config.image.is_empty() {
-            return Err(Error::Invalid("no image was specified: Config.Image is empty".into()));
+            return Err(Error::Invalid(
+                "no image was specified: Config.Image is empty".into(),
+            ));
         }
-        let image = self.images.inspect(&config.image).map_err(|error| match base::Classified::kind(&error) {
-            base::Kind::NotFound => Error::NoSuchImage(with_tag(&config.image)),
-            _ => Error::room(error),
-        })?;
+        let image =
+            self.images.inspect(&config.image).map_err(|error| {
+                match base::Classified::kind(&error) {
+                    base::Kind::NotFound => Error::NoSuchImage(with_tag(&config.image)),
+                    _ => Error::room(error),
+                }
+            })?;
         let id = Id::random();
         let mut config = over_image(config, image.config.config.as_ref())?;
         let mut warnings = self.complete(&mut config, &mut host, &id)?;
-        let networks = network::wanted(&self.networks, &config, &mut host, networking, &self.inventory)?;
+        let networks = network::wanted(
+            &self.networks,
+            &config,
+            &mut host,
+            networking,
+            &self.inventory,
+        )?;
         for reference in [&host.ipc_mode, &host.pid_mode, &host.network_mode] {
             if let Some(other) = reference.strip_prefix("container:") {
                 self.inventory.find(other)?;
@@ -91,18 +110,36 @@ impl Engine {
     }
 
     /// Fills in what was not said, and checks what was; answers warnings.
-    fn complete(&self, config: &mut ContainerConfig, host: &mut HostConfig, id: &Id) -> Result<Vec<String>> {
+    fn complete(
+        &self,
+        config: &mut ContainerConfig,
+        host: &mut HostConfig,
+        id: &Id,
+    ) -> Result<Vec<String>> {
         let mut warnings = limits::check(&host.resources)?;
-        if config.entrypoint.as_ref().is_none_or(|w| w.is_empty()) && config.cmd.as_ref().is_none_or(|w| w.is_empty()) {
+        if config.entrypoint.as_ref().is_none_or(|w| w.is_empty())
+            && config.cmd.as_ref().is_none_or(|w| w.is_empty())
+        {
             return Err(Error::Invalid("no command specified".into()));
         }
         if config.hostname.is_empty() {
             config.hostname = match host.uts_mode.as_str() {
-                "host" => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+                "host" => rustix::system::uname()
+                    .nodename()
+                    .to_string_lossy()
+                    .into_owned(),
                 _ => id.short().to_owned(),
             };
-        } else if config.hostname.len() > 63 || !config.hostname.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) {
-            return Err(Error::Invalid(format!("invalid hostname format: {}", config.hostname)));
+        } else if config.hostname.len() > 63
+            || !config
+                .hostname
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+        {
+            return Err(Error::Invalid(format!(
+                "invalid hostname format: {}",
+                config.hostname
+            )));
         }
         if !config.working_dir.is_empty() {
             if !config.working_dir.starts_with('/') {
@@ -113,8 +150,14 @@ impl Engine {
             }
             config.working_dir = mounts::target(&config.working_dir).unwrap_or_else(|_| "/".into());
         }
-        if let Some(wrong) = config.env.iter().find(|entry| entry.is_empty() || entry.starts_with('=')) {
-            return Err(Error::Invalid(format!("invalid environment variable: {wrong}")));
+        if let Some(wrong) = config
+            .env
+            .iter()
+            .find(|entry| entry.is_empty() || entry.starts_with('='))
+        {
+            return Err(Error::Invalid(format!(
+                "invalid environment variable: {wrong}"
+            )));
         }
         if !config.stop_signal.is_empty() {
             crate::container::signal::number(&config.stop_signal)?;
@@ -135,11 +178,20 @@ impl Engine {
         host.masked_paths.get_or_insert_with(spec::masked_paths);
         host.readonly_paths.get_or_insert_with(spec::readonly_paths);
         match host.runtime.as_str() {
-            "" | "runc" | "io.containerd.runc.v2" | "berth-oci" => host.runtime = "berth-oci".into(),
-            other => return Err(Error::Invalid(format!("unknown or invalid runtime name: {other}"))),
+            "" | "runc" | "io.containerd.runc.v2" | "berth-oci" => {
+                host.runtime = "berth-oci".into()
+            }
+            other => {
+                return Err(Error::Invalid(format!(
+                    "unknown or invalid runtime name: {other}"
+                )));
+            }
         }
         if !matches!(host.isolation.as_str(), "" | "default") {
-            return Err(Error::Invalid(format!("invalid isolation '{}' on linux", host.isolation)));
+            return Err(Error::Invalid(format!(
+                "invalid isolation '{}' on linux",
+                host.isolation
+            )));
         }
         if host.shm_size < 0 {
             return Err(Error::Invalid("SHM size can not be less than 0".into()));
@@ -147,12 +199,34 @@ impl Engine {
         if host.shm_size == 0 {
             host.shm_size = self.config.shm_size as i64;
         }
-        mode(&mut host.ipc_mode, "IPC mode", "private", &["private", "shareable", "host", "none"], true)?;
+        mode(
+            &mut host.ipc_mode,
+            "IPC mode",
+            "private",
+            &["private", "shareable", "host", "none"],
+            true,
+        )?;
         mode(&mut host.pid_mode, "PID mode", "", &["", "host"], true)?;
         mode(&mut host.uts_mode, "UTS mode", "", &["", "host"], false)?;
-        mode(&mut host.userns_mode, "user namespace mode", "", &["", "host"], false)?;
-        let cgroup = if limits::is_unified() && !host.privileged { "private" } else { "host" };
-        mode(&mut host.cgroupns_mode, "cgroup namespace mode", cgroup, &["private", "host"], false)?;
+        mode(
+            &mut host.userns_mode,
+            "user namespace mode",
+            "",
+            &["", "host"],
+            false,
+        )?;
+        let cgroup = if limits::is_unified() && !host.privileged {
+            "private"
+        } else {
+            "host"
+        };
+        mode(
+            &mut host.cgroupns_mode,
+            "cgroup namespace mode",
+            cgroup,
+            &["private", "host"],
+            false,
+        )?;
         for (key, value) in &host.sysctls {
             check_sysctl(key, value, host)?;
         }
@@ -164,7 +238,9 @@ impl Engine {
         }
         crate::container::logs::check(&host.log_config)?;
         if host.storage_opt.contains_key("size") {
-            return Err(Error::Invalid("--storage-opt size is not supported by the overlay store".into()));
+            return Err(Error::Invalid(
+                "--storage-opt size is not supported by the overlay store".into(),
+            ));
         }
         if !(-1000..=1000).contains(&host.oom_score_adj) {
             return Err(Error::Invalid(format!(
@@ -173,7 +249,9 @@ impl Engine {
             )));
         }
         if host.auto_remove && !matches!(host.restart_policy.name.as_str(), "" | "no") {
-            return Err(Error::Invalid("can't create 'AutoRemove' container with restart policy".into()));
+            return Err(Error::Invalid(
+                "can't create 'AutoRemove' container with restart policy".into(),
+            ));
         }
         if host.restart_policy.name.is_empty() {
             host.restart_policy.name = "no".into();
@@ -185,16 +263,23 @@ impl Engine {
     fn furnish(&self, mut record: Record, image: &::image::ImageId) -> Result<Arc<Container>> {
         let id = record.id.clone();
         let directory = self.containers_folder().join(&id);
-        std::fs::create_dir(&directory).map_err(Error::io(format!("making {}", directory.display())))?;
-        record.mounts =
-            mounts::resolve(&id, &record.config, &record.host, &self.inventory, &self.volumes)?;
+        std::fs::create_dir(&directory)
+            .map_err(Error::io(format!("making {}", directory.display())))?;
+        record.mounts = mounts::resolve(
+            &id,
+            &record.config,
+            &record.host,
+            &self.inventory,
+            &self.volumes,
+        )?;
         let layers = self.images.snapshot(&id, image).map_err(Error::room)?;
         crate::container::root::copy_into_volumes(&layers, &record, &self.volumes)?;
         for name in ["hostname", "hosts", "resolv.conf"] {
             let path = directory.join(name);
             std::fs::write(&path, "").map_err(Error::io(format!("writing {}", path.display())))?;
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-            std::fs::set_permissions(&path, mode).map_err(Error::io(format!("writing {}", path.display())))?;
+            std::fs::set_permissions(&path, mode)
+                .map_err(Error::io(format!("writing {}", path.display())))?;
         }
         let container = Container::new(record, directory, self.run_folder().join(&id));
         container.change(Durability::Process, |_| ())?;
@@ -205,8 +290,12 @@ impl Engine {
     pub(crate) fn unmake(&self, id: &str) {
         let directory = self.containers_folder().join(id);
         let anonymous = self.volumes.list(&Default::default()).unwrap_or_default();
-        let held: Vec<String> =
-            anonymous.into_iter().filter(|v| self.volumes.holders(&v.name) == [id]).filter(is_anonymous).map(|v| v.name).collect();
+        let held: Vec<String> = anonymous
+            .into_iter()
+            .filter(|v| self.volumes.holders(&v.name) == [id])
+            .filter(is_anonymous)
+            .map(|v| v.name)
+            .collect();
         self.volumes.release(id);
         for volume in held {
             let _ = self.volumes.remove(&volume, false);
@@ -241,20 +330,31 @@ impl Engine {
     /// [`Engine::tell`] with further attributes.
     pub(crate) fn tell_with(&self, container: &Container, action: &str, more: &[(&str, String)]) {
         let mut attributes = container.attributes();
-        attributes.extend(more.iter().map(|(key, value)| (key.to_string(), value.clone())));
-        self.events.publish("container", action, &container.id, attributes);
+        attributes.extend(
+            more.iter()
+                .map(|(key, value)| (key.to_string(), value.clone())),
+        );
+        self.events
+            .publish("container", action, &container.id, attributes);
     }
 }
 
 fn is_anonymous(volume: &crate::volume::Volume) -> bool {
-    volume.labels.as_ref().is_some_and(|labels| labels.contains_key(crate::volume::ANONYMOUS_LABEL))
+    volume
+        .labels
+        .as_ref()
+        .is_some_and(|labels| labels.contains_key(crate::volume::ANONYMOUS_LABEL))
 }
 
 /// Runs file work off the reactor, to its end even if the caller goes away.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(Error::Keeper(format!("a task of the engine failed: {error}"))),
+        Err(error) => Err(Error::Keeper(format!(
+            "a task of the engine failed: {error}"
+        ))),
     }
 }
 
@@ -275,14 +375,27 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
 
 fn with_tag(image: &str) -> String {
     let last = image.rsplit('/').next().unwrap_or(image);
-    if last.contains(':') || image.starts_with("sha256:") { image.to_owned() } else { format!("{image}:latest") }
+    if last.contains(':') || image.starts_with("sha256:") {
+        image.to_owned()
+    } else {
+        format!("{image}:latest")
+    }
 }
 
-fn mode(value: &mut String, what: &str, default: &str, known: &[&str], container: bool) -> Result<()> {
+fn mode(
+    value: &mut String,
+    what: &str,
+    default: &str,
+    known: &[&str],
+    container: bool,
+) -> Result<()> {
     if value.is_empty() {
         *value = default.to_owned();
     }
-    let joined = container && value.strip_prefix("container:").is_some_and(|name| !name.is_empty());
+    let joined = container
+        && value
+            .strip_prefix("container:")
+            .is_some_and(|name| !name.is_empty());
     if joined || known.contains(&value.as_str()) {
         return Ok(());
     }
@@ -290,20 +403,34 @@ fn mode(value: &mut String, what: &str, default: &str, known: &[&str], container
 }
 
 fn check_sysctl(key: &str, value: &str, host: &HostConfig) -> Result<()> {
-    let wrong = |why: &str| Err(Error::Invalid(format!("sysctl '{key}' is not allowed{why}")));
+    let wrong = |why: &str| {
+        Err(Error::Invalid(format!(
+            "sysctl '{key}' is not allowed{why}"
+        )))
+    };
     if key.contains("..") || key.contains('/') || value.contains('\n') {
         return wrong("");
     }
     let ipc = key.starts_with("fs.mqueue.")
         || matches!(
             key,
-            "kernel.msgmax" | "kernel.msgmnb" | "kernel.msgmni" | "kernel.sem" | "kernel.shmall" | "kernel.shmmax"
-                | "kernel.shmmni" | "kernel.shm_rmid_forced"
+            "kernel.msgmax"
+                | "kernel.msgmnb"
+                | "kernel.msgmni"
+                | "kernel.sem"
+                | "kernel.shmall"
+                | "kernel.shmmax"
+                | "kernel.shmmni"
+                | "kernel.shm_rmid_forced"
         );
     match key {
-        _ if key.starts_with("net.") && host.network_mode == "host" => wrong(" in the host's network namespace"),
+        _ if key.starts_with("net.") && host.network_mode == "host" => {
+            wrong(" in the host's network namespace")
+        }
         _ if ipc && host.ipc_mode == "host" => wrong(" in the host's IPC namespace"),
-        "kernel.domainname" | "kernel.hostname" if host.uts_mode == "host" => wrong(" in the host's UTS namespace"),
+        "kernel.domainname" | "kernel.hostname" if host.uts_mode == "host" => {
+            wrong(" in the host's UTS namespace")
+        }
         "kernel.domainname" | "kernel.hostname" => Ok(()),
         _ if ipc || key.starts_with("net.") => Ok(()),
         _ => wrong(": it belongs to the whole host"),
@@ -314,12 +441,15 @@ fn check_sysctl(key: &str, value: &str, host: &HostConfig) -> Result<()> {
 pub(crate) fn check_restart(host: &HostConfig) -> Result<()> {
     let policy = &host.restart_policy;
     match policy.name.as_str() {
-        "" | "no" | "always" | "unless-stopped" if policy.maximum_retry_count != 0 => Err(Error::Invalid(
-            "invalid restart policy: maximum retry count can only be used with 'on-failure'".into(),
-        )),
-        "on-failure" if policy.maximum_retry_count < 0 => {
-            Err(Error::Invalid("invalid restart policy: maximum retry count cannot be negative".into()))
+        "" | "no" | "always" | "unless-stopped" if policy.maximum_retry_count != 0 => {
+            Err(Error::Invalid(
+                "invalid restart policy: maximum retry count can only be used with 'on-failure'"
+                    .into(),
+            ))
         }
+        "on-failure" if policy.maximum_retry_count < 0 => Err(Error::Invalid(
+            "invalid restart policy: maximum retry count cannot be negative".into(),
+        )),
         "" | "no" | "always" | "unless-stopped" | "on-failure" => Ok(()),
         other => Err(Error::Invalid(format!(
             "invalid restart policy: unknown policy '{other}'; use one of 'no', 'always', 'on-failure', or 'unless-stopped'"
@@ -337,20 +467,29 @@ fn check_health(health: Option<&HealthConfig>) -> Result<()> {
         ("StartInterval", health.start_interval),
     ] {
         if value != 0 && value < LEAST {
-            return Err(Error::Invalid(format!("{name} in Healthcheck cannot be less than 1ms")));
+            return Err(Error::Invalid(format!(
+                "{name} in Healthcheck cannot be less than 1ms"
+            )));
         }
     }
     if health.retries < 0 {
-        return Err(Error::Invalid("Retries in Healthcheck cannot be negative".into()));
+        return Err(Error::Invalid(
+            "Retries in Healthcheck cannot be negative".into(),
+        ));
     }
     match health.test.first().map(String::as_str) {
         None | Some("NONE" | "CMD" | "CMD-SHELL") => Ok(()),
-        Some(other) => Err(Error::Invalid(format!("Unknown health check type in Healthcheck.Test: {other:?}"))),
+        Some(other) => Err(Error::Invalid(format!(
+            "Unknown health check type in Healthcheck.Test: {other:?}"
+        ))),
     }
 }
 
 /// What was asked for, over the image's defaults.
-pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&::image::RunConfig>) -> Result<ContainerConfig> {
+pub(crate) fn over_image(
+    mut asked: ContainerConfig,
+    image: Option<&::image::RunConfig>,
+) -> Result<ContainerConfig> {
     let defaults: ContainerConfig = match image {
         // One set of names on the wire: the image's document reads as ours.
         Some(image) => serde_json::to_value(image)
@@ -363,7 +502,11 @@ pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&::image::Run
     }
     let key = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
     let asked_keys: Vec<String> = asked.env.iter().map(|entry| key(entry)).collect();
-    let mut env: Vec<String> = defaults.env.into_iter().filter(|entry| !asked_keys.contains(&key(entry))).collect();
+    let mut env: Vec<String> = defaults
+        .env
+        .into_iter()
+        .filter(|entry| !asked_keys.contains(&key(entry)))
+        .collect();
     env.append(&mut asked.env);
     asked.env = env;
     let given = |words: &Option<Words>| words.as_ref().is_some_and(|words| !words.is_empty());
@@ -374,7 +517,11 @@ pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&::image::Run
         asked.entrypoint = defaults.entrypoint;
     }
     // The command line's `--entrypoint ""`: none, not even the image's.
-    if asked.entrypoint.as_ref().is_some_and(|words| words.0 == [""]) {
+    if asked
+        .entrypoint
+        .as_ref()
+        .is_some_and(|words| words.0 == [""])
+    {
         asked.entrypoint = None;
     }
     if asked.working_dir.is_empty() {
@@ -384,7 +531,11 @@ pub(crate) fn over_image(mut asked: ContainerConfig, image: Option<&::image::Run
         asked.volumes.get_or_insert_default().0.extend(volumes.0);
     }
     if let Some(ports) = defaults.exposed_ports {
-        asked.exposed_ports.get_or_insert_default().0.extend(ports.0);
+        asked
+            .exposed_ports
+            .get_or_insert_default()
+            .0
+            .extend(ports.0);
     }
     let mut labels: BTreeMap<String, String> = defaults.labels;
     labels.append(&mut asked.labels);
@@ -441,11 +592,28 @@ mod tests {
             env: vec!["A=1".into(), "B=2".into()],
             ..Default::default()
         };
-        let asked = ContainerConfig { entrypoint: words(&["sh"]), env: vec!["B=3".into()], ..Default::default() };
+        let asked = ContainerConfig {
+            entrypoint: words(&["sh"]),
+            env: vec!["B=3".into()],
+            ..Default::default()
+        };
         let config = over_image(asked, Some(&image)).unwrap();
-        assert_eq!((config.cmd, config.env), (None, vec!["A=1".to_owned(), "B=3".into()]));
-        let config = over_image(ContainerConfig { cmd: words(&["x"]), ..Default::default() }, Some(&image)).unwrap();
-        assert_eq!((config.entrypoint, config.cmd), (words(&["/entry"]), words(&["x"])));
+        assert_eq!(
+            (config.cmd, config.env),
+            (None, vec!["A=1".to_owned(), "B=3".into()])
+        );
+        let config = over_image(
+            ContainerConfig {
+                cmd: words(&["x"]),
+                ..Default::default()
+            },
+            Some(&image),
+        )
+        .unwrap();
+        assert_eq!(
+            (config.entrypoint, config.cmd),
+            (words(&["/entry"]), words(&["x"]))
+        );
     }
 
     #[test]

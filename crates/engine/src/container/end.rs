@@ -23,7 +23,10 @@ impl Engine {
         let turn = container.turn.lock().await;
         let stale = {
             let record = container.record();
-            !record.phase.lives() || record.process.is_some_and(|process| process.pid != exit.pid)
+            !record.phase.lives()
+                || record
+                    .process
+                    .is_some_and(|process| process.pid != exit.pid)
         };
         if stale {
             if let Ok(keeper) = self.keeper().await {
@@ -42,12 +45,21 @@ impl Engine {
             Ok(())
         })
         .await;
-        let ran = Timestamp::now().duration_since(record.started_at.parse().unwrap_or(Timestamp::now()));
+        let ran =
+            Timestamp::now().duration_since(record.started_at.parse().unwrap_or(Timestamp::now()));
         let ran = Duration::try_from(ran).unwrap_or_default();
         let again = wants_restart(&record, exit.code);
-        let networks: Vec<_> = record.endpoints.iter().map(|endpoint| endpoint.network.clone()).collect();
+        let networks: Vec<_> = record
+            .endpoints
+            .iter()
+            .map(|endpoint| endpoint.network.clone())
+            .collect();
         container.note(|record| {
-            record.phase = if again { Phase::Restarting } else { Phase::Exited };
+            record.phase = if again {
+                Phase::Restarting
+            } else {
+                Phase::Exited
+            };
             record.process = None;
             record.exit_code = exit.code;
             record.oom_killed = exit.oom;
@@ -71,7 +83,10 @@ impl Engine {
         self.tell_with(
             &container,
             "die",
-            &[("exitCode", exit.code.to_string()), ("execDuration", ran.as_secs().to_string())],
+            &[
+                ("exitCode", exit.code.to_string()),
+                ("execDuration", ran.as_secs().to_string()),
+            ],
         );
         for network in networks {
             if let Ok(network) = self.networks.inspect(network.as_str()) {
@@ -124,13 +139,18 @@ impl Engine {
     }
 
     // Boxed: a restart may lead to another.
-    fn restart_now(self: Arc<Self>, container: Arc<Container>) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn restart_now(
+        self: Arc<Self>,
+        container: Arc<Container>,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
             let _operation = container.operation.lock().await;
             if container.phase() != Phase::Restarting {
                 return;
             }
-            let Err(error) = self.launch(&container).await else { return };
+            let Err(error) = self.launch(&container).await else {
+                return;
+            };
             tracing::warn!(container = container.id, %error, "a restart failed");
             let again = wants_restart(&container.record(), container.record().exit_code.max(1));
             container.note(|record| {
@@ -142,7 +162,9 @@ impl Engine {
             if again {
                 self.restart_later(container.clone(), Duration::ZERO);
             } else {
-                container.milestones.send_modify(|milestones| milestones.rests += 1);
+                container
+                    .milestones
+                    .send_modify(|milestones| milestones.rests += 1);
             }
         })
     }
@@ -158,7 +180,8 @@ pub(crate) fn wants_restart(record: &Record, code: i32) -> bool {
         "always" | "unless-stopped" => true,
         "on-failure" => {
             code != 0
-                && (policy.maximum_retry_count == 0 || i64::from(record.restart_count) < policy.maximum_retry_count)
+                && (policy.maximum_retry_count == 0
+                    || i64::from(record.restart_count) < policy.maximum_retry_count)
         }
         _ => false,
     }

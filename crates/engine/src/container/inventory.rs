@@ -21,11 +21,15 @@ struct Tables {
 
 impl Inventory {
     fn read(&self) -> RwLockReadGuard<'_, Tables> {
-        self.tables.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.tables
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Tables> {
-        self.tables.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.tables
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// By id, name, or unique beginning of an id.
@@ -39,13 +43,20 @@ impl Inventory {
             return Ok(container.clone());
         }
         let name = reference.strip_prefix('/').unwrap_or(reference);
-        if let Some(container) = tables.names.get(name).and_then(|id| tables.containers.get(id)) {
+        if let Some(container) = tables
+            .names
+            .get(name)
+            .and_then(|id| tables.containers.get(id))
+        {
             return Ok(container.clone());
         }
         if reference.is_empty() || !reference.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(none());
         }
-        let mut matching = tables.containers.values().filter(|container| container.id.starts_with(reference));
+        let mut matching = tables
+            .containers
+            .values()
+            .filter(|container| container.id.starts_with(reference));
         match (matching.next(), matching.next()) {
             (Some(one), None) => Ok(one.clone()),
             (Some(_), Some(_)) => Err(Error::AmbiguousContainer(reference.to_owned())),
@@ -65,9 +76,10 @@ impl Inventory {
     pub fn reserve(&self, name: &str, id: &str) -> Result<()> {
         let mut tables = self.write();
         match tables.names.get(name) {
-            Some(owner) if owner != id => {
-                Err(Error::NameInUse { name: name.to_owned(), id: owner.clone() })
-            }
+            Some(owner) if owner != id => Err(Error::NameInUse {
+                name: name.to_owned(),
+                id: owner.clone(),
+            }),
             _ => {
                 tables.names.insert(name.to_owned(), id.to_owned());
                 Ok(())
@@ -84,7 +96,9 @@ impl Inventory {
     }
 
     pub fn insert(&self, container: Arc<Container>) {
-        self.write().containers.insert(container.id.clone(), container);
+        self.write()
+            .containers
+            .insert(container.id.clone(), container);
     }
 
     pub fn remove(&self, id: &str) {

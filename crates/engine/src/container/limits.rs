@@ -26,7 +26,9 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
         return invalid("Minimum memoryswap limit should be larger than memory limit, see usage");
     }
     if r.memory == 0 && r.memory_swap > 0 {
-        return invalid("You should always set the Memory limit when using Memoryswap limit, see usage");
+        return invalid(
+            "You should always set the Memory limit when using Memoryswap limit, see usage",
+        );
     }
     if r.memory_swap < -1 {
         return invalid("Invalid memory-swap: -1 is no limit");
@@ -34,18 +36,25 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
     if let Some(swappiness) = r.memory_swappiness
         && !(-1..=100).contains(&swappiness)
     {
-        return invalid(format!("Invalid value: {swappiness}, valid memory swappiness range is 0-100"));
+        return invalid(format!(
+            "Invalid value: {swappiness}, valid memory swappiness range is 0-100"
+        ));
     }
-    if r.memory_reservation < 0 || (r.memory_reservation > 0 && r.memory_reservation < LEAST_MEMORY) {
+    if r.memory_reservation < 0 || (r.memory_reservation > 0 && r.memory_reservation < LEAST_MEMORY)
+    {
         return invalid("Minimum memory reservation allowed is 6MB");
     }
     if r.memory > 0 && r.memory_reservation > 0 && r.memory < r.memory_reservation {
-        return invalid("Minimum memory limit can not be less than memory reservation limit, see usage");
+        return invalid(
+            "Minimum memory limit can not be less than memory reservation limit, see usage",
+        );
     }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from) as i64;
     if r.nano_cpus != 0 {
         if r.cpu_period > 0 || r.cpu_quota > 0 {
-            return invalid("Conflicting options: Nano CPUs and CPU Period or Quota cannot both be set");
+            return invalid(
+                "Conflicting options: Nano CPUs and CPU Period or Quota cannot both be set",
+            );
         }
         if r.nano_cpus < 0 || r.nano_cpus > host_cpus().max(cpus) * 1_000_000_000 {
             return invalid(format!(
@@ -55,15 +64,23 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
         }
     }
     if r.cpu_period != 0 && !(1_000..=1_000_000).contains(&r.cpu_period) {
-        return invalid("CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)");
+        return invalid(
+            "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)",
+        );
     }
     if r.cpu_quota > 0 && r.cpu_quota < 1_000 {
         return invalid("CPU cfs quota can not be less than 1ms (i.e. 1000)");
     }
     if r.cpu_shares < 0 {
-        return invalid(format!("invalid CPU shares ({}): value must be a positive integer", r.cpu_shares));
+        return invalid(format!(
+            "invalid CPU shares ({}): value must be a positive integer",
+            r.cpu_shares
+        ));
     }
-    for (name, set) in [("cpuset-cpus", &r.cpuset_cpus), ("cpuset-mems", &r.cpuset_mems)] {
+    for (name, set) in [
+        ("cpuset-cpus", &r.cpuset_cpus),
+        ("cpuset-mems", &r.cpuset_mems),
+    ] {
         if !is_set(set) {
             return invalid(format!("Invalid value {set} for {name}"));
         }
@@ -88,7 +105,9 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
             warnings.push("OOM killer is disabled for the container, but no memory limit is set, this can result in the system running out of resources.".to_owned());
         }
         if is_unified() {
-            warnings.push("Your kernel does not support OomKillDisable. OomKillDisable discarded.".to_owned());
+            warnings.push(
+                "Your kernel does not support OomKillDisable. OomKillDisable discarded.".to_owned(),
+            );
         }
     }
     for limit in r.ulimits.iter().flatten() {
@@ -105,16 +124,24 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
     for rule in r.device_cgroup_rules.iter().flatten() {
         device_rule(rule)?;
     }
-    if r.device_requests.as_ref().is_some_and(|requests| !requests.is_empty()) {
+    if r.device_requests
+        .as_ref()
+        .is_some_and(|requests| !requests.is_empty())
+    {
         return Err(Error::Invalid(
-            "could not select device driver: device requests (GPUs) are not served by this engine".into(),
+            "could not select device driver: device requests (GPUs) are not served by this engine"
+                .into(),
         ));
     }
     Ok(warnings)
 }
 
 fn host_cpus() -> i64 {
-    std::fs::read_to_string("/sys/devices/system/cpu/online").ok().and_then(|text| highest(text.trim())).unwrap_or(0) + 1
+    std::fs::read_to_string("/sys/devices/system/cpu/online")
+        .ok()
+        .and_then(|text| highest(text.trim()))
+        .unwrap_or(0)
+        + 1
 }
 
 fn is_set(text: &str) -> bool {
@@ -122,22 +149,41 @@ fn is_set(text: &str) -> bool {
         || text.split(',').all(|part| {
             let number = |text: &str| text.parse::<u32>().ok();
             match part.split_once('-') {
-                Some((first, last)) => matches!((number(first), number(last)), (Some(a), Some(b)) if a <= b),
+                Some((first, last)) => {
+                    matches!((number(first), number(last)), (Some(a), Some(b)) if a <= b)
+                }
                 None => number(part).is_some(),
             }
         })
 }
 
 fn highest(text: &str) -> Option<i64> {
-    text.split([',', '-']).filter_map(|part| part.parse().ok()).max()
+    text.split([',', '-'])
+        .filter_map(|part| part.parse().ok())
+        .max()
 }
 
 fn rlimit(name: &str) -> Option<String> {
     const NAMES: [&str; 15] = [
-        "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio",
-        "rttime", "sigpending", "stack",
+        "core",
+        "cpu",
+        "data",
+        "fsize",
+        "locks",
+        "memlock",
+        "msgqueue",
+        "nice",
+        "nofile",
+        "nproc",
+        "rss",
+        "rtprio",
+        "rttime",
+        "sigpending",
+        "stack",
     ];
-    NAMES.contains(&name).then(|| format!("RLIMIT_{}", name.to_ascii_uppercase()))
+    NAMES
+        .contains(&name)
+        .then(|| format!("RLIMIT_{}", name.to_ascii_uppercase()))
 }
 
 /// The `rlimits` of an OCI process.
@@ -160,11 +206,15 @@ pub(crate) fn is_unified() -> bool {
 pub(crate) fn device_rule(rule: &str) -> Result<Value> {
     let wrong = || Error::Invalid(format!("invalid device cgroup rule format: '{rule}'"));
     let mut words = rule.split_ascii_whitespace();
-    let (Some(kind), Some(numbers), Some(access), None) = (words.next(), words.next(), words.next(), words.next())
+    let (Some(kind), Some(numbers), Some(access), None) =
+        (words.next(), words.next(), words.next(), words.next())
     else {
         return Err(wrong());
     };
-    if !matches!(kind, "a" | "b" | "c") || access.is_empty() || !access.bytes().all(|b| b"rwm".contains(&b)) {
+    if !matches!(kind, "a" | "b" | "c")
+        || access.is_empty()
+        || !access.bytes().all(|b| b"rwm".contains(&b))
+    {
         return Err(wrong());
     }
     let (major, minor) = numbers.split_once(':').ok_or_else(wrong)?;
@@ -188,7 +238,11 @@ pub(crate) fn oci(resources: &Resources) -> Result<Map<String, Value>> {
     if r.memory > 0 {
         memory.insert("limit".into(), json!(r.memory));
         // As dockerd: twice the memory where nothing is said.
-        let swap = if r.memory_swap == 0 { r.memory.saturating_mul(2) } else { r.memory_swap };
+        let swap = if r.memory_swap == 0 {
+            r.memory.saturating_mul(2)
+        } else {
+            r.memory_swap
+        };
         memory.insert("swap".into(), json!(swap));
     }
     if r.memory_reservation > 0 {
@@ -269,11 +323,15 @@ fn put(out: &mut Map<String, Value>, key: &str, value: Map<String, Value>) {
 
 fn device_numbers(path: &str) -> Result<(u32, u32)> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
-    let metadata = std::fs::metadata(path).map_err(|error| Error::Invalid(format!("{path}: {error}")))?;
+    let metadata =
+        std::fs::metadata(path).map_err(|error| Error::Invalid(format!("{path}: {error}")))?;
     if !metadata.file_type().is_block_device() {
         return invalid(format!("{path} is not a block device"));
     }
-    Ok((rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev())))
+    Ok((
+        rustix::fs::major(metadata.rdev()),
+        rustix::fs::minor(metadata.rdev()),
+    ))
 }
 
 /// Takes over what an update says; zeros stay as they were.
@@ -296,11 +354,23 @@ pub(crate) fn merge(old: &Resources, new: &Resources) -> Result<Resources> {
         ($($field:ident),*) => { $( replace(&mut out.$field, &new.$field); )* };
     }
     take!(
-        cpu_shares, memory, nano_cpus, blkio_weight, cpu_period, cpu_quota, cpu_realtime_period,
-        cpu_realtime_runtime, cpuset_cpus, cpuset_mems, memory_reservation, memory_swap, memory_swappiness,
+        cpu_shares,
+        memory,
+        nano_cpus,
+        blkio_weight,
+        cpu_period,
+        cpu_quota,
+        cpu_realtime_period,
+        cpu_realtime_runtime,
+        cpuset_cpus,
+        cpuset_mems,
+        memory_reservation,
+        memory_swap,
+        memory_swappiness,
         pids_limit
     );
-    if new.memory > 0 && new.memory_swap == 0 && old.memory_swap > 0 && new.memory > old.memory_swap {
+    if new.memory > 0 && new.memory_swap == 0 && old.memory_swap > 0 && new.memory > old.memory_swap
+    {
         return Err(Error::Conflict(
             "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time".into(),
         ));
@@ -325,21 +395,68 @@ mod tests {
             let text = check(&resources).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         };
-        says(Resources { memory: 1 << 20, ..Default::default() }, "Minimum memory limit");
-        says(Resources { memory: 64 << 20, memory_swap: 32 << 20, ..Default::default() }, "memoryswap");
-        says(Resources { nano_cpus: 1 << 60, ..Default::default() }, "range of CPUs");
-        says(Resources { cpuset_cpus: "0-x".into(), ..Default::default() }, "cpuset-cpus");
-        let ulimits = Some(vec![Ulimit { name: "nofile".into(), hard: 1, soft: 2 }]);
-        says(Resources { ulimits, ..Default::default() }, "ulimit soft limit");
-        says(Resources { device_cgroup_rules: Some(vec!["c 1".into()]), ..Default::default() }, "device cgroup rule");
+        says(
+            Resources {
+                memory: 1 << 20,
+                ..Default::default()
+            },
+            "Minimum memory limit",
+        );
+        says(
+            Resources {
+                memory: 64 << 20,
+                memory_swap: 32 << 20,
+                ..Default::default()
+            },
+            "memoryswap",
+        );
+        says(
+            Resources {
+                nano_cpus: 1 << 60,
+                ..Default::default()
+            },
+            "range of CPUs",
+        );
+        says(
+            Resources {
+                cpuset_cpus: "0-x".into(),
+                ..Default::default()
+            },
+            "cpuset-cpus",
+        );
+        let ulimits = Some(vec![Ulimit {
+            name: "nofile".into(),
+            hard: 1,
+            soft: 2,
+        }]);
+        says(
+            Resources {
+                ulimits,
+                ..Default::default()
+            },
+            "ulimit soft limit",
+        );
+        says(
+            Resources {
+                device_cgroup_rules: Some(vec!["c 1".into()]),
+                ..Default::default()
+            },
+            "device cgroup rule",
+        );
     }
 
     #[test]
     fn half_a_cpu_is_a_quota() {
-        let map = oci(&Resources { nano_cpus: 500_000_000, memory: 64 << 20, ..Default::default() }).unwrap();
+        let map = oci(&Resources {
+            nano_cpus: 500_000_000,
+            memory: 64 << 20,
+            ..Default::default()
+        })
+        .unwrap();
         assert_eq!(map["cpu"]["quota"], 50_000);
         assert_eq!(map["memory"]["swap"], 128 << 20);
-        let typed: std::result::Result<oci_spec::runtime::LinuxResources, _> = serde_json::from_value(Value::Object(map));
+        let typed: std::result::Result<oci_spec::runtime::LinuxResources, _> =
+            serde_json::from_value(Value::Object(map));
         assert!(typed.is_ok());
     }
 }

@@ -15,13 +15,31 @@ use crate::error::{Error, Result};
 use crate::filters::Filters;
 
 const FILTERS: [&str; 16] = [
-    "ancestor", "before", "expose", "exited", "health", "id", "isolation", "is-task", "label", "name", "network",
-    "publish", "since", "status", "volume", "label!",
+    "ancestor",
+    "before",
+    "expose",
+    "exited",
+    "health",
+    "id",
+    "isolation",
+    "is-task",
+    "label",
+    "name",
+    "network",
+    "publish",
+    "since",
+    "status",
+    "volume",
+    "label!",
 ];
 
 impl Engine {
     /// Everything about it; with the sizes of its layers where `size`.
-    pub async fn inspect(self: &Arc<Self>, container: &str, size: bool) -> Result<ContainerInspect> {
+    pub async fn inspect(
+        self: &Arc<Self>,
+        container: &str,
+        size: bool,
+    ) -> Result<ContainerInspect> {
         let container = self.inventory.find(container)?;
         let engine = self.clone();
         blocking(move || Ok(engine.show(&container, size))).await
@@ -30,11 +48,22 @@ impl Engine {
     fn show(&self, container: &Container, size: bool) -> ContainerInspect {
         let record = container.record().clone();
         let mut words = record.arguments();
-        let path = if words.is_empty() { String::new() } else { words.remove(0) };
+        let path = if words.is_empty() {
+            String::new()
+        } else {
+            words.remove(0)
+        };
         let file = |name: &str| container.directory.join(name).display().to_string();
-        let mut driver = GraphDriver { name: "overlay2".into(), ..Default::default() };
+        let mut driver = GraphDriver {
+            name: "overlay2".into(),
+            ..Default::default()
+        };
         if let Ok(layers) = self.images.snapshot_layers(&container.id) {
-            let lower: Vec<String> = layers.lower.iter().map(|path| path.display().to_string()).collect();
+            let lower: Vec<String> = layers
+                .lower
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
             driver.data = [
                 ("LowerDir".to_owned(), lower.join(":")),
                 ("UpperDir".to_owned(), layers.upper.display().to_string()),
@@ -42,7 +71,11 @@ impl Engine {
             ]
             .into();
         }
-        let (size_rw, size_root_fs) = if size { self.sizes(&record) } else { (None, None) };
+        let (size_rw, size_root_fs) = if size {
+            self.sizes(&record)
+        } else {
+            (None, None)
+        };
         let execs = lock(&container.execs).clone();
         ContainerInspect {
             id: record.id.clone(),
@@ -67,7 +100,11 @@ impl Engine {
             graph_driver: driver,
             size_rw,
             size_root_fs,
-            mounts: record.mounts.iter().map(|mount| mount.point.clone()).collect(),
+            mounts: record
+                .mounts
+                .iter()
+                .map(|mount| mount.point.clone())
+                .collect(),
             network_settings: network::settings(&record),
             host_config: record.host,
             config: record.config,
@@ -76,8 +113,14 @@ impl Engine {
     }
 
     fn sizes(&self, record: &Record) -> (Option<i64>, Option<i64>) {
-        let own = self.images.snapshot_usage(&record.id).map_or(0, |usage| usage.bytes as i64);
-        let image = self.images.inspect(&record.image).map_or(0, |image| image.size() as i64);
+        let own = self
+            .images
+            .snapshot_usage(&record.id)
+            .map_or(0, |usage| usage.bytes as i64);
+        let image = self
+            .images
+            .inspect(&record.image)
+            .map_or(0, |image| image.size() as i64);
         (Some(own), Some(image + own))
     }
 
@@ -103,7 +146,9 @@ impl Engine {
         }
         let edge = |name: &str| -> Result<Option<String>> {
             match filters.get(name).first() {
-                Some(reference) => Ok(Some(self.inventory.find(reference)?.record().created.clone())),
+                Some(reference) => Ok(Some(
+                    self.inventory.find(reference)?.record().created.clone(),
+                )),
                 None => Ok(None),
             }
         };
@@ -111,12 +156,18 @@ impl Engine {
         let ancestors: Vec<String> = filters
             .get("ancestor")
             .iter()
-            .map(|name| self.images.inspect(name).map_or_else(|_| name.clone(), |image| image.id.to_string()))
+            .map(|name| {
+                self.images
+                    .inspect(name)
+                    .map_or_else(|_| name.clone(), |image| image.id.to_string())
+            })
             .collect();
         // `-n` and some filters look at stopped ones too.
         let all = options.all
             || options.limit.is_some()
-            || ["status", "exited", "before", "since"].iter().any(|name| filters.has(name));
+            || ["status", "exited", "before", "since"]
+                .iter()
+                .any(|name| filters.has(name));
         let mut rows = Vec::new();
         for container in self.inventory.all() {
             let record = container.record().clone();
@@ -130,7 +181,10 @@ impl Engine {
                 continue;
             }
             rows.push(self.row(&record, options.size));
-            if options.limit.is_some_and(|limit| limit > 0 && rows.len() == limit) {
+            if options
+                .limit
+                .is_some_and(|limit| limit > 0 && rows.len() == limit)
+            {
                 break;
             }
         }
@@ -138,16 +192,30 @@ impl Engine {
     }
 
     fn row(&self, record: &Record, size: bool) -> ContainerSummary {
-        let (size_rw, size_root_fs) = if size { self.sizes(record) } else { (None, None) };
+        let (size_rw, size_root_fs) = if size {
+            self.sizes(record)
+        } else {
+            (None, None)
+        };
         // An image that has lost its name is shown by its id.
-        let named = self.images.resolve(&record.config.image).is_ok_and(|id| id.to_string() == record.image);
+        let named = self
+            .images
+            .resolve(&record.config.image)
+            .is_ok_and(|id| id.to_string() == record.image);
         ContainerSummary {
             id: record.id.clone(),
             names: vec![format!("/{}", record.name)],
-            image: if named { record.config.image.clone() } else { record.image.clone() },
+            image: if named {
+                record.config.image.clone()
+            } else {
+                record.image.clone()
+            },
             image_id: record.image.clone(),
             command: record.arguments().join(" "),
-            created: record.created.parse::<Timestamp>().map_or(0, |at| at.as_second()),
+            created: record
+                .created
+                .parse::<Timestamp>()
+                .map_or(0, |at| at.as_second()),
             ports: network::ports(record),
             size_rw,
             size_root_fs,
@@ -158,8 +226,14 @@ impl Engine {
                 network_mode: record.host.network_mode.clone(),
                 annotations: record.host.annotations.clone(),
             },
-            network_settings: SummaryNetworkSettings { networks: record.networks.clone() },
-            mounts: record.mounts.iter().map(|mount| mount.point.clone()).collect(),
+            network_settings: SummaryNetworkSettings {
+                networks: record.networks.clone(),
+            },
+            mounts: record
+                .mounts
+                .iter()
+                .map(|mount| mount.point.clone())
+                .collect(),
         }
     }
 }
@@ -169,13 +243,23 @@ fn matches(record: &Record, filters: &Filters) -> bool {
     let port = |wanted: &str, public: bool| {
         let (numbers, protocol) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
         let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
-        let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else { return false };
+        let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else {
+            return false;
+        };
         ports.iter().any(|port| {
-            let number = if public { port.public_port } else { Some(port.private_port) };
-            port.protocol == protocol && number.is_some_and(|number| (first..=last).contains(&number))
+            let number = if public {
+                port.public_port
+            } else {
+                Some(port.private_port)
+            };
+            port.protocol == protocol
+                && number.is_some_and(|number| (first..=last).contains(&number))
         })
     };
-    let health = record.health.as_ref().map_or("none", |health| health.status.as_str());
+    let health = record
+        .health
+        .as_ref()
+        .map_or("none", |health| health.status.as_str());
     filters.any("id", |wanted| record.id.starts_with(wanted))
         && filters.any("name", |wanted| named(&record.name, wanted))
         && filters.exact("status", record.phase.word())
@@ -186,13 +270,15 @@ fn matches(record: &Record, filters: &Filters) -> bool {
         && filters.labels("label", &record.config.labels)
         && filters.not_labels("label!", &record.config.labels)
         && filters.any("volume", |wanted| {
-            record.mounts.iter().any(|mount| mount.point.name == wanted || mount.point.destination == wanted)
+            record
+                .mounts
+                .iter()
+                .any(|mount| mount.point.name == wanted || mount.point.destination == wanted)
         })
         && filters.any("network", |wanted| {
-            record
-                .networks
-                .iter()
-                .any(|(name, settings)| name == wanted || (wanted.len() >= 12 && settings.network_id.starts_with(wanted)))
+            record.networks.iter().any(|(name, settings)| {
+                name == wanted || (wanted.len() >= 12 && settings.network_id.starts_with(wanted))
+            })
         })
         && filters.any("publish", |wanted| port(wanted, true))
         && filters.any("expose", |wanted| port(wanted, false))
@@ -221,14 +307,25 @@ fn named(name: &str, wanted: &str) -> bool {
 
 /// `Up 5 minutes (healthy)`, as docker shows it.
 fn status(record: &Record, now: Timestamp) -> String {
-    let since = |text: &str| text.parse::<Timestamp>().map_or(0, |at| now.as_second() - at.as_second());
+    let since = |text: &str| {
+        text.parse::<Timestamp>()
+            .map_or(0, |at| now.as_second() - at.as_second())
+    };
     match record.phase {
         Phase::Created => "Created".into(),
         Phase::Removing => "Removal In Progress".into(),
         Phase::Dead => "Dead".into(),
-        Phase::Exited => format!("Exited ({}) {} ago", record.exit_code, span(since(&record.finished_at))),
+        Phase::Exited => format!(
+            "Exited ({}) {} ago",
+            record.exit_code,
+            span(since(&record.finished_at))
+        ),
         Phase::Restarting => {
-            format!("Restarting ({}) {} ago", record.exit_code, span(since(&record.finished_at)))
+            format!(
+                "Restarting ({}) {} ago",
+                record.exit_code,
+                span(since(&record.finished_at))
+            )
         }
         Phase::Paused => format!("Up {} (Paused)", span(since(&record.started_at))),
         Phase::Running => {
@@ -271,9 +368,13 @@ mod tests {
 
     #[test]
     fn spans_read_as_dockers() {
-        for (seconds, text) in
-            [(0, "Less than a second"), (5, "5 seconds"), (60, "About a minute"), (3600, "About an hour"), (90000, "25 hours")]
-        {
+        for (seconds, text) in [
+            (0, "Less than a second"),
+            (5, "5 seconds"),
+            (60, "About a minute"),
+            (3600, "About an hour"),
+            (90000, "25 hours"),
+        ] {
             assert_eq!(span(seconds), text);
         }
     }

@@ -45,15 +45,26 @@ pub(crate) fn check(config: &LogConfig) -> Result<()> {
             for (key, value) in &config.config {
                 match key.as_str() {
                     "max-size" if value != "-1" => {
-                        base::units::parse_size(value).map_err(|error| Error::Invalid(error.to_string()))?;
+                        base::units::parse_size(value)
+                            .map_err(|error| Error::Invalid(error.to_string()))?;
                     }
-                    "max-file" if value.parse::<u32>().ok().filter(|n| (1..=1000).contains(n)).is_none() => {
-                        return Err(Error::Invalid(format!("max-file cannot be {value:?}: 1 to 1000 are possible")));
+                    "max-file"
+                        if value
+                            .parse::<u32>()
+                            .ok()
+                            .filter(|n| (1..=1000).contains(n))
+                            .is_none() =>
+                    {
+                        return Err(Error::Invalid(format!(
+                            "max-file cannot be {value:?}: 1 to 1000 are possible"
+                        )));
                     }
-                    "max-size" | "max-file" | "labels" | "labels-regex" | "env" | "env-regex" | "tag" | "compress"
-                    | "mode" | "max-buffer-size" => {}
+                    "max-size" | "max-file" | "labels" | "labels-regex" | "env" | "env-regex"
+                    | "tag" | "compress" | "mode" | "max-buffer-size" => {}
                     other => {
-                        return Err(Error::Invalid(format!("unknown log opt '{other}' for json-file log driver")));
+                        return Err(Error::Invalid(format!(
+                            "unknown log opt '{other}' for json-file log driver"
+                        )));
                     }
                 }
             }
@@ -72,17 +83,36 @@ pub(crate) fn record(record: &Record, path: PathBuf) -> LogRecord {
     if config.kind == "none" {
         return LogRecord::default();
     }
-    let option = |key: &str| config.config.get(key).map(String::as_str).unwrap_or_default();
+    let option = |key: &str| {
+        config
+            .config
+            .get(key)
+            .map(String::as_str)
+            .unwrap_or_default()
+    };
     // `local` bounds its logs by itself: 20 MB, five files.
-    let (size, files) = if config.kind == "local" { (20 << 20, 5) } else { (0, 1) };
+    let (size, files) = if config.kind == "local" {
+        (20 << 20, 5)
+    } else {
+        (0, 1)
+    };
     let mut attributes = std::collections::BTreeMap::new();
     for key in option("labels").split(',').map(str::trim) {
         if let Some(value) = record.config.labels.get(key) {
             attributes.insert(key.to_owned(), value.clone());
         }
     }
-    for key in option("env").split(',').map(str::trim).filter(|key| !key.is_empty()) {
-        let value = record.config.env.iter().filter_map(|entry| entry.split_once('=')).find(|(name, _)| *name == key);
+    for key in option("env")
+        .split(',')
+        .map(str::trim)
+        .filter(|key| !key.is_empty())
+    {
+        let value = record
+            .config
+            .env
+            .iter()
+            .filter_map(|entry| entry.split_once('='))
+            .find(|(name, _)| *name == key);
         if let Some((_, value)) = value {
             attributes.insert(key.to_owned(), value.to_owned());
         }
@@ -118,12 +148,18 @@ enum Chosen {
 
 impl Choice {
     fn take(&self, text: &[u8]) -> Chosen {
-        let Ok(text) = std::str::from_utf8(text) else { return Chosen::Skipped };
+        let Ok(text) = std::str::from_utf8(text) else {
+            return Chosen::Skipped;
+        };
         // A record torn by a crash is left out; the next begins on its own line.
-        let Ok(line) = serde_json::from_str::<Line<'_>>(text.trim_end()) else { return Chosen::Skipped };
+        let Ok(line) = serde_json::from_str::<Line<'_>>(text.trim_end()) else {
+            return Chosen::Skipped;
+        };
         let o = &self.options;
         if o.since.is_some() || o.until.is_some() {
-            let Ok(time) = line.time.parse::<Timestamp>() else { return Chosen::Skipped };
+            let Ok(time) = line.time.parse::<Timestamp>() else {
+                return Chosen::Skipped;
+            };
             if o.since.is_some_and(|since| time < since) {
                 return Chosen::Skipped;
             }
@@ -141,7 +177,11 @@ impl Choice {
             bytes.push(b' ');
         }
         if o.details {
-            let details: Vec<String> = line.attrs.iter().map(|(key, value)| format!("{key}={value}")).collect();
+            let details: Vec<String> = line
+                .attrs
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect();
             bytes.extend_from_slice(details.join(",").as_bytes());
             bytes.push(b' ');
         }
@@ -224,17 +264,25 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Unsupported`] where its log driver keeps nothing.
-    pub async fn logs(self: &Arc<Self>, container: &str, options: LogsOptions) -> Result<LogStream> {
+    pub async fn logs(
+        self: &Arc<Self>,
+        container: &str,
+        options: LogsOptions,
+    ) -> Result<LogStream> {
         let container = self.inventory.find(container)?;
         let (tty, kind) = {
             let record = container.record();
             (record.config.tty, record.host.log_config.kind.clone())
         };
         if kind == "none" {
-            return Err(Error::Unsupported("configured logging driver does not support reading".into()));
+            return Err(Error::Unsupported(
+                "configured logging driver does not support reading".into(),
+            ));
         }
         if !options.stdout && !options.stderr {
-            return Err(Error::Invalid("Bad parameters: you must choose at least one stream".into()));
+            return Err(Error::Invalid(
+                "Bad parameters: you must choose at least one stream".into(),
+            ));
         }
         let follow = options.follow;
         let choice = Choice { options, tty };
@@ -249,7 +297,10 @@ impl Engine {
         let stream = futures_util::stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|item| (item, receiver))
         });
-        Ok(LogStream { tty, stream: stream.boxed() })
+        Ok(LogStream {
+            tty,
+            stream: stream.boxed(),
+        })
     }
 
     /// What the log holds up to a point in time, in one piece.
@@ -268,7 +319,12 @@ impl Engine {
 
 type Sender = mpsc::Sender<io::Result<Bytes>>;
 
-fn stream(path: &Path, choice: &Choice, follow: Option<&Container>, sender: &Sender) -> io::Result<()> {
+fn stream(
+    path: &Path,
+    choice: &Choice,
+    follow: Option<&Container>,
+    sender: &Sender,
+) -> io::Result<()> {
     // Looked at before reading: what is written after the end of this is not missed.
     let mut lives = follow.is_some_and(|container| container.phase().lives());
     let send = |bytes: Bytes| sender.blocking_send(Ok(bytes)).is_ok();
@@ -279,11 +335,15 @@ fn stream(path: &Path, choice: &Choice, follow: Option<&Container>, sender: &Sen
             _ => Ok(()),
         };
     };
-    let Some(container) = follow else { return Ok(()) };
+    let Some(container) = follow else {
+        return Ok(());
+    };
     let mut inode = inode_of(reader.get_ref())?;
     loop {
         let before = line.len();
-        (&mut reader).take(MAX_RECORD).read_until(b'\n', &mut line)?;
+        (&mut reader)
+            .take(MAX_RECORD)
+            .read_until(b'\n', &mut line)?;
         if line.last() == Some(&b'\n') {
             match choice.take(&line) {
                 Chosen::Skipped => {}
@@ -321,7 +381,8 @@ fn stream(path: &Path, choice: &Choice, follow: Option<&Container>, sender: &Sen
         if sender.is_closed() {
             return Ok(());
         }
-        lives = container.phase().lives() || container.phase() == crate::container::record::Phase::Restarting;
+        lives = container.phase().lives()
+            || container.phase() == crate::container::record::Phase::Restarting;
         if let Some(until) = choice.options.until
             && Timestamp::now() > until
         {
@@ -333,7 +394,12 @@ fn stream(path: &Path, choice: &Choice, follow: Option<&Container>, sender: &Sen
     }
 }
 
-fn wait_for_file(path: &Path, choice: &Choice, container: &Container, sender: &Sender) -> io::Result<()> {
+fn wait_for_file(
+    path: &Path,
+    choice: &Choice,
+    container: &Container,
+    sender: &Sender,
+) -> io::Result<()> {
     while !sender.is_closed() {
         let lives = container.phase().lives();
         if path.exists() {
@@ -357,10 +423,18 @@ mod tests {
 
     fn written(directory: &Path, max_size: u64) -> PathBuf {
         let path = directory.join("log");
-        let record = LogRecord { path: Some(path.clone()), max_size, max_files: 100, ..Default::default() };
+        let record = LogRecord {
+            path: Some(path.clone()),
+            max_size,
+            max_files: 100,
+            ..Default::default()
+        };
         let mut log = crate::keeper::log::JsonLog::open(&record).unwrap().unwrap();
         for number in 0..20 {
-            log.write(crate::keeper::log::Source::Stdout, format!("line {number}\n").as_bytes());
+            log.write(
+                crate::keeper::log::Source::Stdout,
+                format!("line {number}\n").as_bytes(),
+            );
         }
         path
     }
@@ -380,9 +454,32 @@ mod tests {
     fn the_tail_reaches_over_rotated_files() {
         let directory = tempfile::tempdir().unwrap();
         let path = written(directory.path(), 200);
-        let options = LogsOptions { stdout: true, tail: Some(5), ..Default::default() };
-        assert_eq!(texts(&path, options), ["line 15\n", "line 16\n", "line 17\n", "line 18\n", "line 19\n"]);
-        assert_eq!(texts(&path, LogsOptions { stdout: true, ..Default::default() }).len(), 20);
+        let options = LogsOptions {
+            stdout: true,
+            tail: Some(5),
+            ..Default::default()
+        };
+        assert_eq!(
+            texts(&path, options),
+            [
+                "line 15\n",
+                "line 16\n",
+                "line 17\n",
+                "line 18\n",
+                "line 19\n"
+            ]
+        );
+        assert_eq!(
+            texts(
+                &path,
+                LogsOptions {
+                    stdout: true,
+                    ..Default::default()
+                }
+            )
+            .len(),
+            20
+        );
     }
 
     #[test]
@@ -392,7 +489,17 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.extend_from_slice(b"{\"log\":\"half");
         std::fs::write(&path, bytes).unwrap();
-        assert_eq!(texts(&path, LogsOptions { stdout: true, ..Default::default() }).len(), 20);
+        assert_eq!(
+            texts(
+                &path,
+                LogsOptions {
+                    stdout: true,
+                    ..Default::default()
+                }
+            )
+            .len(),
+            20
+        );
     }
 
     #[test]
@@ -400,9 +507,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = written(directory.path(), 0);
         let future = Timestamp::now() + Duration::from_secs(5);
-        let options = LogsOptions { stdout: true, since: Some(future), ..Default::default() };
+        let options = LogsOptions {
+            stdout: true,
+            since: Some(future),
+            ..Default::default()
+        };
         assert!(texts(&path, options).is_empty());
-        let options = LogsOptions { stdout: true, until: Some(Timestamp::UNIX_EPOCH), ..Default::default() };
+        let options = LogsOptions {
+            stdout: true,
+            until: Some(Timestamp::UNIX_EPOCH),
+            ..Default::default()
+        };
         assert!(texts(&path, options).is_empty());
     }
 }

@@ -13,7 +13,9 @@ use crate::container::record::MountRecord;
 use crate::error::{Error, Result};
 use crate::volume::{VolumeCreate, VolumeSource, Volumes};
 
-const PROPAGATIONS: [&str; 6] = ["private", "rprivate", "shared", "rshared", "slave", "rslave"];
+const PROPAGATIONS: [&str; 6] = [
+    "private", "rprivate", "shared", "rshared", "slave", "rslave",
+];
 
 fn invalid<T>(text: impl Into<String>) -> Result<T> {
     Err(Error::Invalid(text.into()))
@@ -25,7 +27,9 @@ fn invalid<T>(text: impl Into<String>) -> Result<T> {
 /// [`Error::Invalid`] for one that is not absolute, and for the root.
 pub(crate) fn target(path: &str) -> Result<String> {
     if !path.starts_with('/') {
-        return invalid(format!("invalid mount config: invalid mount path: '{path}' mount path must be absolute"));
+        return invalid(format!(
+            "invalid mount config: invalid mount path: '{path}' mount path must be absolute"
+        ));
     }
     let mut parts: Vec<&str> = Vec::new();
     for component in Path::new(path).components() {
@@ -85,7 +89,9 @@ pub(crate) fn parse_bind(text: &str) -> Result<MountRecord> {
             "z" | "Z" | "consistent" | "cached" | "delegated" => {}
             "nocopy" => record.copy = false,
             "volume-nocopy" => record.copy = false,
-            other if bind && PROPAGATIONS.contains(&other) => record.point.propagation = other.into(),
+            other if bind && PROPAGATIONS.contains(&other) => {
+                record.point.propagation = other.into()
+            }
             _ => return invalid(format!("invalid mode: {mode}")),
         }
     }
@@ -95,7 +101,12 @@ pub(crate) fn parse_bind(text: &str) -> Result<MountRecord> {
 fn of_mount(mount: &Mount) -> Result<MountRecord> {
     let destination = target(&mount.target)?;
     let mut record = MountRecord {
-        point: MountPoint { kind: mount.kind.clone(), destination, rw: !mount.read_only, ..Default::default() },
+        point: MountPoint {
+            kind: mount.kind.clone(),
+            destination,
+            rw: !mount.read_only,
+            ..Default::default()
+        },
         recursive: true,
         ..Default::default()
     };
@@ -122,7 +133,11 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
             record.point.propagation = match options.propagation.as_str() {
                 "" => "rprivate".into(),
                 known if PROPAGATIONS.contains(&known) => known.into(),
-                other => return invalid(format!("invalid mount config for type \"bind\": invalid propagation mode: {other}")),
+                other => {
+                    return invalid(format!(
+                        "invalid mount config for type \"bind\": invalid propagation mode: {other}"
+                    ));
+                }
             };
         }
         "volume" => {
@@ -140,9 +155,15 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
             if let Some(mode) = options.mode {
                 record.options.push(format!("mode={mode:o}"));
             }
-            record.options.extend(options.options.iter().map(|pair| pair.join("=")));
+            record
+                .options
+                .extend(options.options.iter().map(|pair| pair.join("=")));
         }
-        other => return invalid(format!("invalid mount config: unknown mount type {other:?}: bind, volume and tmpfs are known")),
+        other => {
+            return invalid(format!(
+                "invalid mount config: unknown mount type {other:?}: bind, volume and tmpfs are known"
+            ));
+        }
     }
     Ok(record)
 }
@@ -151,7 +172,11 @@ fn subpath(options: &VolumeOptions) -> Result<String> {
     let inside = Path::new(&options.subpath)
         .components()
         .all(|component| matches!(component, Component::Normal(_) | Component::CurDir));
-    if inside { Ok(options.subpath.clone()) } else { invalid("invalid mount config: the subpath must be a relative path within the volume") }
+    if inside {
+        Ok(options.subpath.clone())
+    } else {
+        invalid("invalid mount config: the subpath must be a relative path within the volume")
+    }
 }
 
 /// All mounts of a new container, with its volumes made and held for it.
@@ -174,14 +199,21 @@ pub(crate) fn resolve(
             if mount.point.kind == "tmpfs" {
                 continue;
             }
-            let mut mount = MountRecord { copy: false, anonymous: false, ..mount.clone() };
+            let mut mount = MountRecord {
+                copy: false,
+                anonymous: false,
+                ..mount.clone()
+            };
             mount.point.rw &= !read_only;
             found.insert(mount.point.destination.clone(), mount);
         }
     }
     let mut own: BTreeMap<String, MountRecord> = BTreeMap::new();
     let mut add = |record: MountRecord| match own.insert(record.point.destination.clone(), record) {
-        Some(twice) => invalid(format!("Duplicate mount point: {}", twice.point.destination)),
+        Some(twice) => invalid(format!(
+            "Duplicate mount point: {}",
+            twice.point.destination
+        )),
         None => Ok(()),
     };
     for text in host.binds.iter().flatten() {
@@ -203,24 +235,44 @@ pub(crate) fn resolve(
                 rw: !options.split(',').any(|option| option == "ro"),
                 ..Default::default()
             },
-            options: options.split(',').filter(|o| !o.is_empty() && *o != "rw" && *o != "ro").map(str::to_owned).collect(),
+            options: options
+                .split(',')
+                .filter(|o| !o.is_empty() && *o != "rw" && *o != "ro")
+                .map(str::to_owned)
+                .collect(),
             ..Default::default()
         })?;
     }
     found.extend(own);
     for path in config.volumes.iter().flat_map(|set| set.iter()) {
-        let record = MountRecord { anonymous: true, ..parse_bind(path)? };
-        found.entry(record.point.destination.clone()).or_insert(record);
+        let record = MountRecord {
+            anonymous: true,
+            ..parse_bind(path)?
+        };
+        found
+            .entry(record.point.destination.clone())
+            .or_insert(record);
     }
     let mut mounts: Vec<MountRecord> = found.into_values().collect();
-    for mount in mounts.iter_mut().filter(|mount| mount.point.kind == "volume") {
-        let asked = host.mounts.iter().find(|m| m.kind == "volume" && target(&m.target).ok().as_ref() == Some(&mount.point.destination));
-        let options = asked.and_then(|m| m.volume_options.clone()).unwrap_or_default();
+    for mount in mounts
+        .iter_mut()
+        .filter(|mount| mount.point.kind == "volume")
+    {
+        let asked = host.mounts.iter().find(|m| {
+            m.kind == "volume" && target(&m.target).ok().as_ref() == Some(&mount.point.destination)
+        });
+        let options = asked
+            .and_then(|m| m.volume_options.clone())
+            .unwrap_or_default();
         let driver = options.driver_config.unwrap_or_default();
         mount.anonymous |= mount.point.name.is_empty();
         let wanted = VolumeCreate {
             name: mount.point.name.clone(),
-            driver: if driver.name.is_empty() { host.volume_driver.clone() } else { driver.name },
+            driver: if driver.name.is_empty() {
+                host.volume_driver.clone()
+            } else {
+                driver.name
+            },
             driver_opts: Some(driver.options),
             labels: Some(options.labels),
             cluster_volume_spec: None,
@@ -237,8 +289,11 @@ pub(crate) fn resolve(
 }
 
 fn make_source(path: &str) -> Result<()> {
-    std::fs::create_dir_all(path)
-        .map_err(|error| Error::Invalid(format!("error while creating mount source path '{path}': {error}")))
+    std::fs::create_dir_all(path).map_err(|error| {
+        Error::Invalid(format!(
+            "error while creating mount source path '{path}': {error}"
+        ))
+    })
 }
 
 /// The mounts as the OCI spec writes them, shallow targets first. May ask a resolver (NFS volumes): call it off the reactor.
@@ -293,9 +348,16 @@ pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value
 
 /// A folder below another, with no link on the way that leaves it.
 fn below(directory: &Path, subpath: &str) -> Result<std::path::PathBuf> {
-    let real = directory.join(subpath).canonicalize().map_err(Error::io(format!("volume subpath {subpath}")))?;
+    let real = directory
+        .join(subpath)
+        .canonicalize()
+        .map_err(Error::io(format!("volume subpath {subpath}")))?;
     let root = directory.canonicalize().map_err(Error::io("volume"))?;
-    if real.starts_with(&root) { Ok(real) } else { invalid(format!("volume subpath {subpath} leaves the volume")) }
+    if real.starts_with(&root) {
+        Ok(real)
+    } else {
+        invalid(format!("volume subpath {subpath} leaves the volume"))
+    }
 }
 
 #[cfg(test)]
@@ -306,11 +368,17 @@ mod tests {
     #[test]
     fn binds_are_read_as_dockerd_reads_them() {
         let bind = parse_bind("/src:/dst/../dst/x:ro,rshared").unwrap();
-        assert_eq!((bind.point.kind.as_str(), bind.point.destination.as_str()), ("bind", "/dst/x"));
+        assert_eq!(
+            (bind.point.kind.as_str(), bind.point.destination.as_str()),
+            ("bind", "/dst/x")
+        );
         assert!(!bind.point.rw);
         assert_eq!(bind.point.propagation, "rshared");
         let volume = parse_bind("data:/data").unwrap();
-        assert_eq!((volume.point.kind.as_str(), volume.point.name.as_str()), ("volume", "data"));
+        assert_eq!(
+            (volume.point.kind.as_str(), volume.point.name.as_str()),
+            ("volume", "data")
+        );
         for wrong in ["/a:", ":/b", "/a:/", "/a:b", "a:/b:c:d", "/a:/b:fast"] {
             assert!(parse_bind(wrong).is_err(), "{wrong}");
         }

@@ -39,7 +39,9 @@ pub(crate) fn wanted(
         let other = inventory.find(other)?;
         host.network_mode = format!("container:{}", other.id);
         if !networking.endpoints_config.is_empty() {
-            return Err(Error::Invalid("conflicting options: a container's network and own networks".into()));
+            return Err(Error::Invalid(
+                "conflicting options: a container's network and own networks".into(),
+            ));
         }
         if !host.port_bindings.is_empty() || host.publish_all_ports {
             return Err(Error::Invalid(
@@ -49,22 +51,34 @@ pub(crate) fn wanted(
         return Ok(BTreeMap::new());
     }
     if host.network_mode == "host" && host.links.as_ref().is_some_and(|links| !links.is_empty()) {
-        return Err(Error::Invalid("conflicting options: host type networking can't be used with links".into()));
+        return Err(Error::Invalid(
+            "conflicting options: host type networking can't be used with links".into(),
+        ));
     }
     let mut networks = BTreeMap::new();
     for (name, settings) in networking.endpoints_config {
-        let name = if name == "default" { "bridge".to_owned() } else { name };
+        let name = if name == "default" {
+            "bridge".to_owned()
+        } else {
+            name
+        };
         let network = manager.inspect(&name).map_err(Error::room)?;
         let mut settings = settings.unwrap_or_default();
         check(&settings)?;
         settings.network_id = network.id.to_string();
         networks.insert(network.name, settings);
     }
-    let main = manager.inspect(&host.network_mode).map_err(|error| match error.kind() {
-        base::Kind::NotFound => Error::NotFound(format!("network {} not found", host.network_mode)),
-        _ => Error::room(error),
-    })?;
-    let settings = networks.entry(main.name.clone()).or_insert_with(EndpointSettings::default);
+    let main = manager
+        .inspect(&host.network_mode)
+        .map_err(|error| match error.kind() {
+            base::Kind::NotFound => {
+                Error::NotFound(format!("network {} not found", host.network_mode))
+            }
+            _ => Error::room(error),
+        })?;
+    let settings = networks
+        .entry(main.name.clone())
+        .or_insert_with(EndpointSettings::default);
     settings.network_id = main.id.to_string();
     if settings.mac_address.is_empty() {
         settings.mac_address = config.mac_address.clone();
@@ -76,14 +90,15 @@ fn check(settings: &EndpointSettings) -> Result<()> {
     let ipam = settings.ipam_config.clone().unwrap_or_default();
     for address in [&ipam.ipv4_address, &ipam.ipv6_address] {
         if !address.is_empty() && address.parse::<IpAddr>().is_err() {
-            return Err(Error::Invalid(format!("invalid endpoint settings: {address:?} is not an address")));
+            return Err(Error::Invalid(format!(
+                "invalid endpoint settings: {address:?} is not an address"
+            )));
         }
     }
     if !settings.mac_address.is_empty() {
-        settings
-            .mac_address
-            .parse::<net::Mac>()
-            .map_err(|_| Error::Invalid(format!("invalid MAC address: {}", settings.mac_address)))?;
+        settings.mac_address.parse::<net::Mac>().map_err(|_| {
+            Error::Invalid(format!("invalid MAC address: {}", settings.mac_address))
+        })?;
     }
     Ok(())
 }
@@ -92,22 +107,38 @@ fn check(settings: &EndpointSettings) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Invalid`] for what is no port.
-pub(crate) fn ports_wanted(config: &ContainerConfig, host: &HostConfig) -> Result<Vec<net::PortMap>> {
+pub(crate) fn ports_wanted(
+    config: &ContainerConfig,
+    host: &HostConfig,
+) -> Result<Vec<net::PortMap>> {
     let wrong = |text: &str| Error::Invalid(format!("invalid port specification: {text:?}"));
     let parse = |text: &str| -> Result<(u16, net::Protocol)> {
         let (port, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let port = port.parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(|| wrong(text))?;
-        Ok((port, net::Protocol::from_name(protocol).map_err(Error::room)?))
+        let port = port
+            .parse::<u16>()
+            .ok()
+            .filter(|port| *port > 0)
+            .ok_or_else(|| wrong(text))?;
+        Ok((
+            port,
+            net::Protocol::from_name(protocol).map_err(Error::room)?,
+        ))
     };
     let mut maps = Vec::new();
     for (key, bindings) in &host.port_bindings {
         let (container_port, protocol) = parse(key)?;
         let any = [PortBinding::default()];
-        let bindings = bindings.as_deref().filter(|list| !list.is_empty()).unwrap_or(&any);
+        let bindings = bindings
+            .as_deref()
+            .filter(|list| !list.is_empty())
+            .unwrap_or(&any);
         for binding in bindings {
             let host_ip = match binding.host_ip.as_str() {
                 "" => None,
-                text => Some(text.parse::<IpAddr>().map_err(|_| Error::Invalid(format!("invalid IP address: {text}")))?),
+                text => Some(
+                    text.parse::<IpAddr>()
+                        .map_err(|_| Error::Invalid(format!("invalid IP address: {text}")))?,
+                ),
             };
             let host_ports = match binding.host_port.as_str() {
                 "" | "0" => None,
@@ -115,18 +146,35 @@ pub(crate) fn ports_wanted(config: &ContainerConfig, host: &HostConfig) -> Resul
                     let (first, last) = text.split_once('-').unwrap_or((text, text));
                     match (first.parse::<u16>(), last.parse::<u16>()) {
                         (Ok(first), Ok(last)) if first > 0 && first <= last => Some((first, last)),
-                        _ => return Err(Error::Invalid(format!("invalid port specification: {text:?}"))),
+                        _ => {
+                            return Err(Error::Invalid(format!(
+                                "invalid port specification: {text:?}"
+                            )));
+                        }
                     }
                 }
             };
-            maps.push(net::PortMap { container_port, protocol, host_ip, host_ports });
+            maps.push(net::PortMap {
+                container_port,
+                protocol,
+                host_ip,
+                host_ports,
+            });
         }
     }
     if host.publish_all_ports {
         for key in config.exposed_ports.iter().flat_map(|set| set.iter()) {
             let (container_port, protocol) = parse(key)?;
-            if !maps.iter().any(|map| map.container_port == container_port && map.protocol == protocol) {
-                maps.push(net::PortMap { container_port, protocol, host_ip: None, host_ports: None });
+            if !maps
+                .iter()
+                .any(|map| map.container_port == container_port && map.protocol == protocol)
+            {
+                maps.push(net::PortMap {
+                    container_port,
+                    protocol,
+                    host_ip: None,
+                    host_ports: None,
+                });
             }
         }
     }
@@ -152,18 +200,26 @@ fn spec_of(record: &Record, network: &str, settings: &EndpointSettings) -> net::
 }
 
 /// Connects a container about to start, and publishes its ports. Blocking. On failure all is taken back.
-pub(crate) fn connect_all(manager: &net::Manager, record: &Record, sandbox: &net::Sandbox) -> Result<Vec<net::Endpoint>> {
+pub(crate) fn connect_all(
+    manager: &net::Manager,
+    record: &Record,
+    sandbox: &net::Sandbox,
+) -> Result<Vec<net::Endpoint>> {
     let result = (|| {
         let mut endpoints = Vec::new();
         // The network of `--network` first: it is eth0.
         let mut names: Vec<&String> = record.networks.keys().collect();
         names.sort_by_key(|name| **name != record.host.network_mode);
         for name in names {
-            let endpoint = manager.connect(sandbox, spec_of(record, name, &record.networks[name])).map_err(Error::room)?;
+            let endpoint = manager
+                .connect(sandbox, spec_of(record, name, &record.networks[name]))
+                .map_err(Error::room)?;
             endpoints.push(endpoint);
         }
         let maps = ports_wanted(&record.config, &record.host)?;
-        let gateway = endpoints.iter_mut().find(|endpoint| endpoint.v4.is_some() && !endpoint.internal);
+        let gateway = endpoints
+            .iter_mut()
+            .find(|endpoint| endpoint.v4.is_some() && !endpoint.internal);
         if let (false, Some(endpoint)) = (maps.is_empty(), gateway) {
             endpoint.ports = manager.publish(endpoint, &maps).map_err(Error::room)?;
         }
@@ -181,10 +237,14 @@ pub(crate) fn show(settings: &mut EndpointSettings, endpoint: &net::Endpoint) {
     settings.endpoint_id = endpoint.id.to_string();
     settings.ip_address = endpoint.ipv4().map_or_else(String::new, |a| a.to_string());
     settings.ip_prefix_len = endpoint.v4.map_or(0, |subnet| subnet.prefix());
-    settings.gateway = endpoint.gateway_v4.map_or_else(String::new, |a| a.to_string());
+    settings.gateway = endpoint
+        .gateway_v4
+        .map_or_else(String::new, |a| a.to_string());
     settings.global_ipv6_address = endpoint.ipv6().map_or_else(String::new, |a| a.to_string());
     settings.global_ipv6_prefix_len = endpoint.v6.map_or(0, |subnet| subnet.prefix());
-    settings.ipv6_gateway = endpoint.gateway_v6.map_or_else(String::new, |a| a.to_string());
+    settings.ipv6_gateway = endpoint
+        .gateway_v6
+        .map_or_else(String::new, |a| a.to_string());
     if let Some(mac) = endpoint.mac {
         settings.mac_address = mac.to_string();
     }
@@ -209,7 +269,10 @@ pub(crate) fn hide(settings: &mut EndpointSettings) {
 
 /// The network part of inspect.
 pub(crate) fn settings(record: &Record) -> NetworkSettings {
-    let mut out = NetworkSettings { networks: record.networks.clone(), ..Default::default() };
+    let mut out = NetworkSettings {
+        networks: record.networks.clone(),
+        ..Default::default()
+    };
     if let Some(bridge) = record.networks.get("bridge") {
         out.endpoint_id = bridge.endpoint_id.clone();
         out.gateway = bridge.gateway.clone();
@@ -222,16 +285,34 @@ pub(crate) fn settings(record: &Record) -> NetworkSettings {
     }
     if record.phase.lives() {
         out.sandbox_id = record.id.clone();
-        out.sandbox_key = record.process.map_or_else(String::new, |key| format!("/proc/{}/ns/net", key.pid));
-        for port in record.config.exposed_ports.iter().flat_map(|set| set.iter()) {
-            out.ports.insert(if port.contains('/') { port.clone() } else { format!("{port}/tcp") }, None);
+        out.sandbox_key = record
+            .process
+            .map_or_else(String::new, |key| format!("/proc/{}/ns/net", key.pid));
+        for port in record
+            .config
+            .exposed_ports
+            .iter()
+            .flat_map(|set| set.iter())
+        {
+            out.ports.insert(
+                if port.contains('/') {
+                    port.clone()
+                } else {
+                    format!("{port}/tcp")
+                },
+                None,
+            );
         }
         for port in record.endpoints.iter().flat_map(|endpoint| &endpoint.ports) {
             let key = format!("{}/{}", port.container_port, port.protocol.name());
-            out.ports.entry(key).or_default().get_or_insert_default().push(PortBinding {
-                host_ip: port.host_ip.to_string(),
-                host_port: port.host_port.to_string(),
-            });
+            out.ports
+                .entry(key)
+                .or_default()
+                .get_or_insert_default()
+                .push(PortBinding {
+                    host_ip: port.host_ip.to_string(),
+                    host_port: port.host_port.to_string(),
+                });
         }
     }
     out
@@ -251,18 +332,36 @@ pub(crate) fn ports(record: &Record) -> Vec<Port> {
             protocol: port.protocol.name().into(),
         });
     }
-    for text in record.config.exposed_ports.iter().flat_map(|set| set.iter()) {
+    for text in record
+        .config
+        .exposed_ports
+        .iter()
+        .flat_map(|set| set.iter())
+    {
         let (port, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-        let Ok(private_port) = port.parse() else { continue };
-        if !list.iter().any(|known| known.private_port == private_port && known.protocol == protocol) {
-            list.push(Port { private_port, protocol: protocol.into(), ..Default::default() });
+        let Ok(private_port) = port.parse() else {
+            continue;
+        };
+        if !list
+            .iter()
+            .any(|known| known.private_port == private_port && known.protocol == protocol)
+        {
+            list.push(Port {
+                private_port,
+                protocol: protocol.into(),
+                ..Default::default()
+            });
         }
     }
     list
 }
 
 /// Writes `hosts`, `hostname` and `resolv.conf`, in place: they are mounted already.
-pub(crate) fn write_files(container: &Container, endpoints: &[net::Endpoint], manager: &net::Manager) -> Result<()> {
+pub(crate) fn write_files(
+    container: &Container,
+    endpoints: &[net::Endpoint],
+    manager: &net::Manager,
+) -> Result<()> {
     let record = container.record().clone();
     let write = |name: &str, text: String| {
         let path = container.directory.join(name);
@@ -279,19 +378,32 @@ pub(crate) fn write_files(container: &Container, endpoints: &[net::Endpoint], ma
         .filter_map(|host| host.split_once([':', '=']))
         .map(|(name, address)| (name.to_owned(), address.trim_matches(['[', ']']).to_owned()))
         .collect();
-    let mut hosts = net::hosts_file(endpoints, &record.config.hostname, domain, &extra, &gateways);
+    let mut hosts = net::hosts_file(
+        endpoints,
+        &record.config.hostname,
+        domain,
+        &extra,
+        &gateways,
+    );
     if own.network_mode == "host" {
         // The host's own names hold on its network.
         hosts.push_str(&read("/etc/hosts"));
     }
     let asked = net::ResolvOptions {
-        servers: own.dns.iter().filter_map(|server| server.parse().ok()).collect(),
+        servers: own
+            .dns
+            .iter()
+            .filter_map(|server| server.parse().ok())
+            .collect(),
         search: own.dns_search.clone(),
         options: own.dns_options.clone(),
     };
     write("hostname", format!("{}\n", record.config.hostname))?;
     write("hosts", hosts)?;
-    write("resolv.conf", net::resolv_conf(endpoints, &gateways, &read("/etc/resolv.conf"), &asked))
+    write(
+        "resolv.conf",
+        net::resolv_conf(endpoints, &gateways, &read("/etc/resolv.conf"), &asked),
+    )
 }
 
 impl Engine {
@@ -316,7 +428,9 @@ impl Engine {
             ));
         }
         if record.host.network_mode == "host" || network.name == "host" {
-            return Err(Error::Conflict("container cannot be connected to host network: it is the host's own".into()));
+            return Err(Error::Conflict(
+                "container cannot be connected to host network: it is the host's own".into(),
+            ));
         }
         if record.networks.contains_key(&network.name) && network.name != "none" {
             return Err(Error::Forbidden(format!(
@@ -350,7 +464,12 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::NotFound`] where it is not on it.
-    pub async fn disconnect_network(self: &Arc<Self>, network: &str, container: &str, force: bool) -> Result<()> {
+    pub async fn disconnect_network(
+        self: &Arc<Self>,
+        network: &str,
+        container: &str,
+        force: bool,
+    ) -> Result<()> {
         let network = self.networks.inspect(network).map_err(Error::room)?;
         let container = match self.inventory.find(container) {
             Ok(container) => container,
@@ -360,7 +479,9 @@ impl Engine {
         let _operation = container.operation.lock().await;
         let record = container.record().clone();
         if record.host.network_mode == "host" && network.name == "host" {
-            return Err(Error::Conflict("container cannot be disconnected from host network".into()));
+            return Err(Error::Conflict(
+                "container cannot be disconnected from host network".into(),
+            ));
         }
         if !record.networks.contains_key(&network.name) {
             return Err(Error::NotFound(format!(
@@ -372,13 +493,18 @@ impl Engine {
             let (engine, id, name) = (self.clone(), container.id.clone(), network.name.clone());
             blocking(move || {
                 let sandbox = net::Sandbox::of_process(process.pid).map_err(Error::room)?;
-                engine.networks.disconnect(Some(&sandbox), &id, &name).map_err(Error::room)
+                engine
+                    .networks
+                    .disconnect(Some(&sandbox), &id, &name)
+                    .map_err(Error::room)
             })
             .await?;
         }
         container.change(Durability::Process, |record| {
             record.networks.remove(&network.name);
-            record.endpoints.retain(|endpoint| endpoint.network != network.id);
+            record
+                .endpoints
+                .retain(|endpoint| endpoint.network != network.id);
         })?;
         self.tell_network("disconnect", &network, &container);
         Ok(())
@@ -395,6 +521,7 @@ impl Engine {
             ("name".to_owned(), network.name.clone()),
             ("type".to_owned(), kind.to_owned()),
         ]);
-        self.events.publish("network", action, network.id.as_str(), attributes);
+        self.events
+            .publish("network", action, network.id.as_str(), attributes);
     }
 }

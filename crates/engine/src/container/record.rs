@@ -123,7 +123,11 @@ pub(crate) struct Record {
 impl Record {
     /// The program and its arguments: entrypoint and command together.
     pub fn arguments(&self) -> Vec<String> {
-        let entrypoint = self.config.entrypoint.iter().flat_map(|words| words.0.iter());
+        let entrypoint = self
+            .config
+            .entrypoint
+            .iter()
+            .flat_map(|words| words.0.iter());
         let command = self.config.cmd.iter().flat_map(|words| words.0.iter());
         entrypoint.chain(command).cloned().collect()
     }
@@ -143,7 +147,11 @@ impl Record {
             restarting: self.phase == Phase::Restarting,
             oom_killed: self.oom_killed,
             dead: self.phase == Phase::Dead,
-            pid: if lives { self.process.map_or(0, |key| key.pid) } else { 0 },
+            pid: if lives {
+                self.process.map_or(0, |key| key.pid)
+            } else {
+                0
+            },
             exit_code: self.exit_code,
             error: self.error.clone(),
             started_at: self.started_at.clone(),
@@ -193,7 +201,10 @@ impl Container {
             directory,
             run,
             operation: tokio::sync::Mutex::new(()),
-            milestones: watch::Sender::new(Milestones { code: record.exit_code, ..Default::default() }),
+            milestones: watch::Sender::new(Milestones {
+                code: record.exit_code,
+                ..Default::default()
+            }),
             record: RwLock::new(record),
             tasks: Mutex::default(),
             execs: Mutex::default(),
@@ -203,15 +214,24 @@ impl Container {
     }
 
     pub fn record(&self) -> RwLockReadGuard<'_, Record> {
-        self.record.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.record
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Changes the record, on disk first.
     ///
     /// # Errors
     /// Where it cannot be written; the record is then as before.
-    pub fn change<T>(&self, durability: Durability, change: impl FnOnce(&mut Record) -> T) -> Result<T> {
-        let mut guard = self.record.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+    pub fn change<T>(
+        &self,
+        durability: Durability,
+        change: impl FnOnce(&mut Record) -> T,
+    ) -> Result<T> {
+        let mut guard = self
+            .record
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut new = guard.clone();
         let result = change(&mut new);
         self.write(&new, durability)?;
@@ -221,7 +241,10 @@ impl Container {
 
     /// Changes the record and writes it if that is possible: for what has happened anyway.
     pub fn note<T>(&self, change: impl FnOnce(&mut Record) -> T) -> T {
-        let mut guard = self.record.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut guard = self
+            .record
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let result = change(&mut guard);
         if let Err(error) = self.write(&guard, Durability::Process) {
             tracing::error!(container = self.id, %error, "a container's record is not written");
@@ -273,5 +296,7 @@ impl Container {
 
 /// Locks, whatever a panicking holder did: the tables are changed in single steps.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -20,7 +20,9 @@ impl Engine {
     /// [`Error::Conflict`] where it runs and is not to be killed.
     pub async fn remove(self: &Arc<Self>, container: &str, options: RemoveOptions) -> Result<()> {
         if options.link {
-            return Err(Error::NotFound(format!("there is no link {container}: legacy links are not kept")));
+            return Err(Error::NotFound(format!(
+                "there is no link {container}: legacy links are not kept"
+            )));
         }
         let container = self.inventory.find(container)?;
         let engine = self.clone();
@@ -29,14 +31,20 @@ impl Engine {
             let phase = container.phase();
             let name = container.name();
             let running = match phase {
-                Phase::Running => Some("running: stop the container before removing or force remove"),
+                Phase::Running => {
+                    Some("running: stop the container before removing or force remove")
+                }
                 Phase::Paused => Some("paused and must be unpaused first"),
-                Phase::Restarting => Some("restarting: stop the container before removing or force remove"),
+                Phase::Restarting => {
+                    Some("restarting: stop the container before removing or force remove")
+                }
                 _ => None,
             };
             if let Some(why) = running {
                 if !options.force {
-                    return Err(Error::Conflict(format!("cannot remove container \"/{name}\": container is {why}")));
+                    return Err(Error::Conflict(format!(
+                        "cannot remove container \"/{name}\": container is {why}"
+                    )));
                 }
                 container.note(|record| {
                     record.stopped_by_user = true;
@@ -58,7 +66,11 @@ impl Engine {
     }
 
     /// Removes a container that does not run; the caller holds its operation lock.
-    pub(crate) async fn discard(self: &Arc<Self>, container: &Arc<Container>, volumes: bool) -> Result<()> {
+    pub(crate) async fn discard(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        volumes: bool,
+    ) -> Result<()> {
         container.end_tasks();
         container.change(Durability::Process, |record| {
             record.phase = Phase::Removing;
@@ -80,7 +92,9 @@ impl Engine {
         self.inventory.remove(&container.id);
         self.forget_execs(container);
         self.tell(container, "destroy");
-        container.milestones.send_modify(|milestones| milestones.removed = true);
+        container
+            .milestones
+            .send_modify(|milestones| milestones.removed = true);
         Ok(())
     }
 
@@ -88,7 +102,9 @@ impl Engine {
     pub(crate) fn erase(&self, container: &Container, volumes: bool) -> Result<()> {
         let record = container.record().clone();
         self.networks.release(&container.id);
-        self.images.remove_snapshot(&container.id).map_err(Error::room)?;
+        self.images
+            .remove_snapshot(&container.id)
+            .map_err(Error::room)?;
         self.volumes.release(&container.id);
         if volumes {
             for mount in record.mounts.iter().filter(|mount| mount.anonymous) {
@@ -111,33 +127,55 @@ impl Engine {
         filters.only(&["until", "label", "label!"])?;
         let until = match filters.get("until") {
             [] => None,
-            [one] => Some(base::time::parse_moment(one).map_err(|error| Error::Invalid(error.to_string()))?),
-            _ => return Err(Error::Invalid("more than one until filter specified".into())),
+            [one] => Some(
+                base::time::parse_moment(one).map_err(|error| Error::Invalid(error.to_string()))?,
+            ),
+            _ => {
+                return Err(Error::Invalid(
+                    "more than one until filter specified".into(),
+                ));
+            }
         };
         let mut report = PruneReport::default();
         for container in self.inventory.all() {
             {
                 let record = container.record();
-                let young = until.is_some_and(|until| record.created.parse::<jiff::Timestamp>().is_ok_and(|at| at > until));
+                let young = until.is_some_and(|until| {
+                    record
+                        .created
+                        .parse::<jiff::Timestamp>()
+                        .is_ok_and(|at| at > until)
+                });
                 let idle = matches!(record.phase, Phase::Created | Phase::Exited | Phase::Dead);
                 let labels = &record.config.labels;
-                if !idle || young || !filters.labels("label", labels) || !filters.not_labels("label!", labels) {
+                if !idle
+                    || young
+                    || !filters.labels("label", labels)
+                    || !filters.not_labels("label!", labels)
+                {
                     continue;
                 }
             }
             let _operation = container.operation.lock().await;
-            if !matches!(container.phase(), Phase::Created | Phase::Exited | Phase::Dead) {
+            if !matches!(
+                container.phase(),
+                Phase::Created | Phase::Exited | Phase::Dead
+            ) {
                 continue;
             }
             let images = self.images.clone();
             let id = container.id.clone();
-            let size = blocking(move || Ok(images.snapshot_usage(&id).map_or(0, |usage| usage.bytes))).await?;
+            let size =
+                blocking(move || Ok(images.snapshot_usage(&id).map_or(0, |usage| usage.bytes)))
+                    .await?;
             match self.discard(&container, false).await {
                 Ok(()) => {
                     report.containers_deleted.push(container.id.clone());
                     report.space_reclaimed += size;
                 }
-                Err(error) => tracing::warn!(container = container.id, %error, "a container is not pruned"),
+                Err(error) => {
+                    tracing::warn!(container = container.id, %error, "a container is not pruned")
+                }
             }
         }
         let attributes = [("reclaimed".to_owned(), report.space_reclaimed.to_string())].into();

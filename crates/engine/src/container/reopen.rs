@@ -33,7 +33,8 @@ impl Engine {
         if let Some(keeper) = slot.as_ref().filter(|keeper| !keeper.is_lost()) {
             return Ok(keeper.clone());
         }
-        let (keeper, held, notices) = Keeper::connect(&self.config.paths.run, &self.config.keeper_command).await?;
+        let (keeper, held, notices) =
+            Keeper::connect(&self.config.paths.run, &self.config.keeper_command).await?;
         let keeper = Arc::new(keeper);
         *slot = Some(keeper.clone());
         drop(slot);
@@ -47,7 +48,9 @@ impl Engine {
         let engine = Arc::downgrade(self);
         tokio::spawn(async move {
             while let Some(notice) = notices.recv().await {
-                let Some(engine) = engine.upgrade() else { return };
+                let Some(engine) = engine.upgrade() else {
+                    return;
+                };
                 match notice {
                     Notice::Exited { id, exit } => engine.exited(id, exit).await,
                     Notice::Detached { id } => {
@@ -105,14 +108,20 @@ impl Engine {
                 None if record.phase.lives() => {
                     // Its keeper is gone, and has written its exit if it saw it.
                     let written: Option<Exit> =
-                        base::file::read_json(&container.run.join("exit.json")).ok().flatten();
+                        base::file::read_json(&container.run.join("exit.json"))
+                            .ok()
+                            .flatten();
                     let pid = record.process.map_or(0, |process| process.pid);
-                    Some(written.filter(|exit| exit.pid == pid).unwrap_or_else(|| Exit {
-                        code: 255,
-                        oom: false,
-                        finished: base::time::now_rfc3339(),
-                        pid,
-                    }))
+                    Some(
+                        written
+                            .filter(|exit| exit.pid == pid)
+                            .unwrap_or_else(|| Exit {
+                                code: 255,
+                                oom: false,
+                                finished: base::time::now_rfc3339(),
+                                pid,
+                            }),
+                    )
                 }
                 None => None,
             };
@@ -135,8 +144,13 @@ impl Engine {
             engine.load()
         })
         .await?;
-        let (keeper, held, notices) = Keeper::connect(&self.config.paths.run, &self.config.keeper_command).await?;
-        tracing::debug!(pid = keeper.pid, held = held.len(), "connected to the container keeper");
+        let (keeper, held, notices) =
+            Keeper::connect(&self.config.paths.run, &self.config.keeper_command).await?;
+        tracing::debug!(
+            pid = keeper.pid,
+            held = held.len(),
+            "connected to the container keeper"
+        );
         *self.keeper.lock().await = Some(Arc::new(keeper));
         let alive: HashMap<String, Held> = held
             .iter()
@@ -147,7 +161,9 @@ impl Engine {
             let record = container.record().clone();
             match alive.get(&container.id) {
                 // Started, and the daemon died before it could note that.
-                Some(held) if record.phase != Phase::Removing && record.process != Some(held.process) => {
+                Some(held)
+                    if record.phase != Phase::Removing && record.process != Some(held.process) =>
+                {
                     container.note(|record| {
                         record.phase = Phase::Running;
                         record.process = Some(held.process);
@@ -173,7 +189,10 @@ impl Engine {
         .await?;
         self.listen(notices);
         self.settle_with(&held);
-        for held in held.iter().filter(|held| self.inventory.get(&held.id).is_none()) {
+        for held in held
+            .iter()
+            .filter(|held| self.inventory.get(&held.id).is_none())
+        {
             let keeper = self.keeper().await?;
             // An exec of a former daemon, whose id nobody can ask for any more, or a container that is being removed.
             if held.container.is_none() && held.exit.is_none() {
@@ -201,7 +220,9 @@ impl Engine {
                 }
                 Phase::Running => self.watch_health(&container),
                 Phase::Restarting => self.restart_later(container, Duration::ZERO),
-                Phase::Exited | Phase::Created if record.host.auto_remove && record.phase == Phase::Exited => {
+                Phase::Exited | Phase::Created
+                    if record.host.auto_remove && record.phase == Phase::Exited =>
+                {
                     let engine = self.clone();
                     tokio::spawn(async move {
                         let _operation = container.operation.lock().await;
@@ -212,7 +233,8 @@ impl Engine {
                 // stopped, as dockerd does.
                 Phase::Exited
                     if record.host.restart_policy.name == "always"
-                        || (record.host.restart_policy.name == "unless-stopped" && !record.stopped_by_user) =>
+                        || (record.host.restart_policy.name == "unless-stopped"
+                            && !record.stopped_by_user) =>
                 {
                     debug_assert!(record.stopped_by_user || wants_restart(&record, 1));
                     container.note(|record| {
@@ -229,13 +251,24 @@ impl Engine {
     /// Reads the records into the inventory.
     fn load(&self) -> Result<()> {
         let folder = self.containers_folder();
-        let entries = std::fs::read_dir(&folder).map_err(Error::io(format!("reading {}", folder.display())))?;
+        let entries = std::fs::read_dir(&folder)
+            .map_err(Error::io(format!("reading {}", folder.display())))?;
         for entry in entries.flatten() {
             let directory = entry.path();
-            let Ok(id) = entry.file_name().to_string_lossy().parse::<Id>() else { continue };
+            let Ok(id) = entry.file_name().to_string_lossy().parse::<Id>() else {
+                continue;
+            };
             let _ = base::file::sweep_temporaries(&directory);
-            for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().starts_with(crate::container::archive::SCRATCH) {
+            for entry in std::fs::read_dir(&directory)
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
+                if entry
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with(crate::container::archive::SCRATCH)
+                {
                     let _ = std::fs::remove_dir_all(entry.path());
                 }
             }
@@ -244,13 +277,18 @@ impl Engine {
                     if let Err(error) = self.inventory.reserve(&record.name, id.as_str()) {
                         tracing::error!(container = id.short(), %error, "two containers have one name; this one is found by its id");
                     }
-                    for mount in record.mounts.iter().filter(|mount| mount.point.kind == "volume") {
+                    for mount in record
+                        .mounts
+                        .iter()
+                        .filter(|mount| mount.point.kind == "volume")
+                    {
                         if let Err(error) = self.volumes.hold(&mount.point.name, id.as_str()) {
                             tracing::warn!(container = id.short(), %error, "a volume of a container is gone");
                         }
                     }
                     let run = self.run_folder().join(id.as_str());
-                    self.inventory.insert(Container::new(record, directory, run));
+                    self.inventory
+                        .insert(Container::new(record, directory, run));
                 }
                 // Without a record it was never made.
                 Ok(None) => self.unmake(id.as_str()),
@@ -266,14 +304,25 @@ impl Engine {
     fn sweep(&self, alive: &HashSet<String>) {
         for (key, _) in self.images.snapshots() {
             // Others make snapshots too (builds); a container's key is its id.
-            if key.parse::<Id>().is_ok() && self.inventory.get(&key).is_none() && !self.containers_folder().join(&key).exists() {
+            if key.parse::<Id>().is_ok()
+                && self.inventory.get(&key).is_none()
+                && !self.containers_folder().join(&key).exists()
+            {
                 if let Err(error) = self.images.remove_snapshot(&key) {
                     tracing::warn!(key, %error, "a stale snapshot is not removed");
                 }
             }
         }
-        for entry in std::fs::read_dir(self.run_folder()).into_iter().flatten().flatten() {
-            if self.inventory.get(&entry.file_name().to_string_lossy()).is_none() {
+        for entry in std::fs::read_dir(self.run_folder())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if self
+                .inventory
+                .get(&entry.file_name().to_string_lossy())
+                .is_none()
+            {
                 let _ = std::fs::remove_dir_all(entry.path());
             }
         }
@@ -284,7 +333,12 @@ impl Engine {
                 cgroup::remove(&path);
             }
         }
-        for container in self.inventory.all().iter().filter(|container| !alive.contains(&container.id)) {
+        for container in self
+            .inventory
+            .all()
+            .iter()
+            .filter(|container| !alive.contains(&container.id))
+        {
             if !container.phase().lives() {
                 container.note(|record| {
                     record.endpoints.clear();
@@ -301,7 +355,9 @@ impl Engine {
             return Ok(());
         }
         base::file::write_atomic(&path, INIT, base::file::Durability::Process)
-            .and_then(|()| std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)))
+            .and_then(|()| {
+                std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            })
             .map_err(Error::io(format!("writing {}", path.display())))
     }
 }

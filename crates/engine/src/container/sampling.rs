@@ -12,7 +12,8 @@ use crate::container::cgroup;
 use crate::container::create::blocking;
 use crate::container::record::{Container, Record};
 use crate::container::stats::{
-    BlkioEntry, BlkioStats, CpuStats, CpuUsage, MemoryStats, NetworkStats, PidsStats, Stats, ThrottlingData,
+    BlkioEntry, BlkioStats, CpuStats, CpuUsage, MemoryStats, NetworkStats, PidsStats, Stats,
+    ThrottlingData,
 };
 use crate::error::Result;
 
@@ -61,7 +62,11 @@ impl Engine {
         Ok(samples.boxed())
     }
 
-    async fn sample(self: &Arc<Self>, container: &Arc<Container>, last: Option<&Stats>) -> Result<Stats> {
+    async fn sample(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        last: Option<&Stats>,
+    ) -> Result<Stats> {
         let record = container.record().clone();
         let group = self.cgroup_of(&record);
         let mut sample = blocking(move || Ok(read(&record, &group))).await?;
@@ -86,7 +91,9 @@ fn read(record: &Record, group: &str) -> Stats {
         return out;
     };
     // It may end while it is looked at: zeros then, as of a stopped one.
-    let Ok(used) = cgroup::stats(group) else { return out };
+    let Ok(used) = cgroup::stats(group) else {
+        return out;
+    };
     let percpu = Some(used.cpu.usage.percpu).filter(|list| !list.is_empty());
     out.cpu_stats = CpuStats {
         cpu_usage: CpuUsage {
@@ -96,7 +103,9 @@ fn read(record: &Record, group: &str) -> Stats {
             usage_in_usermode: used.cpu.usage.user,
         },
         system_cpu_usage: system_cpu(),
-        online_cpus: std::thread::available_parallelism().ok().map(|cpus| cpus.get() as u32),
+        online_cpus: std::thread::available_parallelism()
+            .ok()
+            .map(|cpus| cpus.get() as u32),
         throttling_data: ThrottlingData {
             periods: used.cpu.throttling.periods,
             throttled_periods: used.cpu.throttling.throttled_periods,
@@ -110,7 +119,11 @@ fn read(record: &Record, group: &str) -> Stats {
         max_usage: Some(used.memory.usage.max).filter(|max| *max > 0),
         stats: used.memory.raw,
         failcnt: Some(used.memory.usage.failcnt).filter(|count| *count > 0),
-        limit: Some(if limit == 0 || limit > total { total } else { limit }),
+        limit: Some(if limit == 0 || limit > total {
+            total
+        } else {
+            limit
+        }),
     };
     out.pids_stats = PidsStats {
         current: Some(used.pids.current),
@@ -119,7 +132,12 @@ fn read(record: &Record, group: &str) -> Stats {
     let entries = |list: Vec<oci::cgroup::BlkioEntry>| {
         Some(
             list.into_iter()
-                .map(|entry| BlkioEntry { major: entry.major, minor: entry.minor, op: entry.op, value: entry.value })
+                .map(|entry| BlkioEntry {
+                    major: entry.major,
+                    minor: entry.minor,
+                    op: entry.op,
+                    value: entry.value,
+                })
                 .collect(),
         )
     };
@@ -129,7 +147,8 @@ fn read(record: &Record, group: &str) -> Stats {
         ..Default::default()
     };
     if record.host.network_mode != "host" && record.host.network_mode != "none" {
-        let text = std::fs::read_to_string(format!("/proc/{}/net/dev", process.pid)).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(format!("/proc/{}/net/dev", process.pid)).unwrap_or_default();
         out.networks = Some(interfaces(&text));
     }
     out
@@ -139,7 +158,11 @@ fn read(record: &Record, group: &str) -> Stats {
 fn system_cpu() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/stat").ok()?;
     let line = text.lines().next()?.strip_prefix("cpu ")?;
-    let ticks: u64 = line.split_ascii_whitespace().take(8).filter_map(|field| field.parse::<u64>().ok()).sum();
+    let ticks: u64 = line
+        .split_ascii_whitespace()
+        .take(8)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
     Some(ticks * 10_000_000)
 }
 
@@ -154,9 +177,25 @@ fn interfaces(text: &str) -> BTreeMap<String, NetworkStats> {
         .filter_map(|line| {
             let (name, counts) = line.split_once(':')?;
             let name = name.trim();
-            let counts: Vec<u64> = counts.split_ascii_whitespace().filter_map(|count| count.parse().ok()).collect();
-            let [rx_bytes, rx_packets, rx_errors, rx_dropped, _, _, _, _, tx_bytes, tx_packets, tx_errors, tx_dropped, ..] =
-                counts[..]
+            let counts: Vec<u64> = counts
+                .split_ascii_whitespace()
+                .filter_map(|count| count.parse().ok())
+                .collect();
+            let [
+                rx_bytes,
+                rx_packets,
+                rx_errors,
+                rx_dropped,
+                _,
+                _,
+                _,
+                _,
+                tx_bytes,
+                tx_packets,
+                tx_errors,
+                tx_dropped,
+                ..,
+            ] = counts[..]
             else {
                 return None;
             };
@@ -188,6 +227,13 @@ mod tests {
         let text = "Inter-|   Receive\n face |bytes\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n  eth0: 10 2 0 0 0 0 0 0 30 4 0 5 0 0 0 0\n";
         let all = interfaces(text);
         assert_eq!(all.len(), 1);
-        assert_eq!((all["eth0"].rx_bytes, all["eth0"].tx_bytes, all["eth0"].tx_dropped), (10, 30, 5));
+        assert_eq!(
+            (
+                all["eth0"].rx_bytes,
+                all["eth0"].tx_bytes,
+                all["eth0"].tx_dropped
+            ),
+            (10, 30, 5)
+        );
     }
 }

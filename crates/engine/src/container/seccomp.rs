@@ -67,9 +67,15 @@ const BY_CAPABILITY: &[(&str, &str)] = &[
     ("CAP_SYS_PACCT", "acct"),
     ("CAP_SYS_PTRACE", "kcmp pidfd_getfd process_madvise"),
     ("CAP_SYS_RAWIO", "iopl ioperm"),
-    ("CAP_SYS_TIME", "settimeofday stime clock_settime clock_settime64"),
+    (
+        "CAP_SYS_TIME",
+        "settimeofday stime clock_settime clock_settime64",
+    ),
     ("CAP_SYS_TTY_CONFIG", "vhangup"),
-    ("CAP_SYS_NICE", "get_mempolicy mbind set_mempolicy set_mempolicy_home_node"),
+    (
+        "CAP_SYS_NICE",
+        "get_mempolicy mbind set_mempolicy set_mempolicy_home_node",
+    ),
     ("CAP_SYSLOG", "syslog"),
     ("CAP_BPF", "bpf"),
     ("CAP_PERFMON", "perf_event_open"),
@@ -80,9 +86,7 @@ const CLONE_NAMESPACES: u64 = 0x7e02_0000;
 
 /// The profile of a container with these capabilities, as the OCI runtime specification writes it.
 pub(crate) fn default_profile(capabilities: &[&str]) -> Value {
-    let allow = |names: &str| {
-        json!({ "names": names.split_ascii_whitespace().collect::<Vec<_>>(), "action": "SCMP_ACT_ALLOW" })
-    };
+    let allow = |names: &str| json!({ "names": names.split_ascii_whitespace().collect::<Vec<_>>(), "action": "SCMP_ACT_ALLOW" });
     let mut rules = vec![allow(ALWAYS)];
     if !OF_ARCHITECTURE.is_empty() {
         rules.push(allow(OF_ARCHITECTURE));
@@ -104,7 +108,9 @@ pub(crate) fn default_profile(capabilities: &[&str]) -> Value {
             "names": ["clone"], "action": "SCMP_ACT_ALLOW",
             "args": [{ "index": 0, "value": CLONE_NAMESPACES, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ" }],
         }));
-        rules.push(json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }));
+        rules.push(
+            json!({ "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS }),
+        );
     }
     for (capability, names) in BY_CAPABILITY {
         if capabilities.contains(capability) {
@@ -127,8 +133,13 @@ mod tests {
     fn mounting_is_allowed_only_with_the_capability() {
         let plain = default_profile(&[]).to_string();
         assert!(!plain.contains("\"mount\"") && !plain.contains("\"keyctl\""));
-        assert!(default_profile(&["CAP_SYS_ADMIN"]).to_string().contains("\"mount\""));
-        let typed: Result<oci_spec::runtime::LinuxSeccomp, _> = serde_json::from_value(default_profile(&[]));
+        assert!(
+            default_profile(&["CAP_SYS_ADMIN"])
+                .to_string()
+                .contains("\"mount\"")
+        );
+        let typed: Result<oci_spec::runtime::LinuxSeccomp, _> =
+            serde_json::from_value(default_profile(&[]));
         assert!(typed.is_ok());
     }
 }

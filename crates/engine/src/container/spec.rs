@@ -11,14 +11,31 @@ use crate::container::{capabilities, limits, seccomp};
 use crate::error::{Error, Result};
 
 /// The search path of a container whose image names none.
-pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const MASKED: [&str; 13] = [
-    "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-    "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
-    "/sys/devices/virtual/powercap", "/sys/devices/system/cpu/cpu0/thermal_throttle",
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+    "/sys/devices/system/cpu/cpu0/thermal_throttle",
 ];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
 
 /// The paths hidden unless told otherwise.
 pub(crate) fn masked_paths() -> Vec<String> {
@@ -73,7 +90,11 @@ pub(crate) fn security(host: &HostConfig) -> Result<Security> {
                 out.no_new_privileges = match value {
                     "" | "true" => true,
                     "false" => false,
-                    _ => return Err(Error::Invalid(format!("invalid --security-opt 2: {option:?}"))),
+                    _ => {
+                        return Err(Error::Invalid(format!(
+                            "invalid --security-opt 2: {option:?}"
+                        )));
+                    }
                 }
             }
             "seccomp" => {
@@ -86,10 +107,16 @@ pub(crate) fn security(host: &HostConfig) -> Result<Security> {
             "systempaths" if value == "unconfined" => out.unmask = true,
             "apparmor" | "label" => {
                 if !matches!(value, "unconfined" | "disable") {
-                    out.warnings.push(format!("{option} is not applied: this engine uses no {key}"));
+                    out.warnings.push(format!(
+                        "{option} is not applied: this engine uses no {key}"
+                    ));
                 }
             }
-            _ => return Err(Error::Invalid(format!("invalid --security-opt 2: {option:?}"))),
+            _ => {
+                return Err(Error::Invalid(format!(
+                    "invalid --security-opt 2: {option:?}"
+                )));
+            }
         }
     }
     if host.privileged {
@@ -102,14 +129,27 @@ pub(crate) fn security(host: &HostConfig) -> Result<Security> {
 /// A profile in Docker's form, made to the OCI form: `includes`, `excludes` and `archMap` are Docker's alone.
 fn profile_of(text: &str) -> Result<Value> {
     let wrong = |error: String| Error::Invalid(format!("Decoding seccomp profile failed: {error}"));
-    let mut profile: Value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
-    let object = profile.as_object_mut().ok_or_else(|| wrong("it is not an object".into()))?;
+    let mut profile: Value =
+        serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+    let object = profile
+        .as_object_mut()
+        .ok_or_else(|| wrong("it is not an object".into()))?;
     if let Some(map) = object.remove("archMap") {
-        let native = if cfg!(target_arch = "aarch64") { "SCMP_ARCH_AARCH64" } else { "SCMP_ARCH_X86_64" };
+        let native = if cfg!(target_arch = "aarch64") {
+            "SCMP_ARCH_AARCH64"
+        } else {
+            "SCMP_ARCH_X86_64"
+        };
         let mut list = vec![json!(native)];
         for entry in map.as_array().into_iter().flatten() {
             if entry["architecture"] == native {
-                list.extend(entry["subArchitectures"].as_array().into_iter().flatten().cloned());
+                list.extend(
+                    entry["subArchitectures"]
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .cloned(),
+                );
             }
         }
         object.insert("architectures".into(), Value::Array(list));
@@ -118,7 +158,9 @@ fn profile_of(text: &str) -> Result<Value> {
         rules.retain(|rule| {
             let empty = |value: &Value| value.as_object().is_none_or(Map::is_empty);
             // Rules for other kernels, machines or capabilities than the plain ones are left out, the safe side.
-            empty(&rule["includes"]) || rule["includes"]["minKernel"].is_string() && rule["includes"].as_object().is_some_and(|i| i.len() == 1)
+            empty(&rule["includes"])
+                || rule["includes"]["minKernel"].is_string()
+                    && rule["includes"].as_object().is_some_and(|i| i.len() == 1)
         });
         for rule in rules {
             if let Some(rule) = rule.as_object_mut() {
@@ -134,14 +176,19 @@ fn profile_of(text: &str) -> Result<Value> {
             }
         }
     }
-    serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(profile.clone()).map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(profile.clone())
+        .map_err(|error| wrong(error.to_string()))?;
     Ok(profile)
 }
 
 /// The environment: the search path, the host name, the terminal, then what was configured.
 pub(crate) fn environment(record: &Record, user: &User) -> Vec<String> {
     let configured = &record.config.env;
-    let has = |name: &str| configured.iter().any(|entry| entry.split('=').next() == Some(name));
+    let has = |name: &str| {
+        configured
+            .iter()
+            .any(|entry| entry.split('=').next() == Some(name))
+    };
     let mut env = Vec::with_capacity(configured.len() + 4);
     if !has("PATH") {
         env.push(format!("PATH={DEFAULT_PATH}"));
@@ -152,7 +199,12 @@ pub(crate) fn environment(record: &Record, user: &User) -> Vec<String> {
     if record.config.tty && !has("TERM") {
         env.push("TERM=xterm".into());
     }
-    env.extend(configured.iter().filter(|entry| entry.contains('=')).cloned());
+    env.extend(
+        configured
+            .iter()
+            .filter(|entry| entry.contains('='))
+            .cloned(),
+    );
     if !has("HOME") {
         env.push(format!("HOME={}", user.home));
     }
@@ -195,19 +247,29 @@ pub(crate) fn process(
 pub(crate) fn build(record: &Record, around: Surroundings<'_>) -> Result<Value> {
     let host = &record.host;
     let words = |words: &Option<crate::Words>| words.clone().unwrap_or_default().0;
-    let set = capabilities::of(host.privileged, &words(&host.cap_add), &words(&host.cap_drop))?;
+    let set = capabilities::of(
+        host.privileged,
+        &words(&host.cap_add),
+        &words(&host.cap_drop),
+    )?;
     let security = security(host)?;
     let mut arguments = record.arguments();
     let mut mounts = base_mounts(host, around.own_network || around.network_of.is_some());
     if let Some(program) = around.init_program {
         arguments.splice(0..0, ["/sbin/docker-init".to_owned(), "--".into()]);
-        mounts.push(json!({ "destination": "/sbin/docker-init", "type": "bind", "source": program,
-            "options": ["bind", "ro", "rprivate"] }));
+        mounts.push(
+            json!({ "destination": "/sbin/docker-init", "type": "bind", "source": program,
+            "options": ["bind", "ro", "rprivate"] }),
+        );
     }
     let mut process = process(
         &arguments,
         environment(record, &around.user),
-        if record.config.working_dir.is_empty() { "/" } else { &record.config.working_dir },
+        if record.config.working_dir.is_empty() {
+            "/"
+        } else {
+            &record.config.working_dir
+        },
         &around.user,
         record.config.tty,
         host.console_size,
@@ -219,20 +281,32 @@ pub(crate) fn build(record: &Record, around: Surroundings<'_>) -> Result<Value> 
     if !rlimits.is_empty() {
         process["rlimits"] = json!(rlimits);
     }
-    let taken: Vec<&Value> = around.mounts.iter().map(|mount| &mount["destination"]).collect();
+    let taken: Vec<&Value> = around
+        .mounts
+        .iter()
+        .map(|mount| &mount["destination"])
+        .collect();
     mounts.retain(|mount| !taken.contains(&&mount["destination"]));
     for file in ["resolv.conf", "hostname", "hosts"] {
         let destination = format!("/etc/{file}");
         let source = around.directory.join(file);
         if !taken.contains(&&json!(destination)) && source.exists() {
             let access = if host.readonly_rootfs { "ro" } else { "rw" };
-            mounts.push(json!({ "destination": destination, "type": "bind", "source": source,
-                "options": ["rbind", "rprivate", access] }));
+            mounts.push(
+                json!({ "destination": destination, "type": "bind", "source": source,
+                "options": ["rbind", "rprivate", access] }),
+            );
         }
     }
     mounts.extend(around.mounts);
     let mut linux = linux(record, &security, &set, around.cgroup)?;
-    linux["namespaces"] = namespaces(record, around.pid_of, around.ipc_of, around.network_of, around.own_network);
+    linux["namespaces"] = namespaces(
+        record,
+        around.pid_of,
+        around.ipc_of,
+        around.network_of,
+        around.own_network,
+    );
     let mut spec = json!({
         "ociVersion": "1.2.0",
         "process": process,
@@ -275,8 +349,14 @@ fn linux(record: &Record, security: &Security, set: &[&str], cgroup: &str) -> Re
         None => linux["seccomp"] = seccomp::default_profile(set),
     }
     // Mounts that a bind shares with the host must reach it through the container's root.
-    let shared = record.mounts.iter().any(|mount| mount.point.propagation.ends_with("shared"));
-    let slave = record.mounts.iter().any(|mount| mount.point.propagation.ends_with("slave"));
+    let shared = record
+        .mounts
+        .iter()
+        .any(|mount| mount.point.propagation.ends_with("shared"));
+    let slave = record
+        .mounts
+        .iter()
+        .any(|mount| mount.point.propagation.ends_with("slave"));
     if shared || slave {
         linux["rootfsPropagation"] = json!(if shared { "shared" } else { "slave" });
     }
@@ -323,15 +403,19 @@ fn base_mounts(host: &HostConfig, own_sysfs: bool) -> Vec<Value> {
         },
     ];
     if own_sysfs {
-        mounts.push(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-            "options": [system, "nosuid", "noexec", "nodev"] }));
+        mounts.push(
+            json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": [system, "nosuid", "noexec", "nodev"] }),
+        );
     }
     if host.ipc_mode == "host" {
         mounts.push(json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "rw"] }));
         mounts.push(json!({ "destination": "/dev/mqueue", "type": "bind", "source": "/dev/mqueue", "options": ["rbind", "rw"] }));
     } else {
-        mounts.push(json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
-            "options": ["nosuid", "noexec", "nodev"] }));
+        mounts.push(
+            json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+            "options": ["nosuid", "noexec", "nodev"] }),
+        );
         if host.ipc_mode != "none" {
             mounts.push(json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
                 "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={}", host.shm_size.max(0))] }));
@@ -375,17 +459,30 @@ fn devices(host: &HostConfig) -> Result<(Vec<Value>, Vec<Value>)> {
         rules.push(rule);
     }
     for mapping in host.resources.devices.iter().flatten() {
-        let inside =
-            if mapping.path_in_container.is_empty() { &mapping.path_on_host } else { &mapping.path_in_container };
-        let access = if mapping.cgroup_permissions.is_empty() { "rwm" } else { &mapping.cgroup_permissions };
+        let inside = if mapping.path_in_container.is_empty() {
+            &mapping.path_on_host
+        } else {
+            &mapping.path_in_container
+        };
+        let access = if mapping.cgroup_permissions.is_empty() {
+            "rwm"
+        } else {
+            &mapping.cgroup_permissions
+        };
         if !access.bytes().all(|byte| b"rwm".contains(&byte)) {
             return Err(Error::Invalid(format!("invalid device mode: {access}")));
         }
         let path = Path::new(&mapping.path_on_host);
         let mut found: Vec<(String, std::path::PathBuf)> = Vec::new();
         if path.is_dir() {
-            for entry in std::fs::read_dir(path).map_err(Error::io(mapping.path_on_host.clone()))?.flatten() {
-                found.push((format!("{inside}/{}", entry.file_name().to_string_lossy()), entry.path()));
+            for entry in std::fs::read_dir(path)
+                .map_err(Error::io(mapping.path_on_host.clone()))?
+                .flatten()
+            {
+                found.push((
+                    format!("{inside}/{}", entry.file_name().to_string_lossy()),
+                    entry.path(),
+                ));
             }
         } else {
             found.push((inside.clone(), path.to_owned()));
@@ -394,8 +491,10 @@ fn devices(host: &HostConfig) -> Result<(Vec<Value>, Vec<Value>)> {
         for (inside, path) in found {
             match device(&path, &inside) {
                 Ok(device) => {
-                    rules.push(json!({ "allow": true, "type": device["type"], "major": device["major"],
-                        "minor": device["minor"], "access": access }));
+                    rules.push(
+                        json!({ "allow": true, "type": device["type"], "major": device["major"],
+                        "minor": device["minor"], "access": access }),
+                    );
                     devices.push(device);
                 }
                 Err(_) if folder => {}
@@ -413,7 +512,9 @@ fn device(path: &Path, inside: &str) -> Result<Value> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let shown = path.display();
     let metadata = std::fs::metadata(path).map_err(|error| {
-        Error::Invalid(format!("error gathering device information while adding custom device \"{shown}\": {error}"))
+        Error::Invalid(format!(
+            "error gathering device information while adding custom device \"{shown}\": {error}"
+        ))
     })?;
     let kind = match metadata.file_type() {
         kind if kind.is_char_device() => "c",
@@ -436,15 +537,34 @@ fn host_devices() -> Vec<(String, std::path::PathBuf)> {
     let mut found = Vec::new();
     let mut pending = vec![std::path::PathBuf::from("/dev")];
     while let Some(directory) = pending.pop() {
-        for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(&directory)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let path = entry.path();
             let name = entry.file_name();
             let own = matches!(
                 name.to_str().unwrap_or(""),
-                "pts" | "shm" | "fd" | "mqueue" | ".lxc" | ".lxd-mounts" | ".udev" | "console" | "ptmx" | "null"
-                    | "zero" | "full" | "tty" | "random" | "urandom"
+                "pts"
+                    | "shm"
+                    | "fd"
+                    | "mqueue"
+                    | ".lxc"
+                    | ".lxd-mounts"
+                    | ".udev"
+                    | "console"
+                    | "ptmx"
+                    | "null"
+                    | "zero"
+                    | "full"
+                    | "tty"
+                    | "random"
+                    | "urandom"
             );
-            let Ok(kind) = entry.file_type() else { continue };
+            let Ok(kind) = entry.file_type() else {
+                continue;
+            };
             if own || kind.is_symlink() {
                 continue;
             }
@@ -465,15 +585,25 @@ mod tests {
 
     fn record() -> Record {
         Record {
-            config: ContainerConfig { cmd: Some(vec!["true".to_owned()].into()), hostname: "h".into(), ..Default::default() },
-            host: HostConfig { shm_size: 64 << 20, ..Default::default() },
+            config: ContainerConfig {
+                cmd: Some(vec!["true".to_owned()].into()),
+                hostname: "h".into(),
+                ..Default::default()
+            },
+            host: HostConfig {
+                shm_size: 64 << 20,
+                ..Default::default()
+            },
             ..Default::default()
         }
     }
 
     fn around(directory: &Path) -> Surroundings<'_> {
         Surroundings {
-            user: User { home: "/root".into(), ..Default::default() },
+            user: User {
+                home: "/root".into(),
+                ..Default::default()
+            },
             directory,
             cgroup: "berth/x",
             mounts: Vec::new(),
@@ -502,20 +632,37 @@ mod tests {
     #[test]
     fn another_user_starts_without_capabilities() {
         let directory = tempfile::tempdir().unwrap();
-        let around = Surroundings { user: User { uid: 1000, ..Default::default() }, ..around(directory.path()) };
+        let around = Surroundings {
+            user: User {
+                uid: 1000,
+                ..Default::default()
+            },
+            ..around(directory.path())
+        };
         let spec = build(&record(), around).unwrap();
         assert_eq!(spec["process"]["capabilities"]["effective"], json!([]));
-        assert!(!spec["process"]["capabilities"]["bounding"].as_array().unwrap().is_empty());
+        assert!(
+            !spec["process"]["capabilities"]["bounding"]
+                .as_array()
+                .unwrap()
+                .is_empty()
+        );
     }
 
     #[test]
     fn dockers_seccomp_profiles_are_read() {
         let profile = r#"{"defaultAction":"SCMP_ACT_ERRNO","archMap":[{"architecture":"SCMP_ARCH_X86_64","subArchitectures":["SCMP_ARCH_X86"]}],
             "syscalls":[{"names":["read"],"action":"SCMP_ACT_ALLOW","args":null,"comment":"","includes":{},"excludes":{}}]}"#;
-        let host = HostConfig { security_opt: Some(vec![format!("seccomp={profile}")]), ..Default::default() };
+        let host = HostConfig {
+            security_opt: Some(vec![format!("seccomp={profile}")]),
+            ..Default::default()
+        };
         let read = security(&host).unwrap().seccomp.unwrap().unwrap();
         assert_eq!(read["syscalls"][0]["names"][0], "read");
-        let host = HostConfig { security_opt: Some(vec!["seccomp={".into()]), ..Default::default() };
+        let host = HostConfig {
+            security_opt: Some(vec!["seccomp={".into()]),
+            ..Default::default()
+        };
         assert!(security(&host).is_err());
     }
 }

@@ -4,9 +4,9 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use base::Kind;
 use base::file::{self, Durability};
 use base::pidfd::ProcessKey;
-use base::Kind;
 
 use crate::Engine;
 use crate::container::create::blocking;
@@ -18,7 +18,8 @@ use crate::error::{Error, Result};
 use crate::keeper::protocol::{Launch, Root, StdioRecord};
 
 /// The word before each refusal of the runtime, which clients look for.
-const RUNTIME: &str = "failed to create task for container: failed to create shim task: OCI runtime create failed";
+const RUNTIME: &str =
+    "failed to create task for container: failed to create shim task: OCI runtime create failed";
 
 /// Runs an operation to its end, even if the caller goes away.
 pub(crate) async fn detached<T: Send + 'static>(
@@ -26,7 +27,9 @@ pub(crate) async fn detached<T: Send + 'static>(
 ) -> Result<T> {
     match tokio::spawn(operation).await {
         Ok(result) => result,
-        Err(error) => Err(Error::Keeper(format!("an operation of the engine failed: {error}"))),
+        Err(error) => Err(Error::Keeper(format!(
+            "an operation of the engine failed: {error}"
+        ))),
     }
 }
 
@@ -45,7 +48,9 @@ impl Engine {
                     return Err(Error::NotModified("container is already started".into()));
                 }
                 Phase::Paused => {
-                    return Err(Error::Conflict("cannot start a paused container, try unpause instead".into()));
+                    return Err(Error::Conflict(
+                        "cannot start a paused container, try unpause instead".into(),
+                    ));
                 }
                 Phase::Removing | Phase::Dead => {
                     return Err(Error::Conflict(
@@ -77,7 +82,9 @@ impl Engine {
         let started = async {
             let sandbox = if own_network {
                 let engine = self.clone();
-                Some(Arc::new(blocking(move || engine.networks.sandbox().map_err(Error::room)).await?))
+                Some(Arc::new(
+                    blocking(move || engine.networks.sandbox().map_err(Error::room)).await?,
+                ))
             } else {
                 None
             };
@@ -94,7 +101,11 @@ impl Engine {
                 blocking(move || engine.bundle(&container, &record)).await?;
                 let netns = match &sandbox {
                     Some(sandbox) => Some(
-                        sandbox.netns.as_fd().try_clone_to_owned().map_err(Error::io("sharing a network namespace"))?,
+                        sandbox
+                            .netns
+                            .as_fd()
+                            .try_clone_to_owned()
+                            .map_err(Error::io("sharing a network namespace"))?,
                     ),
                     None => None,
                 };
@@ -106,9 +117,11 @@ impl Engine {
                 Err(error) => Err(error),
             };
             // Awaited in any case: what it made must be known to be taken back.
-            let endpoints = endpoints
-                .await
-                .unwrap_or_else(|error| Err(Error::Keeper(format!("a task of the engine failed: {error}"))));
+            let endpoints = endpoints.await.unwrap_or_else(|error| {
+                Err(Error::Keeper(format!(
+                    "a task of the engine failed: {error}"
+                )))
+            });
             let (process, endpoints) = (created?, endpoints?);
             let (engine, own, laid) = (self.clone(), container.clone(), endpoints.clone());
             blocking(move || network::write_files(&own, &laid, &engine.networks)).await?;
@@ -124,7 +137,8 @@ impl Engine {
             Err(error) => {
                 let _ = keeper.discard(&container.id).await;
                 let _ = keeper.forget(&container.id).await;
-                let (engine, id, cgroup) = (self.clone(), container.id.clone(), self.cgroup_of(&record));
+                let (engine, id, cgroup) =
+                    (self.clone(), container.id.clone(), self.cgroup_of(&record));
                 let _ = blocking(move || {
                     engine.networks.release(&id);
                     cgroup::remove(&cgroup);
@@ -143,7 +157,12 @@ impl Engine {
     }
 
     /// Notes that it runs.
-    fn started(self: &Arc<Self>, container: &Arc<Container>, process: ProcessKey, endpoints: Vec<net::Endpoint>) {
+    fn started(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        process: ProcessKey,
+        endpoints: Vec<net::Endpoint>,
+    ) {
         let networks = endpoints.clone();
         container.note(|record| {
             record.phase = Phase::Running;
@@ -170,16 +189,24 @@ impl Engine {
 
     /// Writes `config.json` and `launch.json` of a run.
     fn bundle(&self, container: &Container, record: &Record) -> Result<()> {
-        let layers = self.images.snapshot_layers(&container.id).map_err(Error::room)?;
+        let layers = self
+            .images
+            .snapshot_layers(&container.id)
+            .map_err(Error::room)?;
         let user = self.user_of(&record.config.user, record, &layers)?;
         let cgroup = self.cgroup_of(record);
         let of = |mode: &str| -> Result<Option<i32>> {
-            let Some(other) = mode.strip_prefix("container:") else { return Ok(None) };
+            let Some(other) = mode.strip_prefix("container:") else {
+                return Ok(None);
+            };
             let other = self.inventory.find(other)?;
             let record = other.record();
             match record.process {
                 Some(process) if record.phase.lives() => Ok(Some(process.pid)),
-                _ => Err(Error::Conflict(format!("cannot join namespace of a non running container: {}", other.id))),
+                _ => Err(Error::Conflict(format!(
+                    "cannot join namespace of a non running container: {}",
+                    other.id
+                ))),
             }
         };
         let wants_init = record.host.init.unwrap_or(self.config.init);
@@ -200,7 +227,8 @@ impl Engine {
                 pid_of: of(&record.host.pid_mode)?,
                 ipc_of,
                 network_of: of(&record.host.network_mode)?,
-                own_network: record.shares_network().is_none() && record.host.network_mode != "host",
+                own_network: record.shares_network().is_none()
+                    && record.host.network_mode != "host",
                 init_program: wants_init.then(|| self.init_program()).as_deref(),
             },
         )?;
@@ -208,7 +236,11 @@ impl Engine {
             root::make_folder(&layers, &record.config.working_dir, &record.mounts)?;
         }
         let launch = Launch {
-            root: Root { lower: layers.lower, upper: layers.upper, work: layers.work },
+            root: Root {
+                lower: layers.lower,
+                upper: layers.upper,
+                work: layers.work,
+            },
             cgroup,
             stdio: StdioRecord {
                 terminal: record.config.tty,
@@ -223,21 +255,37 @@ impl Engine {
         let writing = || format!("writing the bundle {}", run.display());
         std::fs::create_dir_all(run).map_err(Error::io(writing()))?;
         let _ = std::fs::remove_file(run.join("exit.json"));
-        file::write_json(&run.join("config.json"), &spec, Durability::Process).map_err(Error::io(writing()))?;
-        file::write_json(&run.join("launch.json"), &launch, Durability::Process).map_err(Error::io(writing()))
+        file::write_json(&run.join("config.json"), &spec, Durability::Process)
+            .map_err(Error::io(writing()))?;
+        file::write_json(&run.join("launch.json"), &launch, Durability::Process)
+            .map_err(Error::io(writing()))
     }
 
     /// Who `user` is in a container.
-    pub(crate) fn user_of(&self, user: &str, record: &Record, layers: &::image::Layers) -> Result<User> {
+    pub(crate) fn user_of(
+        &self,
+        user: &str,
+        record: &Record,
+        layers: &::image::Layers,
+    ) -> Result<User> {
         let passwd = root::read_text(layers, "etc/passwd");
         let group = root::read_text(layers, "etc/group");
-        user::resolve(user, record.host.group_add.as_deref().unwrap_or_default(), &passwd, &group)
+        user::resolve(
+            user,
+            record.host.group_add.as_deref().unwrap_or_default(),
+            &passwd,
+            &group,
+        )
     }
 
     /// The cgroup of a container, below each hierarchy's root.
     pub(crate) fn cgroup_of(&self, record: &Record) -> String {
         let parent = record.host.resources.cgroup_parent.trim_matches('/');
-        let parent = if parent.is_empty() { self.config.cgroup_parent.as_str() } else { parent };
+        let parent = if parent.is_empty() {
+            self.config.cgroup_parent.as_str()
+        } else {
+            parent
+        };
         format!("{parent}/{}", record.id)
     }
 
@@ -248,20 +296,37 @@ impl Engine {
 
 /// A failed start in the words clients look for, and the exit code they show for it.
 fn explain(error: Error) -> (Error, i32) {
-    let Error::Runtime { message, kind } = error else { return (error, 128) };
+    let Error::Runtime { message, kind } = error else {
+        return (error, 128);
+    };
     let has = |part: &str| message.contains(part);
-    let (kind, code) = if has("executable file not found") || has("no such file or directory") || has("No such file or directory") {
+    let (kind, code) = if has("executable file not found")
+        || has("no such file or directory")
+        || has("No such file or directory")
+    {
         (Kind::Invalid, 127)
-    } else if has("ermission denied") || has("not a directory") || has("is a directory") || has("exec format error") {
+    } else if has("ermission denied")
+        || has("not a directory")
+        || has("is a directory")
+        || has("exec format error")
+    {
         (Kind::Invalid, 126)
     } else {
-        (if kind == Kind::NotFound { Kind::Invalid } else { kind }, 128)
+        (
+            if kind == Kind::NotFound {
+                Kind::Invalid
+            } else {
+                kind
+            },
+            128,
+        )
     };
     let message = if kind == Kind::Invalid && message.starts_with("exec:") {
-        format!("{RUNTIME}: runc create failed: unable to start container process: error during container init: {message}: unknown")
+        format!(
+            "{RUNTIME}: runc create failed: unable to start container process: error during container init: {message}: unknown"
+        )
     } else {
         format!("{RUNTIME}: {message}")
     };
     (Error::Runtime { message, kind }, code)
 }
-

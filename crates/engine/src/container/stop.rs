@@ -20,9 +20,17 @@ const KILL_WAIT: Duration = Duration::from_secs(20);
 impl Engine {
     /// Stops it: `signal` (its own stop signal), then after `timeout` seconds (its own; negative: never) SIGKILL.
     /// [`Error::NotModified`] where it does not run.
-    pub async fn stop(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+    pub async fn stop(
+        self: &Arc<Self>,
+        container: &str,
+        timeout: Option<i64>,
+        signal: Option<&str>,
+    ) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let signal = signal.filter(|signal| !signal.is_empty()).map(signal::number).transpose()?;
+        let signal = signal
+            .filter(|signal| !signal.is_empty())
+            .map(signal::number)
+            .transpose()?;
         let engine = self.clone();
         detached(async move {
             let _operation = container.operation.lock().await;
@@ -32,7 +40,12 @@ impl Engine {
     }
 
     /// [`Engine::stop`] of a container whose operation lock the caller holds.
-    async fn halt(self: &Arc<Self>, container: &Arc<Container>, timeout: Option<i64>, signal: Option<i32>) -> Result<()> {
+    async fn halt(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        timeout: Option<i64>,
+        signal: Option<i32>,
+    ) -> Result<()> {
         let record = container.record().clone();
         if record.phase == Phase::Restarting {
             container.end_tasks();
@@ -40,7 +53,9 @@ impl Engine {
                 record.stopped_by_user = true;
                 record.phase = Phase::Exited;
             })?;
-            container.milestones.send_modify(|milestones| milestones.rests += 1);
+            container
+                .milestones
+                .send_modify(|milestones| milestones.rests += 1);
             self.tell(container, "stop");
             return Ok(());
         }
@@ -52,7 +67,9 @@ impl Engine {
             None if record.config.stop_signal.is_empty() => libc::SIGTERM,
             None => signal::number(&record.config.stop_signal)?,
         };
-        let timeout = timeout.or(record.config.stop_timeout).unwrap_or(self.config.stop_timeout.as_secs() as i64);
+        let timeout = timeout
+            .or(record.config.stop_timeout)
+            .unwrap_or(self.config.stop_timeout.as_secs() as i64);
         container.note(|record| record.stopped_by_user = true);
         let mut ends = container.milestones.subscribe();
         let before = ends.borrow_and_update().exits;
@@ -61,10 +78,14 @@ impl Engine {
             self.thaw(container).await?;
         }
         let gone = async {
-            let _ = ends.wait_for(|milestones| milestones.exits != before || milestones.removed).await;
+            let _ = ends
+                .wait_for(|milestones| milestones.exits != before || milestones.removed)
+                .await;
         };
         let stopped = match u64::try_from(timeout) {
-            Ok(seconds) => tokio::time::timeout(Duration::from_secs(seconds), gone).await.is_ok(),
+            Ok(seconds) => tokio::time::timeout(Duration::from_secs(seconds), gone)
+                .await
+                .is_ok(),
             Err(_) => {
                 gone.await;
                 true
@@ -106,15 +127,26 @@ impl Engine {
         self.tell_with(container, "kill", &[("signal", number.to_string())]);
         match keeper.signal(&container.id, number).await {
             // It has ended by itself meanwhile, which is what was wanted.
-            Err(Error::Runtime { kind: base::Kind::NotFound, .. }) => Ok(()),
+            Err(Error::Runtime {
+                kind: base::Kind::NotFound,
+                ..
+            }) => Ok(()),
             other => other,
         }
     }
 
     /// Stops (where it runs) and starts it.
-    pub async fn restart(self: &Arc<Self>, container: &str, timeout: Option<i64>, signal: Option<&str>) -> Result<()> {
+    pub async fn restart(
+        self: &Arc<Self>,
+        container: &str,
+        timeout: Option<i64>,
+        signal: Option<&str>,
+    ) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let signal = signal.filter(|signal| !signal.is_empty()).map(signal::number).transpose()?;
+        let signal = signal
+            .filter(|signal| !signal.is_empty())
+            .map(signal::number)
+            .transpose()?;
         let engine = self.clone();
         detached(async move {
             let _operation = container.operation.lock().await;
@@ -139,7 +171,11 @@ impl Engine {
     /// Sends a signal by name or number (`KILL`, `SIGKILL`, `9`; empty is SIGKILL).
     pub async fn kill(self: &Arc<Self>, container: &str, signal: &str) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let number = if signal.is_empty() { libc::SIGKILL } else { signal::number(signal)? };
+        let number = if signal.is_empty() {
+            libc::SIGKILL
+        } else {
+            signal::number(signal)?
+        };
         let record = container.record().clone();
         match record.phase {
             Phase::Running => {}
@@ -169,7 +205,12 @@ impl Engine {
         let _operation = container.operation.lock().await;
         match container.phase() {
             Phase::Running => {}
-            Phase::Paused => return Err(Error::Conflict(format!("container {} is already paused", container.id))),
+            Phase::Paused => {
+                return Err(Error::Conflict(format!(
+                    "container {} is already paused",
+                    container.id
+                )));
+            }
             _ => return Err(Error::NotRunning(container.id.clone())),
         }
         let group = self.cgroup_of(&container.record());
@@ -188,7 +229,10 @@ impl Engine {
         let container = self.inventory.find(container)?;
         let _operation = container.operation.lock().await;
         if container.phase() != Phase::Paused {
-            return Err(Error::Conflict(format!("Container {} is not paused", container.id)));
+            return Err(Error::Conflict(format!(
+                "Container {} is not paused",
+                container.id
+            )));
         }
         self.thaw(&container).await?;
         self.tell(&container, "unpause");
@@ -219,7 +263,9 @@ impl Engine {
             let rests = phase.lives() || phase == Phase::Restarting;
             let over = ends
                 .wait_for(|milestones| match condition {
-                    WaitCondition::NotRunning => !rests || milestones.rests != now.rests || milestones.removed,
+                    WaitCondition::NotRunning => {
+                        !rests || milestones.rests != now.rests || milestones.removed
+                    }
                     WaitCondition::NextExit => milestones.exits != now.exits || milestones.removed,
                     WaitCondition::Removed => milestones.removed,
                 })
@@ -230,9 +276,14 @@ impl Engine {
                 Ok(milestones) => milestones.code,
                 Err(_) => code,
             };
-            WaitResult { status_code: i64::from(code), error: None }
+            WaitResult {
+                status_code: i64::from(code),
+                error: None,
+            }
         };
-        Ok(Wait { result: Box::pin(result) })
+        Ok(Wait {
+            result: Box::pin(result),
+        })
     }
 
     /// Renames it.
@@ -241,7 +292,9 @@ impl Engine {
         let _operation = container.operation.lock().await;
         let name = name.strip_prefix('/').unwrap_or(name).to_owned();
         if name.is_empty() {
-            return Err(Error::Invalid("Neither old nor new names may be empty".into()));
+            return Err(Error::Invalid(
+                "Neither old nor new names may be empty".into(),
+            ));
         }
         check_name(&name)?;
         let old = container.name();
@@ -251,7 +304,8 @@ impl Engine {
             ));
         }
         self.inventory.reserve(&name, &container.id)?;
-        if let Err(error) = container.change(Durability::Host, |record| record.name = name.clone()) {
+        if let Err(error) = container.change(Durability::Host, |record| record.name = name.clone())
+        {
             self.inventory.free(&name, &container.id);
             return Err(error);
         }
@@ -268,17 +322,26 @@ impl Engine {
     }
 
     /// Changes limits (fields that are zero stay) and the restart policy.
-    pub async fn update(self: &Arc<Self>, container: &str, update: UpdateConfig) -> Result<Updated> {
+    pub async fn update(
+        self: &Arc<Self>,
+        container: &str,
+        update: UpdateConfig,
+    ) -> Result<Updated> {
         let container = self.inventory.find(container)?;
         let _operation = container.operation.lock().await;
         let record = container.record().clone();
         if matches!(record.phase, Phase::Removing | Phase::Dead) {
-            return Err(Error::Conflict("Container is marked for removal and cannot be \"update\".".into()));
+            return Err(Error::Conflict(
+                "Container is marked for removal and cannot be \"update\".".into(),
+            ));
         }
         let mut host = record.host.clone();
         host.resources = limits::merge(&host.resources, &update.resources)?;
         let warnings = limits::check(&host.resources)?;
-        if let Some(policy) = update.restart_policy.filter(|policy| !policy.name.is_empty()) {
+        if let Some(policy) = update
+            .restart_policy
+            .filter(|policy| !policy.name.is_empty())
+        {
             if host.auto_remove && policy.name != "no" {
                 return Err(Error::Invalid(
                     "Restart policy cannot be updated because AutoRemove is enabled for the container".into(),

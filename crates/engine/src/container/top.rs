@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::Engine;
+use crate::container::cgroup;
 use crate::container::create::blocking;
 use crate::container::inspect::Top;
-use crate::container::cgroup;
 use crate::error::{Error, Result};
 
 impl Engine {
@@ -20,10 +20,17 @@ impl Engine {
             return Err(Error::NotRunning(container.id.clone()));
         }
         let group = self.cgroup_of(&record);
-        let arguments: Vec<String> = ps_args.split_ascii_whitespace().map(str::to_owned).collect();
+        let arguments: Vec<String> = ps_args
+            .split_ascii_whitespace()
+            .map(str::to_owned)
+            .collect();
         let top = blocking(move || {
             let pids = cgroup::processes(&group)?;
-            if arguments.is_empty() || arguments == ["-ef"] { Ok(full(&pids)) } else { by_ps(&pids, &arguments) }
+            if arguments.is_empty() || arguments == ["-ef"] {
+                Ok(full(&pids))
+            } else {
+                by_ps(&pids, &arguments)
+            }
         })
         .await?;
         self.tell(&container, "top");
@@ -33,9 +40,12 @@ impl Engine {
 
 /// What `ps -ef` shows, read from /proc: ps need not be there.
 fn full(pids: &[i32]) -> Top {
-    let titles = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"].map(str::to_owned).to_vec();
+    let titles = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]
+        .map(str::to_owned)
+        .to_vec();
     let boot = std::fs::read_to_string("/proc/stat").ok().and_then(|text| {
-        text.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok())
+        text.lines()
+            .find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok())
     });
     let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
     let user = |uid: u32| {
@@ -49,21 +59,33 @@ fn full(pids: &[i32]) -> Top {
     let rows = pids.iter().filter_map(|pid| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let name = &stat[stat.find('(')? + 1..stat.rfind(')')?];
-        let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_ascii_whitespace().collect();
-        let number = |index: usize| fields.get(index).and_then(|field| field.parse::<i64>().ok()).unwrap_or(0);
-        let uid = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(format!("/proc/{pid}")).ok()?);
+        let fields: Vec<&str> = stat[stat.rfind(')')? + 1..]
+            .split_ascii_whitespace()
+            .collect();
+        let number = |index: usize| {
+            fields
+                .get(index)
+                .and_then(|field| field.parse::<i64>().ok())
+                .unwrap_or(0)
+        };
+        let uid =
+            std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(format!("/proc/{pid}")).ok()?);
         let ticks = number(11) + number(12);
         let started = boot.unwrap_or(0) + number(19) / 100;
         let now = jiff::Timestamp::now().as_second();
         let age = (now - started).max(1);
-        let begun = jiff::tz::TimeZone::system().to_datetime(jiff::Timestamp::from_second(started).ok()?);
+        let begun =
+            jiff::tz::TimeZone::system().to_datetime(jiff::Timestamp::from_second(started).ok()?);
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let command: Vec<String> = command
             .split(|byte| *byte == 0)
             .filter(|word| !word.is_empty())
             .map(|word| String::from_utf8_lossy(word).into_owned())
             .collect();
-        let (major, minor) = ((number(4) >> 8) & 0xfff, (number(4) & 0xff) | ((number(4) >> 12) & 0xfff00));
+        let (major, minor) = (
+            (number(4) >> 8) & 0xfff,
+            (number(4) & 0xff) | ((number(4) >> 12) & 0xfff00),
+        );
         let tty = match number(4) {
             0 => "?".to_owned(),
             _ if major == 136 => format!("pts/{minor}"),
@@ -75,33 +97,62 @@ fn full(pids: &[i32]) -> Top {
             pid.to_string(),
             number(1).to_string(),
             (ticks / age).min(99).to_string(),
-            begun.strftime(if age < 86_400 { "%H:%M" } else { "%b%d" }).to_string(),
+            begun
+                .strftime(if age < 86_400 { "%H:%M" } else { "%b%d" })
+                .to_string(),
             tty,
-            format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
-            if command.is_empty() { format!("[{name}]") } else { command.join(" ") },
+            format!(
+                "{:02}:{:02}:{:02}",
+                seconds / 3600,
+                seconds / 60 % 60,
+                seconds % 60
+            ),
+            if command.is_empty() {
+                format!("[{name}]")
+            } else {
+                command.join(" ")
+            },
         ])
     });
-    Top { processes: rows.collect(), titles }
+    Top {
+        processes: rows.collect(),
+        titles,
+    }
 }
 
 fn by_ps(pids: &[i32], arguments: &[String]) -> Result<Top> {
-    let output = std::process::Command::new("ps").args(arguments).output().map_err(|error| {
-        Error::Unsupported(format!("ps(1) cannot be run on this host ({error}); without options it is not needed"))
-    })?;
+    let output = std::process::Command::new("ps")
+        .args(arguments)
+        .output()
+        .map_err(|error| {
+            Error::Unsupported(format!(
+                "ps(1) cannot be run on this host ({error}); without options it is not needed"
+            ))
+        })?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
-        return Err(Error::Invalid(format!("ps: {}", text.lines().next().unwrap_or("refused"))));
+        return Err(Error::Invalid(format!(
+            "ps: {}",
+            text.lines().next().unwrap_or("refused")
+        )));
     }
     let text = String::from_utf8_lossy(&output.stdout);
     let mut lines = text.lines();
-    let titles: Vec<String> =
-        lines.next().unwrap_or_default().split_ascii_whitespace().map(str::to_owned).collect();
+    let titles: Vec<String> = lines
+        .next()
+        .unwrap_or_default()
+        .split_ascii_whitespace()
+        .map(str::to_owned)
+        .collect();
     let Some(column) = titles.iter().position(|title| title == "PID") else {
-        return Err(Error::Invalid("Couldn't find PID field in ps output".into()));
+        return Err(Error::Invalid(
+            "Couldn't find PID field in ps output".into(),
+        ));
     };
     let processes = lines
         .filter_map(|line| {
-            let mut fields: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
+            let mut fields: Vec<String> =
+                line.split_ascii_whitespace().map(str::to_owned).collect();
             let pid = fields.get(column)?.parse::<i32>().ok()?;
             if !pids.contains(&pid) || fields.len() < titles.len() {
                 return None;

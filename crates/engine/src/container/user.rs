@@ -23,7 +23,12 @@ fn accounts(passwd: &str) -> impl Iterator<Item = Account<'_>> {
         let mut fields = line.split(':');
         let name = fields.next()?;
         let (uid, gid) = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
-        Some(Account { name, uid, gid, home: fields.nth(1).unwrap_or("") })
+        Some(Account {
+            name,
+            uid,
+            gid,
+            home: fields.nth(1).unwrap_or(""),
+        })
     })
 }
 
@@ -47,9 +52,16 @@ pub(crate) fn resolve(text: &str, add: &[String], passwd: &str, group: &str) -> 
     };
     let number = user.parse::<u32>().ok();
     let wanted = |account: &Account<'_>| {
-        if user.is_empty() { account.uid == 0 } else { account.name == user || Some(account.uid) == number }
+        if user.is_empty() {
+            account.uid == 0
+        } else {
+            account.name == user || Some(account.uid) == number
+        }
     };
-    let mut result = User { home: "/".into(), ..User::default() };
+    let mut result = User {
+        home: "/".into(),
+        ..User::default()
+    };
     match (accounts(passwd).find(wanted), number) {
         (Some(account), _) => {
             result.uid = account.uid;
@@ -59,22 +71,29 @@ pub(crate) fn resolve(text: &str, add: &[String], passwd: &str, group: &str) -> 
             }
             if group_wanted.is_none() {
                 let member = |list: &str| list.split(',').any(|name| name.trim() == account.name);
-                result.groups =
-                    groups(group).filter(|(_, _, members)| member(members)).map(|(_, gid, _)| gid).collect();
+                result.groups = groups(group)
+                    .filter(|(_, _, members)| member(members))
+                    .map(|(_, gid, _)| gid)
+                    .collect();
             }
         }
         (None, Some(uid)) => result.uid = uid,
         (None, None) if user.is_empty() => result.home = "/root".into(),
         (None, None) => {
-            return Err(Error::Invalid(format!("unable to find user {user}: no matching entries in passwd file")));
+            return Err(Error::Invalid(format!(
+                "unable to find user {user}: no matching entries in passwd file"
+            )));
         }
     }
     let find_group = |name: &str| -> Result<u32> {
         if let Some((_, gid, _)) = groups(group).find(|(known, _, _)| *known == name) {
             return Ok(gid);
         }
-        name.parse()
-            .map_err(|_| Error::Invalid(format!("Unable to find group {name}: no matching entries in group file")))
+        name.parse().map_err(|_| {
+            Error::Invalid(format!(
+                "Unable to find group {name}: no matching entries in group file"
+            ))
+        })
     };
     if let Some(name) = group_wanted {
         result.gid = find_group(name)?;
@@ -103,12 +122,23 @@ mod tests {
             resolve(text, &add, PASSWD, GROUP)
         };
         let web = user("web", &["9"]).unwrap();
-        assert_eq!((web.uid, web.gid, web.groups, web.home.as_str()), (33, 34, vec![4, 9], "/srv"));
+        assert_eq!(
+            (web.uid, web.gid, web.groups, web.home.as_str()),
+            (33, 34, vec![4, 9], "/srv")
+        );
         assert_eq!(user("33:log", &[]).unwrap().gid, 4);
         let unknown = user("1000", &[]).unwrap();
-        assert_eq!((unknown.uid, unknown.gid, unknown.home.as_str()), (1000, 0, "/"));
+        assert_eq!(
+            (unknown.uid, unknown.gid, unknown.home.as_str()),
+            (1000, 0, "/")
+        );
         assert_eq!(user("", &[]).unwrap().groups, [0, 4]);
-        assert!(user("nobody-here", &[]).unwrap_err().to_string().contains("no matching entries in passwd file"));
+        assert!(
+            user("nobody-here", &[])
+                .unwrap_err()
+                .to_string()
+                .contains("no matching entries in passwd file")
+        );
     }
 
     proptest! {

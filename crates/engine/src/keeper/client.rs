@@ -18,7 +18,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{Error, Result};
-use crate::keeper::protocol::{self, Exit, Held, MAX_MESSAGE, ProtocolError, Reply, Request, VERSION};
+use crate::keeper::protocol::{
+    self, Exit, Held, MAX_MESSAGE, ProtocolError, Reply, Request, VERSION,
+};
 
 /// How long a keeper may take to greet.
 const GREETING: Duration = Duration::from_secs(20);
@@ -26,8 +28,13 @@ const GREETING: Duration = Duration::from_secs(20);
 /// What the keeper tells unasked.
 #[derive(Debug)]
 pub(crate) enum Notice {
-    Exited { id: String, exit: Exit },
-    Detached { id: String },
+    Exited {
+        id: String,
+        exit: Exit,
+    },
+    Detached {
+        id: String,
+    },
     /// The connection is lost; the keeper died or hangs.
     Lost,
 }
@@ -50,7 +57,10 @@ impl Keeper {
     }
 
     /// Connects to the keeper of a run folder, starting one where there is none; with what it holds.
-    pub async fn connect(run: &Path, command: &[PathBuf]) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
+    pub async fn connect(
+        run: &Path,
+        command: &[PathBuf],
+    ) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
         let path = protocol::socket_path(run);
         if let Ok(socket) = connect(&path) {
             match Keeper::greet(socket).await {
@@ -63,12 +73,15 @@ impl Keeper {
         Keeper::greet(socket).await
     }
 
-    async fn greet(socket: OwnedFd) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
+    async fn greet(
+        socket: OwnedFd,
+    ) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
         let lost = |error: ProtocolError| Error::Keeper(error.to_string());
         // SAFETY: the descriptor is owned by what is made here and closed only with it, so it stays the one registered.
-        let socket =
-            unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE) }
-                .map_err(|error| Error::Keeper(format!("watching its socket: {error:?}")))?;
+        let socket = unsafe {
+            AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE)
+        }
+        .map_err(|error| Error::Keeper(format!("watching its socket: {error:?}")))?;
         let socket = Arc::new(socket);
         let hello = protocol::encode(&Request::Hello { version: VERSION }).map_err(lost)?;
         send(&socket, &hello, &[]).await.map_err(lost)?;
@@ -96,7 +109,13 @@ impl Keeper {
         let pending: Arc<Mutex<HashMap<u64, oneshot::Sender<Reply>>>> = Arc::default();
         let (sender, notices) = mpsc::unbounded_channel();
         let lost = Arc::new(AtomicBool::new(false));
-        tokio::spawn(listen(socket.clone(), buffer, pending.clone(), sender, lost.clone()));
+        tokio::spawn(listen(
+            socket.clone(),
+            buffer,
+            pending.clone(),
+            sender,
+            lost.clone(),
+        ));
         let keeper = Keeper {
             socket,
             pending,
@@ -117,7 +136,10 @@ impl Keeper {
             return Err(error);
         }
         match answer.await {
-            Ok(Reply::Failed { kind, message, .. }) => Err(Error::Runtime { message, kind: kind.into() }),
+            Ok(Reply::Failed { kind, message, .. }) => Err(Error::Runtime {
+                message,
+                kind: kind.into(),
+            }),
             Ok(reply) => Ok(reply),
             Err(_) => Err(Error::Keeper("the connection was lost".into())),
         }
@@ -127,23 +149,50 @@ impl Keeper {
         let bytes = protocol::encode(request).map_err(|error| Error::Keeper(error.to_string()))?;
         let _order = self.sending.lock().await;
         let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-        send(&self.socket, &bytes, &fds).await.map_err(|error| Error::Keeper(error.to_string()))
+        send(&self.socket, &bytes, &fds)
+            .await
+            .map_err(|error| Error::Keeper(error.to_string()))
     }
 
     /// Makes the init of a container; it waits.
-    pub async fn create(&self, id: &str, directory: &Path, net_ns: Option<OwnedFd>) -> Result<ProcessKey> {
-        let make = |serial| Request::Create { serial, id: id.into(), directory: directory.into() };
+    pub async fn create(
+        &self,
+        id: &str,
+        directory: &Path,
+        net_ns: Option<OwnedFd>,
+    ) -> Result<ProcessKey> {
+        let make = |serial| Request::Create {
+            serial,
+            id: id.into(),
+            directory: directory.into(),
+        };
         spawned(self.ask(make, net_ns).await?)
     }
 
     /// Lets it exec.
     pub async fn start(&self, id: &str) -> Result<()> {
-        self.ask(|serial| Request::Start { serial, id: id.into() }, None).await.map(drop)
+        self.ask(
+            |serial| Request::Start {
+                serial,
+                id: id.into(),
+            },
+            None,
+        )
+        .await
+        .map(drop)
     }
 
     /// Kills a created init that was not started.
     pub async fn discard(&self, id: &str) -> Result<()> {
-        self.ask(|serial| Request::Discard { serial, id: id.into() }, None).await.map(drop)
+        self.ask(
+            |serial| Request::Discard {
+                serial,
+                id: id.into(),
+            },
+            None,
+        )
+        .await
+        .map(drop)
     }
 
     /// Starts a process in a container.
@@ -166,12 +215,22 @@ impl Keeper {
         stderr: bool,
         detach_keys: Vec<u8>,
     ) -> Result<(tokio::net::UnixStream, String)> {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(Error::io("making a socket pair"))?;
-        ours.set_nonblocking(true).map_err(Error::io("making a socket pair"))?;
-        let make = |serial| Request::Attach { serial, id: id.into(), stdin, stdout, stderr, detach_keys };
+        let (ours, theirs) =
+            std::os::unix::net::UnixStream::pair().map_err(Error::io("making a socket pair"))?;
+        ours.set_nonblocking(true)
+            .map_err(Error::io("making a socket pair"))?;
+        let make = |serial| Request::Attach {
+            serial,
+            id: id.into(),
+            stdin,
+            stdout,
+            stderr,
+            detach_keys,
+        };
         match self.ask(make, Some(theirs.into())).await? {
             Reply::Attached { at, .. } => {
-                let stream = tokio::net::UnixStream::from_std(ours).map_err(Error::io("attaching"))?;
+                let stream =
+                    tokio::net::UnixStream::from_std(ours).map_err(Error::io("attaching"))?;
                 Ok((stream, at))
             }
             other => Err(unexpected(&other)),
@@ -180,12 +239,31 @@ impl Keeper {
 
     /// Sends a signal to one process.
     pub async fn signal(&self, id: &str, signal: i32) -> Result<()> {
-        self.ask(|serial| Request::Signal { serial, id: id.into(), signal }, None).await.map(drop)
+        self.ask(
+            |serial| Request::Signal {
+                serial,
+                id: id.into(),
+                signal,
+            },
+            None,
+        )
+        .await
+        .map(drop)
     }
 
     /// Sets a terminal's size.
     pub async fn resize(&self, id: &str, rows: u16, columns: u16) -> Result<()> {
-        self.ask(|serial| Request::Resize { serial, id: id.into(), rows, columns }, None).await.map(drop)
+        self.ask(
+            |serial| Request::Resize {
+                serial,
+                id: id.into(),
+                rows,
+                columns,
+            },
+            None,
+        )
+        .await
+        .map(drop)
     }
 
     /// Says that an exit has been recorded, or that nothing of this id will ever run.
@@ -212,7 +290,9 @@ fn unexpected(reply: &Reply) -> Error {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 async fn listen(
@@ -265,7 +345,9 @@ async fn send(
     loop {
         let mut guard = socket.writable().await?;
         match guard.try_io(|inner| match protocol::send(inner.get_ref(), bytes, fds) {
-            Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+            Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(error)
+            }
             other => Ok(other),
         }) {
             Ok(result) => return result?,
@@ -278,7 +360,9 @@ async fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Result<Reply, 
     loop {
         let mut guard = socket.readable().await?;
         match guard.try_io(|inner| match protocol::receive(inner.get_ref(), buffer) {
-            Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+            Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(error)
+            }
             Err(other) => Ok(Err(other)),
             Ok((bytes, _fds)) => Ok(protocol::decode(bytes)),
         }) {
@@ -305,21 +389,40 @@ fn spawn(run: &Path, path: &Path, command: &[PathBuf]) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let listener = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?;
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     rustix::net::listen(&listener, 4)?;
-    let journal = OpenOptions::new().append(true).create(true).mode(0o600).open(run.join("keeper.log"))?;
-    let (program, arguments) = command
-        .split_first()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no keeper command is configured"))?;
+    let journal = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(run.join("keeper.log"))?;
+    let (program, arguments) = command.split_first().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "no keeper command is configured",
+        )
+    })?;
     let status = Command::new(program)
         .args(arguments)
         .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .stdin(Stdio::from(listener))
         .stdout(Stdio::null())
         .stderr(Stdio::from(journal))
         .status()?;
-    if status.success() { Ok(()) } else { Err(io::Error::other(format!("the keeper ended with {status}"))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("the keeper ended with {status}")))
+    }
 }

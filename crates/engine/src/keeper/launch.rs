@@ -60,26 +60,42 @@ fn read_spec(directory: &Path) -> Result<oci_spec::runtime::Spec, Failure> {
 /// Our ends and theirs of the streams a record asks for.
 fn streams(record: &StdioRecord) -> Result<(oci::Stdio, Option<Pipes>), Failure> {
     if record.terminal {
-        let size = (record.rows > 0 && record.columns > 0)
-            .then_some(oci::Size { columns: record.columns, rows: record.rows });
+        let size = (record.rows > 0 && record.columns > 0).then_some(oci::Size {
+            columns: record.columns,
+            rows: record.rows,
+        });
         return Ok((oci::Stdio::Terminal { size }, None));
     }
     let mut pipes = pipes(record).map_err(|error| Failure::system("making pipes", error))?;
     let theirs = pipes.theirs.take();
-    Ok((theirs.map_or(oci::Stdio::Inherit, oci::Stdio::Fds), Some(pipes)))
+    Ok((
+        theirs.map_or(oci::Stdio::Inherit, oci::Stdio::Fds),
+        Some(pipes),
+    ))
 }
 
-fn spawned(pid: i32, pidfd: OwnedFd, terminal: Option<OwnedFd>, pipes: Option<Pipes>) -> Result<Spawned, Failure> {
+fn spawned(
+    pid: i32,
+    pidfd: OwnedFd,
+    terminal: Option<OwnedFd>,
+    pipes: Option<Pipes>,
+) -> Result<Spawned, Failure> {
     let (input, outputs) = match (&terminal, pipes) {
         (Some(terminal), _) => {
-            let (output, input) =
-                terminal_streams(terminal).map_err(|error| Failure::system("opening the terminal", error))?;
+            let (output, input) = terminal_streams(terminal)
+                .map_err(|error| Failure::system("opening the terminal", error))?;
             (Some(input), [Some(output), None])
         }
         (None, Some(pipes)) => (pipes.input, pipes.outputs),
         (None, None) => (None, [None, None]),
     };
-    Ok(Spawned { pid, pidfd, terminal, outputs, input })
+    Ok(Spawned {
+        pid,
+        pidfd,
+        terminal,
+        outputs,
+        input,
+    })
 }
 
 /// Makes the init of a container.
@@ -93,15 +109,21 @@ pub(super) fn create(
     let (stdio, pipes) = streams(&launch.stdio)?;
     let root = launch.root.clone();
     let request = oci::Launch {
-        rootfs: oci::Rootfs::Overlay { lower: root.lower, upper: root.upper, work: root.work },
+        rootfs: oci::Rootfs::Overlay {
+            lower: root.lower,
+            upper: root.upper,
+            work: root.work,
+        },
         cgroup: oci::cgroup::CgroupTarget::Path(format!("/{}", launch.cgroup)),
         stdio,
         net_ns,
         ..oci::Launch::new(id, directory, &spec).map_err(Failure::of)?
     };
     let mut created = oci::create(request).map_err(Failure::of)?;
-    let pidfd =
-        created.pidfd.try_clone().map_err(|error| Failure::system("sharing a process descriptor", error))?;
+    let pidfd = created
+        .pidfd
+        .try_clone()
+        .map_err(|error| Failure::system("sharing a process descriptor", error))?;
     let spawned = spawned(created.pid, pidfd, created.terminal.take(), pipes)?;
     Ok((spawned, Waiting(created)))
 }
@@ -115,7 +137,10 @@ pub(super) fn exec(
     exec: &Exec,
 ) -> Result<Spawned, Failure> {
     let spec = read_spec(directory)?;
-    let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+    let seccomp = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.seccomp().as_ref());
     let group = oci::cgroup::Cgroup::open(&format!("/{cgroup}")).map_err(Failure::of)?;
     let (stdio, pipes) = streams(&exec.stdio)?;
     let running = oci::exec(oci::Exec {
@@ -139,16 +164,26 @@ pub(super) fn exec(
 pub(super) fn oom_killed(cgroup: &str) -> bool {
     let count = |path: String, key: &str| {
         std::fs::read_to_string(path).ok().is_some_and(|text| {
-            text.lines().filter_map(|line| line.split_once(' ')).any(|(name, value)| name == key && value != "0")
+            text.lines()
+                .filter_map(|line| line.split_once(' '))
+                .any(|(name, value)| name == key && value != "0")
         })
     };
     count(format!("/sys/fs/cgroup/{cgroup}/memory.events"), "oom_kill")
-        || count(format!("/sys/fs/cgroup/memory/{cgroup}/memory.oom_control"), "oom_kill")
+        || count(
+            format!("/sys/fs/cgroup/memory/{cgroup}/memory.oom_control"),
+            "oom_kill",
+        )
 }
 
 /// Sets a terminal's size.
 pub(super) fn resize(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
-    let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = rustix::termios::Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     Ok(rustix::termios::tcsetwinsize(terminal, size)?)
 }
 

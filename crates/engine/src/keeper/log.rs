@@ -34,7 +34,9 @@ pub struct JsonLog {
 impl JsonLog {
     /// Opens (and appends to) the log of a record; `None` where it has none.
     pub fn open(record: &LogRecord) -> io::Result<Option<JsonLog>> {
-        let Some(path) = &record.path else { return Ok(None) };
+        let Some(path) = &record.path else {
+            return Ok(None);
+        };
         let file = append(path)?;
         let size = file.metadata()?.len();
         Ok(Some(JsonLog {
@@ -67,7 +69,13 @@ impl JsonLog {
             } else {
                 self.partial[slot].extend_from_slice(&bytes[..take]);
                 if whole {
-                    record(&mut records, &self.partial[slot], source, &self.attributes, &now);
+                    record(
+                        &mut records,
+                        &self.partial[slot],
+                        source,
+                        &self.attributes,
+                        &now,
+                    );
                     self.partial[slot].clear();
                 }
             }
@@ -83,7 +91,13 @@ impl JsonLog {
         let mut records = Vec::new();
         for (slot, source) in [Source::Stdout, Source::Stderr].into_iter().enumerate() {
             if !self.partial[slot].is_empty() {
-                record(&mut records, &self.partial[slot], source, &self.attributes, &now);
+                record(
+                    &mut records,
+                    &self.partial[slot],
+                    source,
+                    &self.attributes,
+                    &now,
+                );
                 self.partial[slot] = Vec::new();
             }
         }
@@ -130,14 +144,21 @@ pub fn rotated(path: &Path, index: u32) -> PathBuf {
 }
 
 fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o640)
+        .open(path)
 }
 
 fn attributes(map: &BTreeMap<String, String>) -> String {
     if map.is_empty() {
         return String::new();
     }
-    format!(",\"attrs\":{}", serde_json::to_string(map).unwrap_or_else(|_| "{}".into()))
+    format!(
+        ",\"attrs\":{}",
+        serde_json::to_string(map).unwrap_or_else(|_| "{}".into())
+    )
 }
 
 fn record(out: &mut Vec<u8>, line: &[u8], source: Source, attributes: &str, now: &str) {
@@ -179,7 +200,14 @@ mod tests {
 
     fn open(directory: &Path, max_size: u64, max_files: u32) -> JsonLog {
         let path = Some(directory.join("c-json.log"));
-        JsonLog::open(&LogRecord { path, max_size, max_files, ..Default::default() }).unwrap().unwrap()
+        JsonLog::open(&LogRecord {
+            path,
+            max_size,
+            max_files,
+            ..Default::default()
+        })
+        .unwrap()
+        .unwrap()
     }
 
     fn lines(directory: &Path) -> Vec<serde_json::Value> {
@@ -198,8 +226,10 @@ mod tests {
         log.write(Source::Stderr, b"err\n");
         log.write(Source::Stdout, b"o\nend \xff\x01");
         log.finish();
-        let texts: Vec<String> =
-            lines(directory.path()).iter().map(|l| l["log"].as_str().unwrap().to_owned()).collect();
+        let texts: Vec<String> = lines(directory.path())
+            .iter()
+            .map(|l| l["log"].as_str().unwrap().to_owned())
+            .collect();
         assert_eq!(texts, ["one\n", "err\n", "two\n", "end \u{fffd}\u{1}"]);
         assert_eq!(lines(directory.path())[1]["stream"], "stderr");
     }

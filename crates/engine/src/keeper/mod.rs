@@ -47,7 +47,12 @@ fn run() -> io::Result<()> {
     // stay ignored in every container.
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
         // SAFETY: the handler does nothing, which is safe at any point.
-        unsafe { libc::signal(signal, disregard as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+        unsafe {
+            libc::signal(
+                signal,
+                disregard as extern "C" fn(libc::c_int) as libc::sighandler_t,
+            )
+        };
     }
     rename();
     process::raise_descriptor_limit();

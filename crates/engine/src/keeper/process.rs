@@ -16,7 +16,8 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 use crate::keeper::launch::{self, Failure, Spawned, Waiting};
 use crate::keeper::log::JsonLog;
 use crate::keeper::protocol::{
-    self, Exec, Exit, FailureKind, Held, Launch, MAX_MESSAGE, ProtocolError, Reply, Request, StdioRecord, VERSION,
+    self, Exec, Exit, FailureKind, Held, Launch, MAX_MESSAGE, ProtocolError, Reply, Request,
+    StdioRecord, VERSION,
 };
 use crate::keeper::streams::{Client, Output};
 
@@ -100,7 +101,12 @@ impl Keeper {
             buffer: vec![0; MAX_MESSAGE],
         };
         let token = keeper.token(Watched::Listener);
-        epoll::add(&keeper.epoll, &keeper.listener, EventData::new_u64(token), EventFlags::IN)?;
+        epoll::add(
+            &keeper.epoll,
+            &keeper.listener,
+            EventData::new_u64(token),
+            EventFlags::IN,
+        )?;
         Ok(keeper)
     }
 
@@ -112,13 +118,21 @@ impl Keeper {
         loop {
             let stalling = self.clients.values().any(|client| !client.queue.is_empty());
             // A daemon that died between starting this and connecting leaves no keeper either.
-            let timeout = if self.daemon.is_none() || stalling { Some(STALL_CHECK) } else { None };
+            let timeout = if self.daemon.is_none() || stalling {
+                Some(STALL_CHECK)
+            } else {
+                None
+            };
             let timeout = timeout.map(|t| rustix::event::Timespec {
                 tv_sec: t.as_secs() as i64,
                 tv_nsec: 0,
             });
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                timeout.as_ref(),
+            ) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -132,7 +146,10 @@ impl Keeper {
                 checked = Instant::now();
                 self.drop_stalled();
             }
-            let lives = self.processes.values().any(|process| process.exit.is_none());
+            let lives = self
+                .processes
+                .values()
+                .any(|process| process.exit.is_none());
             let early = started.elapsed() < STALL_CHECK && self.next_token == 2;
             if self.daemon.is_none() && !lives && !early {
                 // One may be in the queue already.
@@ -177,7 +194,13 @@ impl Keeper {
     }
 
     /// Changes what is waited for. `armed` says whether the descriptor is in the epoll set, and is kept true to that.
-    pub(super) fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64, flags: Option<EventFlags>, armed: &mut bool) {
+    pub(super) fn watch(
+        epoll: &OwnedFd,
+        fd: BorrowedFd<'_>,
+        token: u64,
+        flags: Option<EventFlags>,
+        armed: &mut bool,
+    ) {
         let data = EventData::new_u64(token);
         let done = match (flags, *armed) {
             (Some(flags), false) => epoll::add(epoll, fd, data, flags),
@@ -209,18 +232,37 @@ impl Keeper {
             // A newer daemon takes the place of one that hangs; daemons lock their state folder against each other.
             self.part();
             let token = self.token(Watched::Daemon);
-            if epoll::add(&self.epoll, &socket, EventData::new_u64(token), EventFlags::IN).is_ok() {
-                self.daemon = Some(Daemon { socket, token, greeted: false, replies: VecDeque::new(), queued: 0 });
+            if epoll::add(
+                &self.epoll,
+                &socket,
+                EventData::new_u64(token),
+                EventFlags::IN,
+            )
+            .is_ok()
+            {
+                self.daemon = Some(Daemon {
+                    socket,
+                    token,
+                    greeted: false,
+                    replies: VecDeque::new(),
+                    queued: 0,
+                });
             }
         }
     }
 
     /// The daemon is gone: what it has not started will never be.
     fn part(&mut self) {
-        let Some(daemon) = self.daemon.take() else { return };
+        let Some(daemon) = self.daemon.take() else {
+            return;
+        };
         self.release(daemon.token);
-        let waiting: Vec<Rc<str>> =
-            self.processes.iter().filter(|(_, p)| p.waiting.is_some()).map(|(id, _)| id.clone()).collect();
+        let waiting: Vec<Rc<str>> = self
+            .processes
+            .iter()
+            .filter(|(_, p)| p.waiting.is_some())
+            .map(|(id, _)| id.clone())
+            .collect();
         for id in waiting {
             self.discard(&id);
         }
@@ -236,7 +278,9 @@ impl Keeper {
             self.buffer = buffer;
             match heard {
                 Ok((request, fds)) => self.serve(request, fds),
-                Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return;
+                }
                 Err(ProtocolError::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Not an answer: which request it was cannot be known. The daemon reconnects and asks anew.
                 Err(error) => {
@@ -250,7 +294,9 @@ impl Keeper {
     }
 
     pub(super) fn reply(&mut self, reply: &Reply) {
-        let Some(daemon) = &mut self.daemon else { return };
+        let Some(daemon) = &mut self.daemon else {
+            return;
+        };
         let bytes = match protocol::encode(reply) {
             Ok(bytes) => bytes,
             Err(error) => {
@@ -267,7 +313,9 @@ impl Keeper {
     }
 
     fn flush_replies(&mut self) {
-        let Some(daemon) = &mut self.daemon else { return };
+        let Some(daemon) = &mut self.daemon else {
+            return;
+        };
         let mut flags = EventFlags::IN;
         while let Some(bytes) = daemon.replies.front() {
             match protocol::send(&daemon.socket, bytes, &[]) {
@@ -283,7 +331,12 @@ impl Keeper {
                 Err(_) => return,
             }
         }
-        let _ = epoll::modify(&self.epoll, &daemon.socket, EventData::new_u64(daemon.token), flags);
+        let _ = epoll::modify(
+            &self.epoll,
+            &daemon.socket,
+            EventData::new_u64(daemon.token),
+            flags,
+        );
     }
 
     fn answer(&mut self, serial: u64, result: Result<Reply, Failure>) {
@@ -294,7 +347,11 @@ impl Keeper {
                 end -= 1;
             }
             message.truncate(end);
-            Reply::Failed { serial, kind: failure.kind, message }
+            Reply::Failed {
+                serial,
+                kind: failure.kind,
+                message,
+            }
         });
         self.reply(&reply);
     }
@@ -303,12 +360,19 @@ impl Keeper {
         match request {
             Request::Hello { version: _ } => self.greet(),
             _ if !self.daemon.as_ref().is_some_and(|daemon| daemon.greeted) => self.part(),
-            Request::Create { serial, id, directory } => {
+            Request::Create {
+                serial,
+                id,
+                directory,
+            } => {
                 let result = self.create(&id, directory, fds.pop());
                 if result.is_err() {
                     self.close_clients(&Rc::from(id));
                 }
-                self.answer(serial, result.map(|process| Reply::Spawned { serial, process }));
+                self.answer(
+                    serial,
+                    result.map(|process| Reply::Spawned { serial, process }),
+                );
             }
             Request::Start { serial, id } => {
                 let result = self.start(&id);
@@ -321,16 +385,33 @@ impl Keeper {
                 self.discard(&Rc::from(id));
                 self.answer(serial, Ok(Reply::Done { serial }));
             }
-            Request::Exec { serial, id, container, record } => {
+            Request::Exec {
+                serial,
+                id,
+                container,
+                record,
+            } => {
                 let result = self.exec(&id, container, record);
                 if result.is_err() {
                     self.close_clients(&Rc::from(id));
                 }
-                self.answer(serial, result.map(|process| Reply::Spawned { serial, process }));
+                self.answer(
+                    serial,
+                    result.map(|process| Reply::Spawned { serial, process }),
+                );
             }
-            Request::Attach { serial, id, stdin, stdout, stderr, detach_keys } => {
+            Request::Attach {
+                serial,
+                id,
+                stdin,
+                stdout,
+                stderr,
+                detach_keys,
+            } => {
                 let result = match fds.pop() {
-                    Some(socket) => self.attach(Rc::from(id), socket, stdin, [stdout, stderr], detach_keys),
+                    Some(socket) => {
+                        self.attach(Rc::from(id), socket, stdin, [stdout, stderr], detach_keys)
+                    }
                     None => Err(Failure::invalid("an attach without a socket")),
                 };
                 let at = base::time::now_rfc3339();
@@ -346,8 +427,17 @@ impl Keeper {
                 };
                 self.answer(serial, result.map(|()| Reply::Done { serial }));
             }
-            Request::Resize { serial, id, rows, columns } => {
-                let result = match self.processes.get(id.as_str()).and_then(|p| p.terminal.as_ref()) {
+            Request::Resize {
+                serial,
+                id,
+                rows,
+                columns,
+            } => {
+                let result = match self
+                    .processes
+                    .get(id.as_str())
+                    .and_then(|p| p.terminal.as_ref())
+                {
                     Some(terminal) => launch::resize(terminal.as_fd(), rows, columns)
                         .map_err(|error| Failure::system("setting the terminal's size", error)),
                     None => Err(Failure::not_found(format!("{id} has no terminal"))),
@@ -356,7 +446,11 @@ impl Keeper {
             }
             Request::Forget { id } => self.forget(&Rc::from(id)),
             Request::Quit => {
-                if self.processes.values().all(|process| process.exit.is_some()) {
+                if self
+                    .processes
+                    .values()
+                    .all(|process| process.exit.is_some())
+                {
                     std::process::exit(0);
                 }
             }
@@ -367,7 +461,10 @@ impl Keeper {
         if let Some(daemon) = &mut self.daemon {
             daemon.greeted = true;
         }
-        self.reply(&Reply::Hello { version: VERSION, pid: std::process::id() as i32 });
+        self.reply(&Reply::Hello {
+            version: VERSION,
+            pid: std::process::id() as i32,
+        });
         let held: Vec<Reply> = self
             .processes
             .iter()
@@ -391,35 +488,72 @@ impl Keeper {
 
     fn vacant(&self, id: &str) -> Result<(), Failure> {
         match self.processes.get(id) {
-            Some(process) if process.exit.is_none() => Err(Failure::conflict(format!("{id} is running already"))),
+            Some(process) if process.exit.is_none() => {
+                Err(Failure::conflict(format!("{id} is running already")))
+            }
             _ => Ok(()),
         }
     }
 
-    fn create(&mut self, id: &str, directory: PathBuf, net_ns: Option<OwnedFd>) -> Result<ProcessKey, Failure> {
+    fn create(
+        &mut self,
+        id: &str,
+        directory: PathBuf,
+        net_ns: Option<OwnedFd>,
+    ) -> Result<ProcessKey, Failure> {
         self.vacant(id)?;
         let path = directory.join("launch.json");
         let launch: Launch = file::read_json(&path)
             .map_err(|error| Failure::system("reading the launch record", error))?
             .ok_or_else(|| Failure::not_found(format!("{} is missing", path.display())))?;
-        let log = JsonLog::open(&launch.log).map_err(|error| Failure::system("opening the log", error))?;
+        let log = JsonLog::open(&launch.log)
+            .map_err(|error| Failure::system("opening the log", error))?;
         let (spawned, waiting) = launch::create(id, &directory, &launch, net_ns)?;
         let cgroup = launch.cgroup.clone();
-        self.keep(id, spawned, Some(waiting), launch.stdio, log, cgroup, Some(directory), None)
+        self.keep(
+            id,
+            spawned,
+            Some(waiting),
+            launch.stdio,
+            log,
+            cgroup,
+            Some(directory),
+            None,
+        )
     }
 
-    fn exec(&mut self, id: &str, container: String, record: PathBuf) -> Result<ProcessKey, Failure> {
+    fn exec(
+        &mut self,
+        id: &str,
+        container: String,
+        record: PathBuf,
+    ) -> Result<ProcessKey, Failure> {
         self.vacant(id)?;
         let exec: Exec = file::read_json(&record)
             .map_err(|error| Failure::system("reading the exec record", error))?
             .ok_or_else(|| Failure::not_found(format!("{} is missing", record.display())))?;
-        let Some(init) = self.processes.get(container.as_str()).filter(|init| init.exit.is_none()) else {
-            return Err(Failure::conflict(format!("container {container} is not running")));
+        let Some(init) = self
+            .processes
+            .get(container.as_str())
+            .filter(|init| init.exit.is_none())
+        else {
+            return Err(Failure::conflict(format!(
+                "container {container} is not running"
+            )));
         };
         let directory = init.directory.clone().unwrap_or_default();
         let spawned = launch::exec(&container, &directory, init.key, &init.cgroup, &exec)?;
         let cgroup = init.cgroup.clone();
-        self.keep(id, spawned, None, exec.stdio, None, cgroup, None, Some(container))
+        self.keep(
+            id,
+            spawned,
+            None,
+            exec.stdio,
+            None,
+            cgroup,
+            None,
+            Some(container),
+        )
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -436,18 +570,34 @@ impl Keeper {
     ) -> Result<ProcessKey, Failure> {
         let id: Rc<str> = Rc::from(id);
         self.drop_process(&id);
-        let key = ProcessKey::of(spawned.pid)
-            .map_err(|error| Failure::system(format!("looking at process {}", spawned.pid), error))?;
+        let key = ProcessKey::of(spawned.pid).map_err(|error| {
+            Failure::system(format!("looking at process {}", spawned.pid), error)
+        })?;
         let pidfd = PidFd::from_owned(spawned.pidfd);
         let end_token = self.token(Watched::End(id.clone()));
-        epoll::add(&self.epoll, &pidfd, EventData::new_u64(end_token), EventFlags::IN)
-            .map_err(|error| Failure::system("watching a process", error.into()))?;
+        epoll::add(
+            &self.epoll,
+            &pidfd,
+            EventData::new_u64(end_token),
+            EventFlags::IN,
+        )
+        .map_err(|error| Failure::system("watching a process", error.into()))?;
         let mut outputs = [None, None];
         for (index, fd) in spawned.outputs.into_iter().enumerate() {
             let Some(fd) = fd else { continue };
             let token = self.token(Watched::Output(id.clone(), index));
-            let mut output = Output { fd, token, armed: false };
-            Keeper::watch(&self.epoll, output.fd.as_fd(), token, Some(EventFlags::IN), &mut output.armed);
+            let mut output = Output {
+                fd,
+                token,
+                armed: false,
+            };
+            Keeper::watch(
+                &self.epoll,
+                output.fd.as_fd(),
+                token,
+                Some(EventFlags::IN),
+                &mut output.armed,
+            );
             outputs[index] = Some(output);
         }
         let input_token = self.token(Watched::Input(id.clone()));
@@ -498,7 +648,9 @@ impl Keeper {
     }
 
     fn discard(&mut self, id: &Rc<str>) {
-        let Some(process) = self.processes.get_mut(id) else { return };
+        let Some(process) = self.processes.get_mut(id) else {
+            return;
+        };
         if process.waiting.take().is_none() {
             return;
         }
@@ -516,16 +668,24 @@ impl Keeper {
     }
 
     fn end(&mut self, id: &Rc<str>) {
-        let Some(process) = self.processes.get_mut(id) else { return };
+        let Some(process) = self.processes.get_mut(id) else {
+            return;
+        };
         if process.exit.is_some() {
             return;
         }
-        let status = match waitid(WaitId::PidFd(process.pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+        let status = match waitid(
+            WaitId::PidFd(process.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        ) {
             Ok(Some(status)) => status,
             Ok(None) | Err(rustix::io::Errno::INTR) => return,
             // Not our child after all: that it ended is all that can be known.
             Err(_) => {
-                eprintln!("berth keeper: the status of process {} is lost", process.key.pid);
+                eprintln!(
+                    "berth keeper: the status of process {} is lost",
+                    process.key.pid
+                );
                 self.ended(id, 255);
                 return;
             }
@@ -540,7 +700,9 @@ impl Keeper {
 
     fn ended(&mut self, id: &Rc<str>, code: i32) {
         self.drain(id);
-        let Some(process) = self.processes.get_mut(id) else { return };
+        let Some(process) = self.processes.get_mut(id) else {
+            return;
+        };
         if let Some(log) = &mut process.log {
             log.finish();
         }
@@ -565,14 +727,19 @@ impl Keeper {
         self.release(end);
         self.release(input);
         self.close_clients(id);
-        self.reply(&Reply::Exited { id: id.to_string(), exit });
+        self.reply(&Reply::Exited {
+            id: id.to_string(),
+            exit,
+        });
     }
 
     fn forget(&mut self, id: &Rc<str>) {
         match self.processes.get_mut(id) {
             Some(process) if process.exit.is_none() => {}
             // A grandchild may still hold the pipes: it would be killed by SIGPIPE if they were closed.
-            Some(process) if process.outputs.iter().any(Option::is_some) => process.forgotten = true,
+            Some(process) if process.outputs.iter().any(Option::is_some) => {
+                process.forgotten = true
+            }
             Some(_) => self.drop_process(id),
             None => self.close_clients(id),
         }
@@ -580,7 +747,11 @@ impl Keeper {
 
     /// After an output has ended: nothing holds a forgotten process any more.
     pub(super) fn settle(&mut self, id: &Rc<str>) {
-        if self.processes.get(id).is_some_and(|p| p.forgotten && p.outputs.iter().all(Option::is_none)) {
+        if self
+            .processes
+            .get(id)
+            .is_some_and(|p| p.forgotten && p.outputs.iter().all(Option::is_none))
+        {
             self.drop_process(id);
         }
     }
@@ -600,24 +771,42 @@ impl Keeper {
 pub(super) fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
 }
 
 impl Failure {
     pub fn invalid(message: impl Into<String>) -> Failure {
-        Failure { kind: FailureKind::Invalid, message: message.into() }
+        Failure {
+            kind: FailureKind::Invalid,
+            message: message.into(),
+        }
     }
     pub fn not_found(message: impl Into<String>) -> Failure {
-        Failure { kind: FailureKind::NotFound, message: message.into() }
+        Failure {
+            kind: FailureKind::NotFound,
+            message: message.into(),
+        }
     }
     pub fn conflict(message: impl Into<String>) -> Failure {
-        Failure { kind: FailureKind::Conflict, message: message.into() }
+        Failure {
+            kind: FailureKind::Conflict,
+            message: message.into(),
+        }
     }
     pub fn system(what: impl Into<String>, error: io::Error) -> Failure {
         let kind = match base::error::kind_of_io(&error) {
             base::Kind::NotFound | base::Kind::Invalid => FailureKind::Internal,
             kind => kind.into(),
         };
-        Failure { kind, message: format!("{}: {error}", what.into()) }
+        Failure {
+            kind,
+            message: format!("{}: {error}", what.into()),
+        }
     }
 }

@@ -49,19 +49,44 @@ pub enum Request {
     Hello { version: u32 },
     /// Makes the init of a container from `directory/launch.json` and `directory/config.json`.
     /// Beside it: the network namespace, where it has one of its own.
-    Create { serial: u64, id: String, directory: PathBuf },
+    Create {
+        serial: u64,
+        id: String,
+        directory: PathBuf,
+    },
     /// Lets a created init exec.
     Start { serial: u64, id: String },
     /// Kills a created init that was never started.
     Discard { serial: u64, id: String },
     /// Starts a process in the container `container` from the [`Exec`] record in `record`.
-    Exec { serial: u64, id: String, container: String, record: PathBuf },
+    Exec {
+        serial: u64,
+        id: String,
+        container: String,
+        record: PathBuf,
+    },
     /// Beside it: one end of a stream socket, the other end of which is the client's.
-    Attach { serial: u64, id: String, stdin: bool, stdout: bool, stderr: bool, detach_keys: Vec<u8> },
+    Attach {
+        serial: u64,
+        id: String,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+        detach_keys: Vec<u8>,
+    },
     /// Sends a signal to one process.
-    Signal { serial: u64, id: String, signal: i32 },
+    Signal {
+        serial: u64,
+        id: String,
+        signal: i32,
+    },
     /// Sets a terminal's size.
-    Resize { serial: u64, id: String, rows: u16, columns: u16 },
+    Resize {
+        serial: u64,
+        id: String,
+        rows: u16,
+        columns: u16,
+    },
     /// An exit has been taken note of.
     Forget { id: String },
     /// Exit, if nothing is held.
@@ -71,18 +96,38 @@ pub enum Request {
 /// From the keeper.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
-    Hello { version: u32, pid: i32 },
+    Hello {
+        version: u32,
+        pid: i32,
+    },
     Process(Held),
     Ready,
     /// To Create and Exec.
-    Spawned { serial: u64, process: ProcessKey },
+    Spawned {
+        serial: u64,
+        process: ProcessKey,
+    },
     /// To Attach; the log holds exactly what was output before `at`.
-    Attached { serial: u64, at: String },
-    Done { serial: u64 },
-    Failed { serial: u64, kind: FailureKind, message: String },
-    Exited { id: String, exit: Exit },
+    Attached {
+        serial: u64,
+        at: String,
+    },
+    Done {
+        serial: u64,
+    },
+    Failed {
+        serial: u64,
+        kind: FailureKind,
+        message: String,
+    },
+    Exited {
+        id: String,
+        exit: Exit,
+    },
     /// A client typed the detach keys.
-    Detached { id: String },
+    Detached {
+        id: String,
+    },
 }
 
 /// A process the keeper holds.
@@ -212,7 +257,9 @@ pub enum ProtocolError {
     Closed,
     #[error("a message of {0} bytes is above the limit of {MAX_MESSAGE}")]
     TooLong(usize),
-    #[error("a message was cut off: it is above the limit of {MAX_MESSAGE} bytes or carries too many descriptors")]
+    #[error(
+        "a message was cut off: it is above the limit of {MAX_MESSAGE} bytes or carries too many descriptors"
+    )]
     Truncated,
     #[error("a message cannot be read: {0}")]
     Malformed(#[from] serde_json::Error),
@@ -223,7 +270,11 @@ pub enum ProtocolError {
 /// The bytes of a message.
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, ProtocolError> {
     let bytes = serde_json::to_vec(message)?;
-    if bytes.len() > MAX_MESSAGE { Err(ProtocolError::TooLong(bytes.len())) } else { Ok(bytes) }
+    if bytes.len() > MAX_MESSAGE {
+        Err(ProtocolError::TooLong(bytes.len()))
+    } else {
+        Ok(bytes)
+    }
 }
 
 /// The message in `bytes`.
@@ -241,7 +292,12 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(
     if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(ProtocolError::Truncated);
     }
-    match sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+    match sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    ) {
         Ok(_) => Ok(()),
         Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => Err(ProtocolError::Closed),
         Err(error) => Err(ProtocolError::Io(error.into())),
@@ -252,10 +308,18 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(
 ///
 /// # Errors
 /// [`ProtocolError::Truncated`] for what does not fit; descriptors received with it are closed.
-pub fn receive<'b>(socket: impl AsFd, buffer: &'b mut [u8]) -> Result<(&'b [u8], Vec<OwnedFd>), ProtocolError> {
+pub fn receive<'b>(
+    socket: impl AsFd,
+    buffer: &'b mut [u8],
+) -> Result<(&'b [u8], Vec<OwnedFd>), ProtocolError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = match recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+    let received = match recvmsg(
+        socket,
+        &mut [IoSliceMut::new(buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    ) {
         Ok(received) => received,
         Err(rustix::io::Errno::CONNRESET) => return Err(ProtocolError::Closed),
         Err(error) => return Err(ProtocolError::Io(error.into())),
@@ -266,7 +330,10 @@ pub fn receive<'b>(socket: impl AsFd, buffer: &'b mut [u8]) -> Result<(&'b [u8],
             fds.extend(passed);
         }
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if received
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
         return Err(ProtocolError::Truncated);
     }
     if received.bytes == 0 {
@@ -294,7 +361,13 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+        socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap()
     }
 
     fn survives<T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug>(message: T) {
@@ -311,11 +384,19 @@ mod tests {
     }
 
     fn key() -> ProcessKey {
-        ProcessKey { pid: 7, start_ticks: 8 }
+        ProcessKey {
+            pid: 7,
+            start_ticks: 8,
+        }
     }
 
     fn exit() -> Exit {
-        Exit { code: 137, oom: true, finished: base::time::now_rfc3339(), pid: 7 }
+        Exit {
+            code: 137,
+            oom: true,
+            finished: base::time::now_rfc3339(),
+            pid: 7,
+        }
     }
 
     round_trips! {
@@ -356,12 +437,17 @@ mod tests {
 
     #[test]
     fn a_packet_above_the_limit_is_refused_by_both_sides() {
-        let long = Request::Forget { id: "x".repeat(MAX_MESSAGE) };
+        let long = Request::Forget {
+            id: "x".repeat(MAX_MESSAGE),
+        };
         assert!(matches!(encode(&long), Err(ProtocolError::TooLong(_))));
         let (a, b) = pair();
         send(&a, &vec![b' '; MAX_MESSAGE + 1], &[]).unwrap();
         let mut buffer = vec![0; MAX_MESSAGE];
-        assert!(matches!(receive(&b, &mut buffer), Err(ProtocolError::Truncated)));
+        assert!(matches!(
+            receive(&b, &mut buffer),
+            Err(ProtocolError::Truncated)
+        ));
     }
 
     #[test]
@@ -374,10 +460,17 @@ mod tests {
         assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
         sendmsg(&a, &[IoSlice::new(b"1")], &mut control, SendFlags::empty()).unwrap();
         let mut buffer = vec![0; MAX_MESSAGE];
-        assert!(matches!(receive(&b, &mut buffer), Err(ProtocolError::Truncated)));
+        assert!(matches!(
+            receive(&b, &mut buffer),
+            Err(ProtocolError::Truncated)
+        ));
         drop(writer);
         let mut byte = [0u8; 1];
-        assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 0, "all copies are closed");
+        assert_eq!(
+            rustix::io::read(&reader, &mut byte).unwrap(),
+            0,
+            "all copies are closed"
+        );
     }
 
     proptest! {

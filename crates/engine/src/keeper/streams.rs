@@ -100,7 +100,9 @@ impl Keeper {
     /// Waits for what a client can do now.
     pub(super) fn arm_client(&mut self, key: u64) {
         let epoll = self.epoll();
-        let Some(client) = self.clients.get_mut(&key) else { return };
+        let Some(client) = self.clients.get_mut(&key) else {
+            return;
+        };
         let process = self.processes.get(&client.process);
         let room = process.is_some_and(|process| process.input_queue.len() < INPUT_LIMIT);
         let reading = client.reads && (process.is_some() && (!client.stdin || room));
@@ -112,7 +114,8 @@ impl Keeper {
             flags |= EventFlags::OUT;
         }
         // With input waiting that cannot be taken, a hang-up would be reported again and again.
-        let blocked = client.reads && client.stdin && process.is_some() && !room && client.queue.is_empty();
+        let blocked =
+            client.reads && client.stdin && process.is_some() && !room && client.queue.is_empty();
         let flags = if blocked { None } else { Some(flags) };
         Keeper::watch(&epoll, client.socket.as_fd(), key, flags, &mut client.armed);
     }
@@ -126,22 +129,37 @@ impl Keeper {
         }
         if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
             // What it sent before it went still counts.
-            while self.clients.get(&key).is_some_and(|c| c.reads && c.stdin) && self.read_client(key) {}
+            while self.clients.get(&key).is_some_and(|c| c.reads && c.stdin)
+                && self.read_client(key)
+            {}
             self.drop_client(key);
         }
     }
 
     /// Takes input of a client. False when there is no more for now.
     fn read_client(&mut self, key: u64) -> bool {
-        let Some(client) = self.clients.get_mut(&key) else { return false };
+        let Some(client) = self.clients.get_mut(&key) else {
+            return false;
+        };
         if !client.reads {
             return false;
         }
         let id = client.process.clone();
         let mut buffer = std::mem::take(&mut self.buffer);
-        let room = self.processes.get(&id).map_or(0, |p| INPUT_LIMIT.saturating_sub(p.input_queue.len()));
-        let limit = if client.stdin { room.min(buffer.len()) } else { buffer.len() };
-        let result = if limit == 0 { Err(Errno::AGAIN) } else { rustix::io::read(&client.socket, &mut buffer[..limit]) };
+        let room = self
+            .processes
+            .get(&id)
+            .map_or(0, |p| INPUT_LIMIT.saturating_sub(p.input_queue.len()));
+        let limit = if client.stdin {
+            room.min(buffer.len())
+        } else {
+            buffer.len()
+        };
+        let result = if limit == 0 {
+            Err(Errno::AGAIN)
+        } else {
+            rustix::io::read(&client.socket, &mut buffer[..limit])
+        };
         let mut detached = false;
         let more = match result {
             Ok(0) => {
@@ -196,7 +214,9 @@ impl Keeper {
     /// Writes waiting stdin to the process.
     pub(super) fn feed(&mut self, id: &Rc<str>) {
         let epoll = self.epoll();
-        let Some(process) = self.processes.get_mut(id) else { return };
+        let Some(process) = self.processes.get_mut(id) else {
+            return;
+        };
         let Some(input) = &process.input else { return };
         let before = process.input_queue.len();
         let mut broken = false;
@@ -214,7 +234,13 @@ impl Keeper {
         let waits = !process.input_queue.is_empty() && !broken;
         let token = process.input_token;
         let flags = waits.then_some(EventFlags::OUT);
-        Keeper::watch(&epoll, input.as_fd(), token, flags, &mut process.input_armed);
+        Keeper::watch(
+            &epoll,
+            input.as_fd(),
+            token,
+            flags,
+            &mut process.input_armed,
+        );
         if broken || (process.input_ends && !waits) {
             process.input = None;
             process.input_queue = VecDeque::new();
@@ -236,15 +262,23 @@ impl Keeper {
     }
 
     fn pump_into(&mut self, id: &Rc<str>, index: usize, buffer: &mut [u8]) -> usize {
-        let Some(process) = self.processes.get_mut(id) else { return 0 };
-        let Some(output) = &process.outputs[index] else { return 0 };
+        let Some(process) = self.processes.get_mut(id) else {
+            return 0;
+        };
+        let Some(output) = &process.outputs[index] else {
+            return 0;
+        };
         match rustix::io::read(&output.fd, &mut *buffer) {
             Ok(0) => {
                 self.end_output(id, index);
                 0
             }
             Ok(count) => {
-                let source = if index == 0 { Source::Stdout } else { Source::Stderr };
+                let source = if index == 0 {
+                    Source::Stdout
+                } else {
+                    Source::Stderr
+                };
                 if let Some(log) = &mut process.log {
                     log.write(source, &buffer[..count]);
                 }
@@ -270,7 +304,9 @@ impl Keeper {
     }
 
     fn deliver(&mut self, id: &Rc<str>, source: Source, bytes: &[u8]) {
-        let Some(keys) = self.attached.get(id) else { return };
+        let Some(keys) = self.attached.get(id) else {
+            return;
+        };
         let mut full = false;
         for key in keys.clone() {
             if let Some(client) = self.clients.get_mut(&key)
@@ -287,7 +323,10 @@ impl Keeper {
                 }
                 client.queue.extend(bytes);
                 self.flush_client(key);
-                full |= self.clients.get(&key).is_some_and(|client| client.queue.len() > HIGH_WATER);
+                full |= self
+                    .clients
+                    .get(&key)
+                    .is_some_and(|client| client.queue.len() > HIGH_WATER);
             }
         }
         if full {
@@ -297,21 +336,35 @@ impl Keeper {
 
     fn arm_outputs(&mut self, id: &Rc<str>, on: bool) {
         let epoll = self.epoll();
-        let Some(process) = self.processes.get_mut(id) else { return };
+        let Some(process) = self.processes.get_mut(id) else {
+            return;
+        };
         for output in process.outputs.iter_mut().flatten() {
             if output.armed != on {
                 let flags = on.then_some(EventFlags::IN);
-                Keeper::watch(&epoll, output.fd.as_fd(), output.token, flags, &mut output.armed);
+                Keeper::watch(
+                    &epoll,
+                    output.fd.as_fd(),
+                    output.token,
+                    flags,
+                    &mut output.armed,
+                );
             }
         }
     }
 
     fn flush_client(&mut self, key: u64) {
-        let Some(client) = self.clients.get_mut(&key) else { return };
+        let Some(client) = self.clients.get_mut(&key) else {
+            return;
+        };
         let before = client.queue.len();
         let mut broken = false;
         while !client.queue.is_empty() {
-            match rustix::net::send(&client.socket, client.queue.as_slices().0, rustix::net::SendFlags::NOSIGNAL) {
+            match rustix::net::send(
+                &client.socket,
+                client.queue.as_slices().0,
+                rustix::net::SendFlags::NOSIGNAL,
+            ) {
                 Ok(count) => drop(client.queue.drain(..count)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,
@@ -341,17 +394,22 @@ impl Keeper {
 
     /// Reads the process again, if no client is behind.
     fn thaw(&mut self, id: &Rc<str>) {
-        let behind = self
-            .attached
-            .get(id)
-            .is_some_and(|keys| keys.iter().any(|key| self.clients.get(key).is_some_and(|c| c.queue.len() > LOW_WATER)));
+        let behind = self.attached.get(id).is_some_and(|keys| {
+            keys.iter().any(|key| {
+                self.clients
+                    .get(key)
+                    .is_some_and(|c| c.queue.len() > LOW_WATER)
+            })
+        });
         if !behind {
             self.arm_outputs(id, true);
         }
     }
 
     pub(super) fn drop_client(&mut self, key: u64) {
-        let Some(client) = self.clients.remove(&key) else { return };
+        let Some(client) = self.clients.remove(&key) else {
+            return;
+        };
         self.release(key);
         let id = client.process;
         if let Some(keys) = self.attached.get_mut(&id) {
@@ -397,7 +455,9 @@ impl Keeper {
         let stalled: Vec<u64> = self
             .clients
             .iter()
-            .filter(|(_, client)| !client.queue.is_empty() && client.progress.elapsed() > STALL_LIMIT)
+            .filter(|(_, client)| {
+                !client.queue.is_empty() && client.progress.elapsed() > STALL_LIMIT
+            })
             .map(|(key, _)| *key)
             .collect();
         for key in stalled {
