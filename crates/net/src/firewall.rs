@@ -100,6 +100,12 @@ impl Firewall {
         self.run(&script)
     }
 
+    /// Whether the table is there.
+    pub(crate) fn exists(&self) -> bool {
+        let script = format!("list table {}\n", self.table);
+        run_nft(&["-t", "-f", "-"], &script).is_ok()
+    }
+
     /// Removes the table.
     pub(crate) fn remove(&self) -> Result<()> {
         self.run(&format!("add table {0}\ndelete table {0}\n", self.table))

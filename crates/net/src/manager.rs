@@ -1,6 +1,7 @@
 //! The one way into the room.
 
 mod connect;
+mod guard;
 mod machine;
 mod networks;
 mod publish;
@@ -9,7 +10,9 @@ mod restore;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -96,6 +99,8 @@ pub struct Manager {
     reaper_thread: Option<thread::JoinHandle<()>>,
     /// Interfaces with our tag that a former daemon left.
     leftovers: Mutex<Vec<String>>,
+    /// Ends the thread that watches our table.
+    guard: Mutex<Option<Arc<OwnedFd>>>,
 }
 
 struct Setup {
@@ -186,6 +191,7 @@ impl Manager {
             reaper: Some(reaper),
             reaper_thread: Some(reaper_thread),
             leftovers: Mutex::new(leftovers),
+            guard: Mutex::default(),
             config,
         };
         manager.load_networks()?;
@@ -318,6 +324,9 @@ impl Manager {
 
 impl Drop for Manager {
     fn drop(&mut self) {
+        if let Some(stop) = lock(&self.guard).take() {
+            let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
+        }
         self.reaper = None;
         if let Some(reaper) = self.reaper_thread.take() {
             let _ = reaper.join();

@@ -724,3 +724,25 @@ fn our_networks_work_beside_dockers_forward_drop() {
         assert_eq!(strip(ruleset()), strip(before));
     });
 }
+
+#[test]
+fn a_flushed_ruleset_gets_our_table_back() {
+    on_a_host_of_its_own(|directory| {
+        let manager = std::sync::Arc::new(open(directory));
+        manager.guard_rules().unwrap();
+        let sandbox = manager.sandbox().unwrap();
+        let a = manager.connect(&sandbox, spec("bridge", "a")).unwrap();
+        manager.publish(&a, &[port(None, 8080, 80)]).unwrap();
+        let before = ruleset();
+        firewall::run_nft(&["flush", "ruleset"], "").unwrap();
+        let began = Instant::now();
+        while ruleset() != before {
+            assert!(began.elapsed() < Duration::from_secs(10), "the table is not put back");
+            thread::sleep(Duration::from_millis(20));
+        }
+        // Our own removal is not undone.
+        manager.cleanup().unwrap();
+        thread::sleep(Duration::from_millis(200));
+        assert_eq!(ruleset(), "");
+    });
+}
