@@ -206,6 +206,23 @@ impl Manager {
         self.pool.take()
     }
 
+    /// A namespace with nothing but the loopback interface, for the network `none`.
+    ///
+    /// # Errors
+    /// As [`Manager::sandbox`].
+    pub fn bare_sandbox(&self) -> Result<Sandbox> {
+        let sandbox = self.pool.take()?;
+        self.strip(&sandbox)?;
+        Ok(sandbox)
+    }
+
+    /// Removes the interface that was made ahead, where it was not used.
+    fn strip(&self, sandbox: &Sandbox) -> Result<()> {
+        let Some(veth) = lock(&sandbox.veth).take() else { return Ok(()) };
+        let name = veth.host_name;
+        lock(&self.netlink).remove_link(&name).context(|| format!("removing {name}"))
+    }
+
     /// Waits until as many namespaces are ready as configured.
     pub fn wait_ready(&self) {
         self.pool.wait_full();

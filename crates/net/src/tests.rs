@@ -527,40 +527,23 @@ fn connecting_from_the_pool_takes_few_milliseconds() {
         manager
             .connect(&manager.sandbox().unwrap(), spec("bridge", "warm"))
             .unwrap();
-        let mut best = Duration::MAX;
+        let (mut best, mut usable) = (Duration::MAX, Duration::MAX);
+        let warm = manager.sandbox().unwrap();
+        let server = manager.connect(&warm, spec("bridge", "server")).unwrap();
+        serve(&warm.netns, "0.0.0.0:80");
         for n in 0..8 {
             manager.wait_ready();
             let began = Instant::now();
             let sandbox = manager.sandbox().unwrap();
-            manager
-                .connect(&sandbox, spec("bridge", &format!("c{n}")))
-                .unwrap();
+            manager.connect(&sandbox, spec("bridge", &format!("c{n}"))).unwrap();
             best = best.min(began.elapsed());
+            ask(&sandbox.netns, to(&server, 80)).unwrap();
+            usable = usable.min(began.elapsed());
         }
-        eprintln!("sandbox and connect: {best:?}");
+        eprintln!("sandbox and connect: {best:?}, first answer: {usable:?}");
         // Far above the aim, for slow machines.
         assert!(best < Duration::from_millis(200));
     });
-}
-
-/// A DNS question asked from `netns`; the answer's code and data.
-fn look_up(netns: &OwnedFd, server: IpAddr, name: &str) -> io::Result<(u8, Vec<String>)> {
-    use hickory_proto::op::{Message, Query};
-    use hickory_proto::rr::{Name, RecordType};
-    let mut query = Message::query();
-    query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
-    let bytes = query.to_vec().unwrap();
-    let answer = within(netns.as_fd(), || {
-        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
-        socket.send_to(&bytes, (server, 53))?;
-        let mut buffer = [0; 512];
-        let (length, _) = socket.recv_from(&mut buffer)?;
-        Ok(buffer[..length].to_vec())
-    })?;
-    let answer = Message::from_vec(&answer).unwrap();
-    let data = answer.answers.iter().map(|r| r.data.to_string()).collect();
-    Ok((answer.metadata.response_code.low(), data))
 }
 
 #[test]
@@ -638,10 +621,15 @@ fn a_machine_gets_its_address_by_dhcp_and_its_name_is_known() {
         frame.extend((message.len() as u16 + 8).to_be_bytes());
         frame.extend([0, 0]);
         frame.extend(message);
-        rustix::io::write(&tap.queues[0], &frame).unwrap();
         let began = Instant::now();
+        let mut asked = None::<Instant>;
         let offer = loop {
-            assert!(began.elapsed() < Duration::from_secs(10), "no offer");
+            assert!(began.elapsed() < Duration::from_secs(20), "no offer");
+            // As clients do: again, until there is an answer.
+            if asked.is_none_or(|at| at.elapsed() > Duration::from_millis(500)) {
+                asked = Some(Instant::now());
+                let _ = rustix::io::write(&tap.queues[0], &frame);
+            }
             let mut buffer = [0; 2048];
             match rustix::io::read(&tap.queues[0], &mut buffer) {
                 Ok(n) if n > 282 && buffer[23] == 17 && buffer[34..36] == [0, 67] => break buffer,
@@ -745,4 +733,42 @@ fn a_flushed_ruleset_gets_our_table_back() {
         thread::sleep(Duration::from_millis(200));
         assert_eq!(ruleset(), "");
     });
+}
+
+#[test]
+fn the_network_none_has_only_loopback() {
+    on_a_host_of_its_own(|directory| {
+        let manager = open(directory);
+        let inside = |sandbox: &Sandbox| {
+            let listed = within(sandbox.netns.as_fd(), || Netlink::open()?.links()).unwrap();
+            listed.into_iter().map(|l| l.name).collect::<Vec<_>>()
+        };
+        let bare = manager.bare_sandbox().unwrap();
+        assert_eq!(inside(&bare), ["lo"]);
+        let sandbox = manager.sandbox().unwrap();
+        let endpoint = manager.connect(&sandbox, spec("none", "a")).unwrap();
+        assert_eq!((inside(&sandbox), endpoint.interface.as_str()), (vec!["lo".to_owned()], ""));
+        assert!(manager.publish(&endpoint, &[port(None, 80, 80)]).is_err());
+        manager.release("a");
+    });
+}
+
+/// A DNS question asked from `netns`; the answer's code and data.
+fn look_up(netns: &OwnedFd, server: IpAddr, name: &str) -> io::Result<(u8, Vec<String>)> {
+    use hickory_proto::op::{Message, Query};
+    use hickory_proto::rr::{Name, RecordType};
+    let mut query = Message::query();
+    query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    let bytes = query.to_vec().unwrap();
+    let answer = within(netns.as_fd(), || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        socket.send_to(&bytes, (server, 53))?;
+        let mut buffer = [0; 512];
+        let (length, _) = socket.recv_from(&mut buffer)?;
+        Ok(buffer[..length].to_vec())
+    })?;
+    let answer = Message::from_vec(&answer).unwrap();
+    let data = answer.answers.iter().map(|r| r.data.to_string()).collect();
+    Ok((answer.metadata.response_code.low(), data))
 }

@@ -34,7 +34,7 @@ impl Manager {
         let result = if place.driver == Driver::Bridge {
             self.attach(sandbox, &mut endpoint, &place, &sysctls)
         } else {
-            Ok(())
+            self.strip(sandbox)
         };
         match result {
             Ok(()) => {
