@@ -218,9 +218,13 @@ impl Manager {
 
     /// Removes the interface that was made ahead, where it was not used.
     fn strip(&self, sandbox: &Sandbox) -> Result<()> {
-        let Some(veth) = lock(&sandbox.veth).take() else { return Ok(()) };
+        let Some(veth) = lock(&sandbox.veth).take() else {
+            return Ok(());
+        };
         let name = veth.host_name;
-        lock(&self.netlink).remove_link(&name).context(|| format!("removing {name}"))
+        lock(&self.netlink)
+            .remove_link(&name)
+            .context(|| format!("removing {name}"))
     }
 
     /// Waits until as many namespaces are ready as configured.

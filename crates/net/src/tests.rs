@@ -535,7 +535,9 @@ fn connecting_from_the_pool_takes_few_milliseconds() {
             manager.wait_ready();
             let began = Instant::now();
             let sandbox = manager.sandbox().unwrap();
-            manager.connect(&sandbox, spec("bridge", &format!("c{n}"))).unwrap();
+            manager
+                .connect(&sandbox, spec("bridge", &format!("c{n}")))
+                .unwrap();
             best = best.min(began.elapsed());
             ask(&sandbox.netns, to(&server, 80)).unwrap();
             usable = usable.min(began.elapsed());
@@ -725,7 +727,10 @@ fn a_flushed_ruleset_gets_our_table_back() {
         firewall::run_nft(&["flush", "ruleset"], "").unwrap();
         let began = Instant::now();
         while ruleset() != before {
-            assert!(began.elapsed() < Duration::from_secs(10), "the table is not put back");
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "the table is not put back"
+            );
             thread::sleep(Duration::from_millis(20));
         }
         // Our own removal is not undone.
@@ -747,7 +752,10 @@ fn the_network_none_has_only_loopback() {
         assert_eq!(inside(&bare), ["lo"]);
         let sandbox = manager.sandbox().unwrap();
         let endpoint = manager.connect(&sandbox, spec("none", "a")).unwrap();
-        assert_eq!((inside(&sandbox), endpoint.interface.as_str()), (vec!["lo".to_owned()], ""));
+        assert_eq!(
+            (inside(&sandbox), endpoint.interface.as_str()),
+            (vec!["lo".to_owned()], "")
+        );
         assert!(manager.publish(&endpoint, &[port(None, 80, 80)]).is_err());
         manager.release("a");
     });

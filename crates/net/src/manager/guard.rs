@@ -37,8 +37,10 @@ impl Manager {
         let manager = Arc::downgrade(self);
         let watch = move || {
             loop {
-                let mut fds =
-                    [PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
+                let mut fds = [
+                    PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
+                    PollFd::new(&socket, PollFlags::IN),
+                ];
                 if poll(&mut fds, None).is_err_and(|error| error != rustix::io::Errno::INTR) {
                     return;
                 }
@@ -88,7 +90,9 @@ fn tables_were_deleted(socket: &Socket) -> bool {
 fn put_back(manager: &Weak<Manager>) -> bool {
     // Whoever flushes usually loads new rules next.
     thread::sleep(Duration::from_millis(50));
-    let Some(manager) = manager.upgrade() else { return false };
+    let Some(manager) = manager.upgrade() else {
+        return false;
+    };
     let mut setup = lock(&manager.setup);
     if setup.table && !manager.firewall.exists() {
         tracing::warn!("another program removed our firewall rules; they are put back");
