@@ -8,6 +8,7 @@
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 use cpu::CpuModel;
+use iced_x86::{CpuidFeature, EncodingKind, Instruction};
 
 use super::cr;
 use crate::state::Cpu;
@@ -178,6 +179,45 @@ impl Cpuid {
         } else {
             known
         }
+    }
+
+    /// Whether the guest is shown what an instruction needs. What is not shown is #UD, whatever the host could do.
+    pub fn offers(&self, i: &Instruction) -> bool {
+        use CpuidFeature as F;
+        let one = |bit: u32| self.leaf1_ecx >> bit & 1 != 0;
+        let seven = |bit: u32| self.leaf7_ebx >> bit & 1 != 0;
+        i.encoding() != EncodingKind::EVEX
+            && i.cpuid_features().iter().all(|feature| match feature {
+                F::X64 | F::INTEL8086 | F::INTEL8086_ONLY | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 => true,
+                F::CPUID | F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::CMOV | F::CX8 | F::FXSR => true,
+                F::MSR | F::TSC | F::SEP | F::SYSCALL | F::CLFSH | F::PAUSE | F::MULTIBYTENOP | F::INVPCID | F::SMAP => true,
+                F::FSGSBASE | F::PREFETCHW | F::CET_IBT => true,
+                F::SSE3 => one(0),
+                F::PCLMULQDQ => one(1),
+                F::SSSE3 => one(9),
+                F::FMA => one(12),
+                F::CMPXCHG16B => one(13),
+                F::SSE4_1 => one(19),
+                F::SSE4_2 => one(20),
+                F::MOVBE => one(22),
+                F::POPCNT => one(23),
+                F::AES => one(25),
+                F::XSAVE | F::XSAVEC | F::XSAVEOPT => one(26),
+                F::AVX => one(28),
+                F::F16C => one(29),
+                F::RDRAND => one(30),
+                F::BMI1 => seven(3),
+                F::AVX2 => seven(5),
+                F::BMI2 => seven(8),
+                F::RDSEED => seven(18),
+                F::ADX => seven(19),
+                F::CLFLUSHOPT => seven(23),
+                F::SHA => seven(29),
+                F::LZCNT => self.extended_ecx & 1 << 5 != 0,
+                F::RDPID => self.leaf7_ecx & 1 << 22 != 0,
+                F::RDTSCP => self.rdtscp,
+                _ => false,
+            })
     }
 
     /// EAX, EBX, ECX, EDX of one leaf.

@@ -198,6 +198,9 @@ struct Buffer([u8; 128]);
 
 /// Executes `i` natively; `Ok(None)`: it cannot be run so.
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
+    if !cpu.system.cpuid.offers(i) || i.is_privileged() {
+        return Ok(None);
+    }
     fpu::check(cpu, i)?;
     if i.is_vsib() {
         return super::gather::execute(cpu, i);
