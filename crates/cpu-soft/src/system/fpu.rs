@@ -83,7 +83,9 @@ pub fn check(cpu: &Cpu, i: &Instruction) -> Result<(), Fault> {
         );
         return if waits { pending_x87() } else { Ok(()) };
     }
-    if has(CpuidFeature::MMX) {
+    // Conversions between MMX and SSE are SSE's by name, but use x87's registers.
+    let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+    if uses_mmx || has(CpuidFeature::MMX) {
         return if em {
             Err(Fault::UD)
         } else if ts {
@@ -389,4 +391,10 @@ fn apply_xsave(cpu: &mut Cpu, area: &[u8], components: u64, present: u64) {
             };
         }
     }
+}
+
+/// Puts the x87 unit of this thread back to its initial state, for tests that ran a guest's instructions in it.
+#[cfg(test)]
+pub fn reset_host() {
+    host_restore(&initial_x87());
 }

@@ -187,3 +187,6 @@ pub(crate) fn apic_read(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> bool {
 pub(crate) fn apic_write(cpu: &mut Cpu, gpa: u64, data: &[u8]) -> bool {
     apic::page_write(cpu, gpa, data)
 }
+
+#[cfg(test)]
+mod tests;

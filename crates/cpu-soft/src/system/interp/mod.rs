@@ -62,4 +62,4 @@ fn load(cpu: &mut Cpu, at: u64, out: &mut [u8]) -> Result<(), Fault> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
