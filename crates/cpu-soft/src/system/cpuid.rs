@@ -188,9 +188,32 @@ impl Cpuid {
         let seven = |bit: u32| self.leaf7_ebx >> bit & 1 != 0;
         i.encoding() != EncodingKind::EVEX
             && i.cpuid_features().iter().all(|feature| match feature {
-                F::X64 | F::INTEL8086 | F::INTEL8086_ONLY | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 => true,
-                F::CPUID | F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::CMOV | F::CX8 | F::FXSR => true,
-                F::MSR | F::TSC | F::SEP | F::SYSCALL | F::CLFSH | F::PAUSE | F::MULTIBYTENOP | F::INVPCID | F::SMAP => true,
+                F::X64
+                | F::INTEL8086
+                | F::INTEL8086_ONLY
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486 => true,
+                F::CPUID
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::CMOV
+                | F::CX8
+                | F::FXSR => true,
+                F::MSR
+                | F::TSC
+                | F::SEP
+                | F::SYSCALL
+                | F::CLFSH
+                | F::PAUSE
+                | F::MULTIBYTENOP
+                | F::INVPCID
+                | F::SMAP => true,
                 F::FSGSBASE | F::PREFETCHW | F::CET_IBT => true,
                 F::SSE3 => one(0),
                 F::PCLMULQDQ => one(1),

@@ -84,7 +84,8 @@ pub fn check(cpu: &Cpu, i: &Instruction) -> Result<(), Fault> {
         return if waits { pending_x87() } else { Ok(()) };
     }
     // Conversions between MMX and SSE are SSE's by name, but use x87's registers.
-    let uses_mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+    let uses_mmx =
+        (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
     if uses_mmx || has(CpuidFeature::MMX) {
         return if em {
             Err(Fault::UD)

@@ -50,18 +50,51 @@ fn paged() -> Box<Frame> {
     cpu.cr4 |= cr::CR4_PAE;
     cpu.efer |= cr::EFER_NXE;
     // Null, kernel code, kernel data, user data, user code.
-    for (n, d) in [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff].into_iter().enumerate() {
+    for (n, d) in [
+        0,
+        0x00af_9b00_0000_ffff,
+        0x00cf_9300_0000_ffff,
+        0x00cf_f300_0000_ffff,
+        0x00af_fb00_0000_ffff,
+    ]
+    .into_iter()
+    .enumerate()
+    {
         put(cpu, GDT + n as u64 * 8, d);
     }
-    cpu.gdtr = TableRegister { base: GDT, limit: 0x27 };
-    cpu.idtr = TableRegister { base: IDT, limit: 0xfff };
-    cpu.tr = Segment { base: TSS, limit: 0x67, selector: 0x30, attributes: 0x8b, unusable: false };
+    cpu.gdtr = TableRegister {
+        base: GDT,
+        limit: 0x27,
+    };
+    cpu.idtr = TableRegister {
+        base: IDT,
+        limit: 0xfff,
+    };
+    cpu.tr = Segment {
+        base: TSS,
+        limit: 0x67,
+        selector: 0x30,
+        attributes: 0x8b,
+        unusable: false,
+    };
     // No bitmap of ports.
     put(cpu, TSS + 0x60, 0x68 << 48);
     put(cpu, TSS + 4, 0xb000);
     put(cpu, TSS + 0x24, 0xc000);
-    cpu.segments[CS] = Segment { base: 0, limit: u32::MAX, selector: 8, attributes: 0xa09b, unusable: false };
-    cpu.segments[SS] = Segment { base: 0, limit: u32::MAX, selector: 0x10, attributes: 0xc093, unusable: false };
+    cpu.segments[CS] = Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 8,
+        attributes: 0xa09b,
+        unusable: false,
+    };
+    cpu.segments[SS] = Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0x10,
+        attributes: 0xc093,
+        unusable: false,
+    };
     cpu.gpr[RSP] = 0xa000;
     cpu.rip = 0x4_0000;
     frame
@@ -69,14 +102,34 @@ fn paged() -> Box<Frame> {
 
 /// Sets an interrupt gate to `target`.
 fn gate(cpu: &mut Cpu, vector: u64, target: u64, ist: u64, dpl: u64) {
-    put(cpu, IDT + vector * 16, (target & 0xffff) | 8 << 16 | ist << 32 | (0x8e00 | dpl << 13) << 32 | (target >> 16 & 0xffff) << 48);
+    put(
+        cpu,
+        IDT + vector * 16,
+        (target & 0xffff)
+            | 8 << 16
+            | ist << 32
+            | (0x8e00 | dpl << 13) << 32
+            | (target >> 16 & 0xffff) << 48,
+    );
     put(cpu, IDT + vector * 16 + 8, target >> 32);
 }
 
 fn to_user(cpu: &mut Cpu) {
     cpu.cpl = 3;
-    cpu.segments[CS] = Segment { base: 0, limit: u32::MAX, selector: 0x23, attributes: 0xa0fb, unusable: false };
-    cpu.segments[SS] = Segment { base: 0, limit: u32::MAX, selector: 0x1b, attributes: 0xc0f3, unusable: false };
+    cpu.segments[CS] = Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0x23,
+        attributes: 0xa0fb,
+        unusable: false,
+    };
+    cpu.segments[SS] = Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0x1b,
+        attributes: 0xc0f3,
+        unusable: false,
+    };
     cpu.gpr[RSP] = 0x20_0800;
 }
 
@@ -85,7 +138,10 @@ fn a_write_sets_accessed_and_dirty_and_a_read_only_accessed() {
     let mut frame = paged();
     let cpu = frame.cpu.get_mut();
     let found = walk(cpu, 0x20_0123, Access::Read, Rights::User).expect("mapped");
-    assert_eq!((found.gpa, found.writable, found.user), (0x9123, false, true));
+    assert_eq!(
+        (found.gpa, found.writable, found.user),
+        (0x9123, false, true)
+    );
     assert_eq!(get(cpu, 0x5000) & 0x60, 0x20);
     assert_eq!(get(cpu, PML4) & 0x20, 0x20);
     let found = walk(cpu, 0x20_0123, Access::Write, Rights::User).expect("mapped");
@@ -97,16 +153,35 @@ fn a_write_sets_accessed_and_dirty_and_a_read_only_accessed() {
 fn page_faults_say_why() {
     let mut frame = paged();
     let cpu = frame.cpu.get_mut();
-    let code = |r: Result<paging::Translation, Fault>| r.expect_err("faults").error.expect("with a code");
-    assert_eq!(code(walk(cpu, 0x40_0000, Access::Read, Rights::User)), error::USER);
-    assert_eq!(code(walk(cpu, 0x1000, Access::Write, Rights::User)), error::PRESENT | error::WRITE | error::USER);
-    assert_eq!(code(walk(cpu, 0x20_1000, Access::Write, Rights::Supervisor)), error::PRESENT | error::WRITE);
-    assert_eq!(code(walk(cpu, 0x20_2000, Access::Fetch, Rights::User)), error::PRESENT | error::USER | error::FETCH);
+    let code =
+        |r: Result<paging::Translation, Fault>| r.expect_err("faults").error.expect("with a code");
+    assert_eq!(
+        code(walk(cpu, 0x40_0000, Access::Read, Rights::User)),
+        error::USER
+    );
+    assert_eq!(
+        code(walk(cpu, 0x1000, Access::Write, Rights::User)),
+        error::PRESENT | error::WRITE | error::USER
+    );
+    assert_eq!(
+        code(walk(cpu, 0x20_1000, Access::Write, Rights::Supervisor)),
+        error::PRESENT | error::WRITE
+    );
+    assert_eq!(
+        code(walk(cpu, 0x20_2000, Access::Fetch, Rights::User)),
+        error::PRESENT | error::USER | error::FETCH
+    );
     cpu.cr0 &= !cr::CR0_WP;
     assert!(walk(cpu, 0x20_1000, Access::Write, Rights::Supervisor).is_ok());
     cpu.efer &= !cr::EFER_NXE;
-    assert_eq!(code(walk(cpu, 0x20_2000, Access::Read, Rights::User)), error::PRESENT | error::USER | error::RESERVED);
-    assert_eq!(walk(cpu, 1 << 60, Access::Read, Rights::User), Err(Fault::GP));
+    assert_eq!(
+        code(walk(cpu, 0x20_2000, Access::Read, Rights::User)),
+        error::PRESENT | error::USER | error::RESERVED
+    );
+    assert_eq!(
+        walk(cpu, 1 << 60, Access::Read, Rights::User),
+        Err(Fault::GP)
+    );
 }
 
 #[test]
@@ -128,7 +203,10 @@ fn an_exception_in_user_code_goes_to_the_stack_of_the_tss_and_iretq_returns() {
     to_user(cpu);
     cpu.rflags |= flag::IF;
     deliver(cpu, Fault::page(0x1234, 6)).expect("delivered");
-    assert_eq!((cpu.cpl, cpu.cr2, cpu.rip), (0, 0x1234, 0xffff_8000_1234_5678));
+    assert_eq!(
+        (cpu.cpl, cpu.cr2, cpu.rip),
+        (0, 0x1234, 0xffff_8000_1234_5678)
+    );
     assert_eq!(cpu.rflags & flag::IF, 0);
     assert_eq!(cpu.gpr[RSP], 0xb000 - 48);
     let frame: Vec<u64> = (0..6).map(|n| get(cpu, 0xb000 - 48 + n * 8)).collect();
@@ -175,19 +253,37 @@ fn software_interrupts_need_the_privilege_of_their_gate() {
 fn system_calls_go_there_and_back() {
     let mut frame = paged();
     let cpu = frame.cpu.get_mut();
-    for (number, value) in [(msr::STAR, 0x0013_0008_0000_0000), (msr::LSTAR, 0xffff_8000_0000_1000), (msr::SFMASK, 0x4_7700)] {
-        (cpu.gpr[RCX], cpu.gpr[RAX], cpu.gpr[RDX]) = (u64::from(number), value & 0xffff_ffff, value >> 32);
+    for (number, value) in [
+        (msr::STAR, 0x0013_0008_0000_0000),
+        (msr::LSTAR, 0xffff_8000_0000_1000),
+        (msr::SFMASK, 0x4_7700),
+    ] {
+        (cpu.gpr[RCX], cpu.gpr[RAX], cpu.gpr[RDX]) =
+            (u64::from(number), value & 0xffff_ffff, value >> 32);
         run(cpu, &[0x0f, 0x30]).expect("wrmsr");
     }
     to_user(cpu);
     cpu.rip = 0x4_0000;
     cpu.rflags |= flag::IF;
     run(cpu, &[0x0f, 0x05]).expect("syscall");
-    assert_eq!((cpu.cpl, cpu.rip, cpu.gpr[RCX]), (0, 0xffff_8000_0000_1000, 0x4_0002));
-    assert_eq!((cpu.segments[CS].selector, cpu.segments[SS].selector, cpu.rflags & flag::IF), (8, 0x10, 0));
+    assert_eq!(
+        (cpu.cpl, cpu.rip, cpu.gpr[RCX]),
+        (0, 0xffff_8000_0000_1000, 0x4_0002)
+    );
+    assert_eq!(
+        (
+            cpu.segments[CS].selector,
+            cpu.segments[SS].selector,
+            cpu.rflags & flag::IF
+        ),
+        (8, 0x10, 0)
+    );
     run(cpu, &[0x48, 0x0f, 0x07]).expect("sysretq");
     assert_eq!((cpu.cpl, cpu.rip), (3, 0x4_0002));
-    assert_eq!((cpu.segments[CS].selector, cpu.segments[SS].selector), (0x23, 0x1b));
+    assert_eq!(
+        (cpu.segments[CS].selector, cpu.segments[SS].selector),
+        (0x23, 0x1b)
+    );
     assert_ne!(cpu.rflags & flag::IF, 0);
 }
 
@@ -220,7 +316,10 @@ fn control_registers_refuse_what_cannot_be() {
     let cpu = frame.cpu.get_mut();
     // Paging off in 64-bit mode; PAE off in long mode; a reserved bit of CR4; CR3 beyond the physical address bits.
     assert_eq!(control::set_cr0(cpu, cpu.cr0 & !cr::CR0_PG), Err(Fault::GP));
-    assert_eq!(control::set_cr4(cpu, cpu.cr4 & !cr::CR4_PAE), Err(Fault::GP));
+    assert_eq!(
+        control::set_cr4(cpu, cpu.cr4 & !cr::CR4_PAE),
+        Err(Fault::GP)
+    );
     assert_eq!(control::set_cr4(cpu, cpu.cr4 | 1 << 12), Err(Fault::GP));
     assert_eq!(control::set_cr3(cpu, 1 << 50), Err(Fault::GP));
     assert_eq!(control::set_efer(cpu, 0), Err(Fault::GP));
@@ -232,15 +331,25 @@ fn control_registers_refuse_what_cannot_be() {
 /// A machine with two CPUs that know each other.
 fn two() -> [Box<Frame>; 2] {
     let machine = Arc::new(Machine::new(2, cpu::CpuModel::Max));
-    let memory = cpu::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), 0x10000)]).expect("memory");
+    let memory =
+        cpu::GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), 0x10000)]).expect("memory");
     assert!(machine.set_memory(Arc::new(memory)));
     [0, 1].map(|id| {
         let mailbox = Arc::new(Mailbox::new());
-        machine.mailboxes.lock().expect("lock").push(mailbox.clone());
+        machine
+            .mailboxes
+            .lock()
+            .expect("lock")
+            .push(mailbox.clone());
         let mut frame = Frame::new(id, machine.clone(), mailbox);
         let cpu = frame.cpu.get_mut();
         apic::publish(cpu);
-        msr::write(cpu, msr::APIC_BASE, cpu.system.apic.base | apic::BASE_X2APIC).expect("x2APIC");
+        msr::write(
+            cpu,
+            msr::APIC_BASE,
+            cpu.system.apic.base | apic::BASE_X2APIC,
+        )
+        .expect("x2APIC");
         apic::msr_write(cpu, 0x80f, 0x1ff).expect("SVR");
         frame
     })
@@ -257,7 +366,10 @@ fn a_cpu_starts_by_init_and_a_start_up_message() {
     apic::msr_write(a, 0x830, 1 << 32 | 0x4698).expect("SIPI");
     assert_eq!(poll_interrupts(b), Ok(true));
     assert!(wakes(b));
-    assert_eq!((b.segments[CS].base, b.segments[CS].selector, b.rip), (0x9_8000, 0x9800, 0));
+    assert_eq!(
+        (b.segments[CS].base, b.segments[CS].selector, b.rip),
+        (0x9_8000, 0x9800, 0)
+    );
     assert_eq!(segment::bitness(b), 16);
 }
 
@@ -308,7 +420,11 @@ fn the_deadline_timer_fires_once_when_its_time_has_come() {
 fn cpuid_is_consistent_with_itself() {
     let mut frame = cpu();
     let cpu = frame.cpu.get_mut();
-    for model in [cpu::CpuModel::Max, cpu::CpuModel::X86_64V2, cpu::CpuModel::X86_64V3] {
+    for model in [
+        cpu::CpuModel::Max,
+        cpu::CpuModel::X86_64V2,
+        cpu::CpuModel::X86_64V3,
+    ] {
         let id = cpuid::Cpuid::new(model, 3, 2_000_000_000);
         let avx = id.query(cpu, 1, 0)[2] >> 28 & 1;
         assert_eq!(avx, id.query(cpu, 7, 0)[1] >> 5 & 1, "AVX2 comes with AVX");
@@ -318,7 +434,10 @@ fn cpuid_is_consistent_with_itself() {
             assert_eq!(size, if avx != 0 { 832 } else { 576 });
         }
         let [d, n, crystal, _] = id.query(cpu, 0x15, 0);
-        assert_eq!(u64::from(crystal) * u64::from(n) / u64::from(d), 2_000_000_000);
+        assert_eq!(
+            u64::from(crystal) * u64::from(n) / u64::from(d),
+            2_000_000_000
+        );
         assert_eq!(id.query(cpu, 0xb, 1)[1], 3);
         assert_eq!(id.query(cpu, 0x4000_0000, 0)[1].to_le_bytes(), *b"KVMK");
         if model == cpu::CpuModel::X86_64V2 {
@@ -386,10 +505,16 @@ fn random_bytes_never_panic_the_interpreter() {
     let mut frame = paged();
     let cpu = frame.cpu.get_mut();
     let mut runner = TestRunner::new(Config::default());
-    let strategy = (proptest::array::uniform16(proptest::num::u8::ANY), proptest::array::uniform16(proptest::num::u64::ANY), 0u32..4);
+    let strategy = (
+        proptest::array::uniform16(proptest::num::u8::ANY),
+        proptest::array::uniform16(proptest::num::u64::ANY),
+        0u32..4,
+    );
     let strategy = strategy.boxed();
     for _ in 0..20_000 {
-        let Ok(tree) = strategy.new_tree(&mut runner) else { continue };
+        let Ok(tree) = strategy.new_tree(&mut runner) else {
+            continue;
+        };
         let (code, registers, mode) = tree.current();
         cpu.gpr = registers.map(|r| if r & 1 == 0 { r & 0xffff } else { r });
         cpu.gpr[RCX] &= 0xfff;
