@@ -56,7 +56,7 @@ fn take_folders(paths: &base::paths::Paths) -> Result<File> {
             .create(path)
             .map_err(Error::io(format!("cannot make {}", path.display())))?;
     }
-    let path = paths.state.join("lock");
+    let path = paths.state.join("engine.lock");
     let file = File::create(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
     file.try_lock().map_err(|_| {
         Error::Conflict(format!(

@@ -304,13 +304,14 @@ impl Engine {
     fn sweep(&self, alive: &HashSet<String>) {
         for (key, _) in self.images.snapshots() {
             // Others make snapshots too (builds); a container's key is its id.
-            if key.parse::<Id>().is_ok()
+            let stale = key.parse::<Id>().is_ok()
                 && self.inventory.get(&key).is_none()
-                && !self.containers_folder().join(&key).exists()
-            {
-                if let Err(error) = self.images.remove_snapshot(&key) {
-                    tracing::warn!(key, %error, "a stale snapshot is not removed");
-                }
+                && !self.containers_folder().join(&key).exists();
+            if !stale {
+                continue;
+            }
+            if let Err(error) = self.images.remove_snapshot(&key) {
+                tracing::warn!(key, %error, "a stale snapshot is not removed");
             }
         }
         for entry in std::fs::read_dir(self.run_folder())

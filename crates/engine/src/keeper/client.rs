@@ -47,6 +47,7 @@ pub(crate) struct Keeper {
     /// The order on the wire is the order in which sending began.
     sending: tokio::sync::Mutex<()>,
     lost: Arc<AtomicBool>,
+    version: u32,
     pub pid: i32,
 }
 
@@ -64,6 +65,10 @@ impl Keeper {
         let path = protocol::socket_path(run);
         if let Ok(socket) = connect(&path) {
             match Keeper::greet(socket).await {
+                // One of another version that holds nothing makes room for ours.
+                Ok((keeper, held, _)) if keeper.version != VERSION && held.is_empty() => {
+                    let _ = keeper.quit().await;
+                }
                 Ok(keeper) => return Ok(keeper),
                 Err(error) => tracing::warn!(%error, "the keeper that was there does not answer"),
             }
@@ -87,7 +92,7 @@ impl Keeper {
         send(&socket, &hello, &[]).await.map_err(lost)?;
         let mut buffer = vec![0; MAX_MESSAGE];
         let mut held = Vec::new();
-        let mut keeper_pid = 0;
+        let (mut keeper_pid, mut keeper_version) = (0, VERSION);
         loop {
             let reply = tokio::time::timeout(GREETING, receive(&socket, &mut buffer))
                 .await
@@ -98,7 +103,7 @@ impl Keeper {
                     if version > VERSION {
                         tracing::warn!(version, "the keeper is newer than this daemon");
                     }
-                    keeper_pid = pid;
+                    (keeper_pid, keeper_version) = (pid, version);
                 }
                 Reply::Process(process) => held.push(process),
                 Reply::Ready => break,
@@ -122,6 +127,7 @@ impl Keeper {
             serial: AtomicU64::new(1),
             sending: tokio::sync::Mutex::new(()),
             lost,
+            version: keeper_version,
             pid: keeper_pid,
         };
         Ok((keeper, held, notices))
@@ -272,8 +278,7 @@ impl Keeper {
     }
 
     /// Ends the keeper, if it holds nothing.
-    #[cfg(test)]
-    pub async fn quit(&self) -> Result<()> {
+    async fn quit(&self) -> Result<()> {
         self.tell(&Request::Quit, None).await
     }
 }

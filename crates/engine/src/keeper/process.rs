@@ -691,8 +691,8 @@ impl Keeper {
             }
         };
         let code = match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => code as i32,
-            (None, Some(signal)) => 128 + signal as i32,
+            (Some(code), _) => code,
+            (None, Some(signal)) => 128 + signal,
             (None, None) => 255,
         };
         self.ended(id, code);

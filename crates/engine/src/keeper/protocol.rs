@@ -308,10 +308,10 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(
 ///
 /// # Errors
 /// [`ProtocolError::Truncated`] for what does not fit; descriptors received with it are closed.
-pub fn receive<'b>(
+pub fn receive(
     socket: impl AsFd,
-    buffer: &'b mut [u8],
-) -> Result<(&'b [u8], Vec<OwnedFd>), ProtocolError> {
+    buffer: &mut [u8],
+) -> Result<(&[u8], Vec<OwnedFd>), ProtocolError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = match recvmsg(
