@@ -289,7 +289,10 @@ impl Engine {
             let changes = images
                 .snapshot_changes(&container.id)
                 .map_err(Error::room)?;
-            let changes = changes.into_iter().map(|change| Change { path: change.path, kind: change.kind as u8 });
+            let changes = changes.into_iter().map(|change| Change {
+                path: change.path,
+                kind: change.kind as u8,
+            });
             Ok(without_mount_points(changes.collect()))
         })
         .await
@@ -390,10 +393,21 @@ impl Engine {
 
 /// Leaves out what the runtime had to make to mount something on: nobody changed it.
 fn without_mount_points(mut changes: Vec<Change>) -> Vec<Change> {
-    const POINTS: [&str; 6] = ["/dev", "/proc", "/sys", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
+    const POINTS: [&str; 6] = [
+        "/dev",
+        "/proc",
+        "/sys",
+        "/etc/hostname",
+        "/etc/hosts",
+        "/etc/resolv.conf",
+    ];
     let before = changes.len();
     changes.retain(|change| change.kind != 1 || !POINTS.contains(&change.path.as_str()));
-    if changes.len() != before && !changes.iter().any(|change| change.path.starts_with("/etc/")) {
+    if changes.len() != before
+        && !changes
+            .iter()
+            .any(|change| change.path.starts_with("/etc/"))
+    {
         changes.retain(|change| change.path != "/etc");
     }
     changes
