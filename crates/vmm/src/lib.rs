@@ -18,3 +18,4 @@ pub mod pci;
 pub mod process;
 pub mod state;
 pub mod terminal;
+pub mod virtio;

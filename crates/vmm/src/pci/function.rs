@@ -53,7 +53,7 @@ pub struct Function {
 /// What is saved of a function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionState {
-    /// Hexadecimal: the first 256 bytes, which hold everything there is.
+    /// The first 256 bytes, which hold everything there is.
     config: Vec<u8>,
     msix: Option<MsixState>,
     asking: bool,
@@ -217,6 +217,11 @@ impl Function {
             })
             .filter(|(bar, address)| *address != 0 && address.checked_add(bar.len).is_some())
             .collect()
+    }
+
+    /// Where BAR `index` is decoded now.
+    pub fn decoded_at(&self, index: u8) -> Option<u64> {
+        self.decoded().into_iter().find(|(bar, _)| bar.index == index).map(|(_, address)| address)
     }
 
     pub(super) fn read_config(&self, offset: usize, data: &mut [u8]) {

@@ -1,0 +1,682 @@
+//! The PCI transport (section 4.1) and the threads of a device.
+//!
+//! ```text
+//!   BAR 0:  0x0000 common configuration   0x1000 interrupt status
+//!           0x2000 device configuration   0x3000 notifications, four bytes for each queue
+//!   BAR 4:  MSI-X
+//! ```
+//!
+//! Lock order: the gate, the common state, one queue, then (in the backend) the backend's own. A guest's reset
+//! takes each queue's lock and so waits for a thread that is serving it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use cpu::Vm;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use serde::{Deserialize, Serialize};
+
+use super::queue::{Queue, QueueError};
+use super::{Backend, Queues, feature};
+use crate::bus::{get, put};
+use crate::memory::Dma;
+use crate::pci::function::FunctionState;
+use crate::pci::{Function, FunctionBuilder, PciDevice};
+use crate::state::{Persist, Saved, StateError};
+
+const VENDOR: u16 = 0x1af4;
+const BAR_LEN: u64 = 0x4000;
+const ISR_AT: u64 = 0x1000;
+const DEVICE_AT: u64 = 0x2000;
+const NOTIFY_AT: u64 = 0x3000;
+const NOTIFY_STEP: u64 = 4;
+const MSIX_BAR: u8 = 4;
+const NO_VECTOR: u16 = 0xffff;
+
+const CAPABILITY_VENDOR: u8 = 0x09;
+const CONFIG_ACCESS: u8 = 5;
+
+const STATUS_DRIVER_OK: u8 = 4;
+const STATUS_FEATURES_OK: u8 = 8;
+const STATUS_NEEDS_RESET: u8 = 64;
+
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A queue with its lock and the event that notifies it.
+pub(crate) struct QueueSlot {
+    queue: Mutex<Queue>,
+    event: OwnedFd,
+}
+
+impl QueueSlot {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn notify(&self) {
+        // Full means that it is notified already.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+struct Common {
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    config_vector: u16,
+    status: u8,
+    generation: u8,
+    queue_select: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct SavedTransport {
+    function: FunctionState,
+    common: Common,
+    isr: u8,
+    queues: Vec<Queue>,
+    backend: serde_json::Value,
+}
+
+/// Stops the device's threads between two pieces of work.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    paused: bool,
+    active: usize,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// False while paused.
+    fn enter(&self) -> bool {
+        let mut state = self.lock();
+        if !state.paused {
+            state.active += 1;
+        }
+        !state.paused
+    }
+
+    fn leave(&self) {
+        self.lock().active -= 1;
+        self.changed.notify_all();
+    }
+
+    fn pause(&self) {
+        let mut state = self.lock();
+        state.paused = true;
+        while state.active > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn open(&self) {
+        self.lock().paused = false;
+    }
+}
+
+struct Shared {
+    name: String,
+    dma: Dma,
+    vm: Arc<dyn Vm>,
+    function: Function,
+    backend: Arc<dyn Backend>,
+    features: u64,
+    common: Mutex<Common>,
+    isr: AtomicU8,
+    slots: Vec<QueueSlot>,
+    gate: Gate,
+    closed: AtomicBool,
+    /// Where the kernel answers the notifications now.
+    doorbells: Mutex<Option<u64>>,
+    access_capability: usize,
+}
+
+/// See the module.
+pub struct Transport {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    wakes: Vec<OwnedFd>,
+}
+
+fn capability(kind: u8, offset: u64, len: u32, extra: &[u8]) -> Vec<u8> {
+    let mut content = vec![16 + extra.len() as u8, kind, 0, 0, 0, 0];
+    content.extend((offset as u32).to_le_bytes());
+    content.extend(len.to_le_bytes());
+    content.extend(extra);
+    content
+}
+
+fn event() -> std::io::Result<OwnedFd> {
+    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
+}
+
+fn drain(fd: BorrowedFd<'_>) {
+    let _ = rustix::io::read(fd, &mut [0u8; 8]);
+}
+
+impl Transport {
+    /// A device called `name` (`net0`), with the threads its backend wants.
+    ///
+    /// # Errors
+    /// Where the host gives no event or thread.
+    pub fn new(
+        name: impl Into<String>,
+        dma: Dma,
+        vm: Arc<dyn Vm>,
+        backend: Arc<dyn Backend>,
+    ) -> std::io::Result<Arc<Transport>> {
+        let sizes = backend.queue_sizes();
+        let kind = backend.kind();
+        let mut builder = FunctionBuilder::new(VENDOR, 0x1040 + kind, backend.class(), 1)
+            .subsystem(VENDOR, 0x40 + kind)
+            .interrupt_pin()
+            .bar(0, BAR_LEN)
+            .msix(vm.clone(), sizes.len() as u16 + 1, MSIX_BAR);
+        let notify = NOTIFY_STEP as u32;
+        let parts = [
+            capability(1, 0, 64, &[]),
+            capability(2, NOTIFY_AT, sizes.len() as u32 * notify, &notify.to_le_bytes()),
+            capability(3, ISR_AT, 4, &[]),
+            capability(4, DEVICE_AT, 0x1000, &[]),
+        ];
+        for content in parts {
+            builder = builder.capability(CAPABILITY_VENDOR, &content, &[]).0;
+        }
+        // A window through configuration space: BAR, offset, length and data are the guest's to write.
+        let mut writable = [0u8; 18];
+        writable[2] = 0xff;
+        writable[6..].fill(0xff);
+        let (builder, access_capability) =
+            builder.capability(CAPABILITY_VENDOR, &capability(CONFIG_ACCESS, 0, 0, &[0; 4]), &writable);
+        let slots = sizes
+            .iter()
+            .map(|size| Ok(QueueSlot { queue: Mutex::new(Queue::new(*size)), event: event()? }))
+            .collect::<std::io::Result<Vec<_>>>()?;
+        let features = backend.features() | feature::VERSION_1 | feature::EVENT_INDEX | feature::INDIRECT;
+        let shared = Arc::new(Shared {
+            name: name.into(),
+            dma,
+            vm,
+            function: builder.build(),
+            backend,
+            features,
+            common: Mutex::new(Common { config_vector: NO_VECTOR, ..Common::default() }),
+            isr: AtomicU8::new(0),
+            slots,
+            gate: Gate::default(),
+            closed: AtomicBool::new(false),
+            doorbells: Mutex::new(None),
+            access_capability,
+        });
+        let mut threads = Vec::new();
+        let mut wakes = Vec::new();
+        for (number, queues) in shared.backend.threads().into_iter().enumerate() {
+            let wake = event()?;
+            let waited = rustix::io::dup(&wake)?;
+            let worker = shared.clone();
+            threads.push(
+                std::thread::Builder::new()
+                    .name(format!("{}-{number}", shared.name))
+                    .spawn(move || worker.work(number, &queues, &waited))?,
+            );
+            wakes.push(wake);
+        }
+        Ok(Arc::new(Transport { shared, threads: Mutex::new(threads), wakes }))
+    }
+
+    fn wake_threads(&self) {
+        for wake in &self.wakes {
+            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The device's configuration changed: the driver is told to read it again.
+    pub fn config_changed(&self) {
+        self.shared.config_changed();
+    }
+
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.shared.backend
+    }
+}
+
+impl Shared {
+    fn common(&self) -> MutexGuard<'_, Common> {
+        self.common.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn running_features(&self) -> Option<u64> {
+        let common = self.common();
+        (common.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK).then_some(common.driver_features)
+    }
+
+    fn interrupt(&self, vector: u16, cause: u8) {
+        match self.function.msix() {
+            Some(msix) if msix.enabled() => {
+                if vector != NO_VECTOR {
+                    msix.notify(vector);
+                }
+            }
+            _ => {
+                self.isr.fetch_or(cause, Ordering::AcqRel);
+                self.function.set_pin(true);
+            }
+        }
+    }
+
+    fn config_changed(&self) {
+        let vector = {
+            let mut common = self.common();
+            common.generation = common.generation.wrapping_add(1);
+            common.config_vector
+        };
+        self.interrupt(vector, ISR_CONFIG);
+    }
+
+    fn break_device(&self, error: &QueueError) {
+        tracing::warn!("{}: the guest broke its queue: {error}", self.name);
+        self.common().status |= STATUS_NEEDS_RESET;
+        self.config_changed();
+    }
+
+    /// Tells the guest of chains given back on `queues`.
+    fn tell(&self, queues: &[usize]) {
+        for index in queues {
+            let (wanted, vector) = {
+                let mut queue = self.slots[*index].lock();
+                if !queue.enabled {
+                    continue;
+                }
+                (queue.wants_interrupt(&self.dma), queue.vector)
+            };
+            match wanted {
+                Ok(true) => self.interrupt(vector, ISR_QUEUE),
+                Ok(false) => {}
+                Err(error) => self.break_device(&error),
+            }
+        }
+    }
+
+    /// A thread's life: waits for its queues' events and the backend's own, and serves them.
+    fn work(&self, thread: usize, queues: &[usize], wake: &OwnedFd) {
+        while !self.closed.load(Ordering::Acquire) {
+            let features = self.running_features();
+            let source = if features.is_some() { self.backend.event_source(thread) } else { None };
+            let mut waiting: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
+            waiting.extend(queues.iter().map(|index| PollFd::new(&self.slots[*index].event, PollFlags::IN)));
+            if let Some(source) = &source {
+                waiting.push(PollFd::new(source, PollFlags::IN));
+            }
+            match poll(&mut waiting, None) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => {
+                    tracing::error!("{}: waiting failed: {error}", self.name);
+                    return;
+                }
+            }
+            let ready: Vec<bool> = waiting.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if ready[0] {
+                drain(wake.as_fd());
+            }
+            if !self.gate.enter() {
+                // Resuming notifies every queue again.
+                std::thread::park_timeout(Duration::from_millis(20));
+                continue;
+            }
+            if let Some(features) = self.running_features() {
+                let access = Queues { dma: &self.dma, slots: &self.slots, features };
+                let mut result = Ok(());
+                for (at, index) in queues.iter().enumerate() {
+                    if ready[1 + at] {
+                        drain(self.slots[*index].event.as_fd());
+                        result = result.and_then(|()| self.backend.serve(*index, &access));
+                    }
+                }
+                if source.is_some() && ready.last() == Some(&true) {
+                    result = result.and_then(|()| self.backend.serve_event(thread, &access));
+                }
+                self.tell(queues);
+                if let Err(error) = result {
+                    self.break_device(&error);
+                }
+            } else {
+                queues.iter().for_each(|index| drain(self.slots[*index].event.as_fd()));
+            }
+            self.gate.leave();
+        }
+    }
+
+    fn reset(&self) {
+        for slot in &self.slots {
+            slot.lock().reset();
+        }
+        self.backend.reset();
+        *self.common() = Common { config_vector: NO_VECTOR, ..Common::default() };
+        self.isr.store(0, Ordering::Release);
+        self.function.set_pin(false);
+    }
+
+    fn set_status(&self, value: u8) {
+        if value == 0 {
+            return self.reset();
+        }
+        let started = {
+            let mut common = self.common();
+            let mut status = value | common.status & STATUS_NEEDS_RESET;
+            let acceptable =
+                common.driver_features & !self.features == 0 && common.driver_features & feature::VERSION_1 != 0;
+            if status & STATUS_FEATURES_OK != 0 && !acceptable {
+                status &= !STATUS_FEATURES_OK;
+            }
+            let started = status & STATUS_DRIVER_OK != 0 && common.status & STATUS_DRIVER_OK == 0;
+            common.status = status;
+            started.then_some(common.driver_features)
+        };
+        if let Some(features) = started {
+            self.backend.start(features);
+            // Buffers may have been offered before.
+            self.slots.iter().for_each(QueueSlot::notify);
+        }
+    }
+
+    fn selected(&self) -> Option<&QueueSlot> {
+        let index = self.common().queue_select;
+        self.slots.get(usize::from(index))
+    }
+
+    fn read_common(&self, offset: u64) -> u64 {
+        let queue = |field: fn(&Queue) -> u64| self.selected().map_or(0, |slot| field(&slot.lock()));
+        let half = |features: u64, select: u32| match select {
+            0 => features & 0xffff_ffff,
+            1 => features >> 32,
+            _ => 0,
+        };
+        match offset {
+            0 => u64::from(self.common().device_feature_select),
+            4 => half(self.features, self.common().device_feature_select),
+            8 => u64::from(self.common().driver_feature_select),
+            12 => {
+                let common = self.common();
+                half(common.driver_features, common.driver_feature_select)
+            }
+            16 => u64::from(self.common().config_vector),
+            18 => self.slots.len() as u64,
+            20 => u64::from(self.common().status),
+            21 => u64::from(self.common().generation),
+            22 => u64::from(self.common().queue_select),
+            24 => queue(|queue| u64::from(queue.size)),
+            26 => self.selected().map_or(u64::from(NO_VECTOR), |slot| u64::from(slot.lock().vector)),
+            28 => queue(|queue| u64::from(queue.enabled)),
+            30 => u64::from(self.common().queue_select),
+            32 => queue(|queue| queue.descriptors),
+            36 => queue(|queue| queue.descriptors >> 32),
+            40 => queue(|queue| queue.available),
+            44 => queue(|queue| queue.available >> 32),
+            48 => queue(|queue| queue.used),
+            52 => queue(|queue| queue.used >> 32),
+            _ => 0,
+        }
+    }
+
+    fn valid_vector(&self, vector: u16) -> u16 {
+        if self.function.msix().is_some_and(|msix| vector < msix.vectors()) { vector } else { NO_VECTOR }
+    }
+
+    fn write_common(&self, offset: u64, len: usize, value: u64) {
+        let low = value as u32;
+        match offset {
+            0 => self.common().device_feature_select = low,
+            8 => self.common().driver_feature_select = low,
+            12 => {
+                let mut common = self.common();
+                if common.status & STATUS_FEATURES_OK == 0 {
+                    let features = common.driver_features;
+                    match common.driver_feature_select {
+                        0 => common.driver_features = features >> 32 << 32 | u64::from(low),
+                        1 => common.driver_features = features & 0xffff_ffff | u64::from(low) << 32,
+                        _ => {}
+                    }
+                }
+            }
+            16 => self.common().config_vector = self.valid_vector(value as u16),
+            20 => self.set_status(value as u8),
+            22 => self.common().queue_select = value as u16,
+            24.. => self.write_queue(offset, len, value),
+            _ => {}
+        }
+    }
+
+    fn write_queue(&self, offset: u64, len: usize, value: u64) {
+        let features = self.common().driver_features;
+        let Some(slot) = self.selected() else { return };
+        let mut queue = slot.lock();
+        if offset == 26 {
+            queue.vector = self.valid_vector(value as u16);
+            return;
+        }
+        // An enabled queue stays as it is until the reset (4.1.4.3.2).
+        if queue.enabled {
+            return;
+        }
+        let half = |old: u64, high: bool| match (high, len) {
+            (false, 8) => value,
+            (false, _) => old >> 32 << 32 | value & 0xffff_ffff,
+            (true, _) => old & 0xffff_ffff | value << 32,
+        };
+        match offset {
+            24 => queue.size = value as u16,
+            28 if value & 1 == 1 => {
+                queue.event_index = features & feature::EVENT_INDEX != 0;
+                queue.indirect = features & feature::INDIRECT != 0;
+                if queue.is_sound(&self.dma) {
+                    queue.enabled = true;
+                } else {
+                    drop(queue);
+                    self.common().status |= STATUS_NEEDS_RESET;
+                    tracing::warn!("{}: a queue was enabled that is not in memory", self.name);
+                }
+            }
+            32 => queue.descriptors = half(queue.descriptors, false),
+            36 => queue.descriptors = half(queue.descriptors, true),
+            40 => queue.available = half(queue.available, false),
+            44 => queue.available = half(queue.available, true),
+            48 => queue.used = half(queue.used, false),
+            52 => queue.used = half(queue.used, true),
+            _ => {}
+        }
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match offset {
+            0..ISR_AT => {
+                let value = self.read_common(offset);
+                put(data, value);
+                if data.len() == 8 && offset >= 32 {
+                    put(data, value & 0xffff_ffff | self.read_common(offset + 4) << 32);
+                }
+            }
+            ISR_AT..DEVICE_AT => {
+                data.fill(0);
+                if let (ISR_AT, Some(first)) = (offset, data.first_mut()) {
+                    *first = self.isr.swap(0, Ordering::AcqRel);
+                    self.function.set_pin(false);
+                }
+            }
+            DEVICE_AT..NOTIFY_AT => self.backend.read_config(offset - DEVICE_AT, data),
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match offset {
+            0..ISR_AT => self.write_common(offset, data.len(), get(data)),
+            DEVICE_AT..NOTIFY_AT => self.backend.write_config(offset - DEVICE_AT, data),
+            NOTIFY_AT.. => {
+                if let Some(slot) = self.slots.get(((offset - NOTIFY_AT) / NOTIFY_STEP) as usize) {
+                    slot.notify();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Lets the kernel answer notifications where BAR 0 is now, where the back end can.
+    fn move_doorbells(&self, base: Option<u64>) {
+        let mut current = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(doorbells) = self.vm.doorbells() else { return };
+        if *current == base {
+            return;
+        }
+        let addresses = |base: u64| {
+            self.slots.iter().enumerate().map(move |(index, slot)| (base + NOTIFY_AT + index as u64 * NOTIFY_STEP, slot))
+        };
+        if let Some(old) = current.take() {
+            for (address, slot) in addresses(old) {
+                let _ = doorbells.remove_doorbell(address, 0, slot.event.as_fd());
+            }
+        }
+        if let Some(new) = base {
+            for (address, slot) in addresses(new) {
+                if let Err(error) = doorbells.add_doorbell(address, 0, slot.event.as_fd()) {
+                    // The bus answers it then, only slower.
+                    tracing::debug!("{}: no doorbell at {address:#x}: {error}", self.name);
+                }
+            }
+            *current = base;
+        }
+    }
+
+    /// BAR offset and length that the configuration window names, where they are one of ours.
+    fn window(&self) -> Option<(u64, usize)> {
+        let mut bytes = [0; 16];
+        self.function.config_bytes(self.access_capability, &mut bytes);
+        let offset = u64::from(u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]));
+        let len = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
+        let fits = bytes[4] == 0 && matches!(len, 1 | 2 | 4) && offset + u64::from(len) <= BAR_LEN;
+        fits.then_some((offset, len as usize))
+    }
+}
+
+impl PciDevice for Transport {
+    fn function(&self) -> &Function {
+        &self.shared.function
+    }
+    fn read_bar(&self, _: u8, offset: u64, data: &mut [u8]) {
+        self.shared.read(offset, data);
+    }
+    fn write_bar(&self, _: u8, offset: u64, data: &[u8]) {
+        self.shared.write(offset, data);
+    }
+    fn before_config_read(&self, offset: usize, len: usize) {
+        let data_at = self.shared.access_capability + 16;
+        if offset < data_at + 4 && offset + len > data_at
+            && let Some((at, size)) = self.shared.window()
+        {
+            let mut data = [0; 4];
+            self.shared.read(at, &mut data[..size]);
+            self.shared.function.set_config_bytes(data_at, &data);
+        }
+    }
+    fn after_config_write(&self, offset: usize, len: usize) {
+        let data_at = self.shared.access_capability + 16;
+        if offset < data_at + 4 && offset + len > data_at
+            && let Some((at, size)) = self.shared.window()
+        {
+            let mut data = [0; 4];
+            self.shared.function.config_bytes(data_at, &mut data);
+            self.shared.write(at, &data[..size]);
+        }
+        if offset < 0x28 {
+            self.shared.move_doorbells(self.shared.function.decoded_at(0));
+        }
+    }
+}
+
+impl Persist for Transport {
+    fn identity(&self) -> String {
+        self.shared.name.clone()
+    }
+
+    fn quiesce(&self) {
+        self.shared.gate.pause();
+    }
+
+    fn wake(&self) {
+        self.shared.gate.open();
+        self.shared.slots.iter().for_each(QueueSlot::notify);
+        self.wake_threads();
+    }
+
+    fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.wake_threads();
+        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
+            let _ = thread.join();
+        }
+        self.shared.move_doorbells(None);
+        self.shared.backend.close();
+    }
+
+    fn save(&self) -> Result<Saved, StateError> {
+        let saved = SavedTransport {
+            function: self.shared.function.save(),
+            common: self.shared.common().clone(),
+            isr: self.shared.isr.load(Ordering::Acquire),
+            queues: self.shared.slots.iter().map(|slot| slot.lock().clone()).collect(),
+            backend: self.shared.backend.save(),
+        };
+        Saved::of(self.identity(), 1, &saved)
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), StateError> {
+        let content: SavedTransport = saved.get(&self.identity(), 1)?;
+        let shared = &self.shared;
+        let sizes = shared.backend.queue_sizes();
+        let sound = content.queues.len() == sizes.len()
+            && content.queues.iter().zip(&sizes).all(|(queue, size)| {
+                queue.max_size == *size && (!queue.enabled || queue.is_sound(&shared.dma))
+            });
+        if !sound {
+            return Err(saved.damaged("its queues cannot be"));
+        }
+        if content.common.driver_features & !shared.features != 0 {
+            return Err(saved.damaged("it uses features that this machine does not offer"));
+        }
+        shared.function.restore(content.function).map_err(|reason| saved.damaged(reason))?;
+        shared.backend.restore(&content.backend).map_err(|reason| saved.damaged(reason))?;
+        for (slot, queue) in shared.slots.iter().zip(content.queues) {
+            *slot.lock() = queue;
+        }
+        shared.isr.store(content.isr, Ordering::Release);
+        let features = content.common.driver_features;
+        let started = content.common.status & STATUS_DRIVER_OK != 0;
+        *shared.common() = content.common;
+        if started {
+            shared.backend.start(features);
+        }
+        shared.move_doorbells(shared.function.decoded_at(0));
+        shared.slots.iter().for_each(QueueSlot::notify);
+        Ok(())
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
