@@ -72,7 +72,7 @@ impl Block {
             status => status,
         };
         let outcome = match (kind, offset) {
-            (0, Some(offset)) if room <= TRANSFER_LIMIT && room % SECTOR == 0 => {
+            (0, Some(offset)) if room <= TRANSFER_LIMIT && room.is_multiple_of(SECTOR) => {
                 buffer.resize(room as usize, 0);
                 let status = done(self.disk.read_at(offset, buffer));
                 if status == OK {
@@ -80,7 +80,7 @@ impl Block {
                 }
                 (room as u32, status)
             }
-            (1, Some(offset)) if given <= TRANSFER_LIMIT && given % SECTOR == 0 => {
+            (1, Some(offset)) if given <= TRANSFER_LIMIT && given.is_multiple_of(SECTOR) => {
                 buffer.resize(given as usize, 0);
                 chain.read(dma, HEADER, buffer)?;
                 (0, after_write(done(self.disk.write_at(offset, buffer))))
@@ -96,7 +96,7 @@ impl Block {
                 (chain.write(dma, 0, &id[..len])? as u32, OK)
             }
             (11 | 13, _) => {
-                if given % 16 != 0 || given == 0 || given > u64::from(RANGE_LIMIT) * 16 {
+                if !given.is_multiple_of(16) || given == 0 || given > u64::from(RANGE_LIMIT) * 16 {
                     return Ok((0, IO_ERROR));
                 }
                 buffer.resize(given as usize, 0);
