@@ -221,7 +221,10 @@ impl Function {
 
     /// Where BAR `index` is decoded now.
     pub fn decoded_at(&self, index: u8) -> Option<u64> {
-        self.decoded().into_iter().find(|(bar, _)| bar.index == index).map(|(_, address)| address)
+        self.decoded()
+            .into_iter()
+            .find(|(bar, _)| bar.index == index)
+            .map(|(_, address)| address)
     }
 
     pub(super) fn read_config(&self, offset: usize, data: &mut [u8]) {

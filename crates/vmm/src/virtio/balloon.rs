@@ -32,25 +32,43 @@ impl Balloon {
 
     /// Asks for `bytes` of the guest's memory; its transport must then tell of the changed configuration.
     pub fn want(&self, bytes: u64) {
-        self.wanted.store((bytes / PAGE).min(u64::from(u32::MAX)) as u32, Ordering::Relaxed);
+        self.wanted.store(
+            (bytes / PAGE).min(u64::from(u32::MAX)) as u32,
+            Ordering::Relaxed,
+        );
     }
 
     /// Bytes in the balloon, and bytes dropped on the host so far.
     pub fn figures(&self) -> (u64, u64) {
-        (u64::from(self.actual.load(Ordering::Relaxed)) * PAGE, self.dropped.load(Ordering::Relaxed))
+        (
+            u64::from(self.actual.load(Ordering::Relaxed)) * PAGE,
+            self.dropped.load(Ordering::Relaxed),
+        )
     }
 
     /// Drops the whole pages within a range of guest memory.
     fn drop_range(&self, dma: &Dma, address: u64, len: u64) {
         let start = address.next_multiple_of(PAGE);
-        let Some(end) = address.checked_add(len).map(|end| end / PAGE * PAGE).filter(|end| *end > start) else {
+        let Some(end) = address
+            .checked_add(len)
+            .map(|end| end / PAGE * PAGE)
+            .filter(|end| *end > start)
+        else {
             return;
         };
-        let Ok(slice) = dma.slice(start, (end - start) as usize) else { return };
+        let Ok(slice) = dma.slice(start, (end - start) as usize) else {
+            return;
+        };
         let guard = slice.ptr_guard_mut();
         // SAFETY: the range is whole pages of the guest's own anonymous memory, checked just before; dropping them
         // only changes their content, which the guest gave up.
-        let result = unsafe { libc::madvise(guard.as_ptr().cast(), (end - start) as usize, libc::MADV_DONTNEED) };
+        let result = unsafe {
+            libc::madvise(
+                guard.as_ptr().cast(),
+                (end - start) as usize,
+                libc::MADV_DONTNEED,
+            )
+        };
         if result == 0 {
             self.dropped.fetch_add(end - start, Ordering::Relaxed);
         }
@@ -81,7 +99,8 @@ impl Backend for Balloon {
 
     fn write_config(&self, offset: u64, data: &[u8]) {
         if let (4, Ok(bytes)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.actual.store(u32::from_le_bytes(bytes), Ordering::Relaxed);
+            self.actual
+                .store(u32::from_le_bytes(bytes), Ordering::Relaxed);
         }
     }
 
@@ -95,9 +114,13 @@ impl Backend for Balloon {
                         let len = chain.read(dma, 0, &mut list)?;
                         let mut run: Option<(u64, u64)> = None;
                         for number in list[..len].chunks_exact(4) {
-                            let page = u64::from(u32::from_le_bytes(number.try_into().unwrap_or_default())) * PAGE;
+                            let page = u64::from(u32::from_le_bytes(
+                                number.try_into().unwrap_or_default(),
+                            )) * PAGE;
                             run = match run {
-                                Some((start, len)) if start + len == page => Some((start, len + PAGE)),
+                                Some((start, len)) if start + len == page => {
+                                    Some((start, len + PAGE))
+                                }
                                 Some((start, len)) => {
                                     self.drop_range(dma, start, len);
                                     Some((page, PAGE))
@@ -128,12 +151,21 @@ impl Backend for Balloon {
     }
 
     fn save(&self) -> serde_json::Value {
-        serde_json::json!([self.wanted.load(Ordering::Relaxed), self.actual.load(Ordering::Relaxed)])
+        serde_json::json!([
+            self.wanted.load(Ordering::Relaxed),
+            self.actual.load(Ordering::Relaxed)
+        ])
     }
 
     fn restore(&self, state: &serde_json::Value) -> Result<(), String> {
-        let number = |at: usize| state[at].as_u64().and_then(|value| u32::try_from(value).ok());
-        let (Some(wanted), Some(actual)) = (number(0), number(1)) else { return Err("no page counts".into()) };
+        let number = |at: usize| {
+            state[at]
+                .as_u64()
+                .and_then(|value| u32::try_from(value).ok())
+        };
+        let (Some(wanted), Some(actual)) = (number(0), number(1)) else {
+            return Err("no page counts".into());
+        };
         self.wanted.store(wanted, Ordering::Relaxed);
         self.actual.store(actual, Ordering::Relaxed);
         Ok(())

@@ -46,11 +46,21 @@ impl Block {
     /// Never: `queues` is brought into 1..=64.
     pub fn new(disk: Arc<dyn Disk>, queues: u32, serial: impl Into<String>) -> Block {
         let queues = queues.clamp(1, 64) as u16;
-        Block { disk, queues, serial: serial.into(), write_back: AtomicBool::new(true) }
+        Block {
+            disk,
+            queues,
+            serial: serial.into(),
+            write_back: AtomicBool::new(true),
+        }
     }
 
     /// Runs one request; the bytes it wrote (without the status) and its status.
-    fn request(&self, chain: &Chain, dma: &Dma, buffer: &mut Vec<u8>) -> Result<(u32, u8), QueueError> {
+    fn request(
+        &self,
+        chain: &Chain,
+        dma: &Dma,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(u32, u8), QueueError> {
         let mut header = [0; HEADER as usize];
         if chain.read(dma, 0, &mut header)? < header.len() || chain.writable_len() == 0 {
             return Ok((0, IO_ERROR));
@@ -105,7 +115,9 @@ impl Block {
                 for range in buffer.chunks_exact(16) {
                     let first = u64::from_le_bytes(range[..8].try_into().unwrap_or_default());
                     let sectors = u32::from_le_bytes(range[8..12].try_into().unwrap_or_default());
-                    let (Some(offset), true) = (first.checked_mul(SECTOR), sectors <= RANGE_SECTORS) else {
+                    let (Some(offset), true) =
+                        (first.checked_mul(SECTOR), sectors <= RANGE_SECTORS)
+                    else {
                         status = IO_ERROR;
                         break;
                     };
@@ -135,14 +147,20 @@ impl Backend for Block {
         0x01_0000
     }
     fn features(&self) -> u64 {
-        let writable = if self.disk.read_only() { READ_ONLY } else { DISCARD | WRITE_ZEROES };
+        let writable = if self.disk.read_only() {
+            READ_ONLY
+        } else {
+            DISCARD | WRITE_ZEROES
+        };
         SEG_MAX | FLUSH | WRITE_CACHE | MULTI_QUEUE | writable
     }
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; usize::from(self.queues)]
     }
     fn threads(&self) -> Vec<Vec<usize>> {
-        (0..usize::from(self.queues)).map(|queue| vec![queue]).collect()
+        (0..usize::from(self.queues))
+            .map(|queue| vec![queue])
+            .collect()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -195,7 +213,8 @@ impl Backend for Block {
         if state["bytes"] != self.disk.len() {
             return Err("its disk has another size".into());
         }
-        self.write_back.store(state["write_back"] != false, Ordering::Relaxed);
+        self.write_back
+            .store(state["write_back"] != false, Ordering::Relaxed);
         Ok(())
     }
 

@@ -31,7 +31,12 @@ impl Console {
     /// Where the host gives no event.
     pub fn new(sink: Box<dyn Write + Send>) -> std::io::Result<Console> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Console { sink: Mutex::new(sink), input: Mutex::default(), size: Mutex::new((80, 24)), event })
+        Ok(Console {
+            sink: Mutex::new(sink),
+            input: Mutex::default(),
+            size: Mutex::new((80, 24)),
+            event,
+        })
     }
 
     fn input(&self) -> MutexGuard<'_, VecDeque<u8>> {
@@ -56,8 +61,12 @@ impl Console {
         queues.with(INPUT, |queue, dma| {
             let mut input = self.input();
             while !input.is_empty() {
-                let Some(chain) = queue.pop(dma)? else { return Ok(()) };
-                let len = input.len().min(chain.writable_len().min(CHUNK as u64) as usize);
+                let Some(chain) = queue.pop(dma)? else {
+                    return Ok(());
+                };
+                let len = input
+                    .len()
+                    .min(chain.writable_len().min(CHUNK as u64) as usize);
                 let bytes: Vec<u8> = input.drain(..len).collect();
                 let written = chain.write(dma, 0, &bytes)?;
                 queue.push(dma, chain.head, written as u32)?;

@@ -41,7 +41,11 @@ pub struct Queues<'a> {
 
 impl Queues<'_> {
     /// Works on one queue, locked. A queue that is not enabled has no chains.
-    pub fn with<T>(&self, index: usize, work: impl FnOnce(&mut Queue, &Dma) -> Result<T, QueueError>) -> Result<T, QueueError> {
+    pub fn with<T>(
+        &self,
+        index: usize,
+        work: impl FnOnce(&mut Queue, &Dma) -> Result<T, QueueError>,
+    ) -> Result<T, QueueError> {
         let mut queue = self.slots[index].lock();
         work(&mut queue, self.dma)
     }

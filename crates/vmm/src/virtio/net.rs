@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Backend, Queues, QueueError, config_bytes};
+use super::{Backend, QueueError, Queues, config_bytes};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -85,14 +85,28 @@ impl Port {
             return;
         }
         let mut offloads = 0;
-        for (feature, offload) in [(GUEST_CSUM, TUN_F_CSUM), (GUEST_TSO4, TUN_F_TSO4), (GUEST_TSO6, TUN_F_TSO6)] {
+        for (feature, offload) in [
+            (GUEST_CSUM, TUN_F_CSUM),
+            (GUEST_TSO4, TUN_F_TSO4),
+            (GUEST_TSO6, TUN_F_TSO6),
+        ] {
             if features & feature != 0 {
                 offloads |= offload;
             }
         }
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        if unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offloads)) } < 0 {
-            tracing::warn!("the tap refuses offloads {offloads:#x}: {}", std::io::Error::last_os_error());
+        if unsafe {
+            libc::ioctl(
+                self.fd.as_raw_fd(),
+                TUNSETOFFLOAD,
+                libc::c_ulong::from(offloads),
+            )
+        } < 0
+        {
+            tracing::warn!(
+                "the tap refuses offloads {offloads:#x}: {}",
+                std::io::Error::last_os_error()
+            );
         }
     }
 }
@@ -116,7 +130,12 @@ pub struct Net {
 
 impl Net {
     pub fn new(port: Port, mac: [u8; 6], mtu: u16) -> Net {
-        Net { port, mac, mtu, receiver: Mutex::default() }
+        Net {
+            port,
+            mac,
+            mtu,
+            receiver: Mutex::default(),
+        }
     }
 
     fn receiver(&self) -> MutexGuard<'_, Receiver> {
@@ -133,7 +152,9 @@ impl Net {
         receiver.buffer[..HEADER].fill(0);
         loop {
             match rustix::io::read(&self.port.fd, &mut receiver.buffer[start..]) {
-                Ok(count) if start + count > HEADER => return Some(receiver.buffer[..start + count].to_vec()),
+                Ok(count) if start + count > HEADER => {
+                    return Some(receiver.buffer[..start + count].to_vec());
+                }
                 // An empty datagram is no frame.
                 Ok(0) if self.port.headers => return None,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -146,7 +167,9 @@ impl Net {
         let mut receiver = self.receiver();
         queues.with(RECEIVE, |queue, dma| {
             for _ in 0..TURN {
-                let Some(mut frame) = self.next_frame(&mut receiver) else { return Ok(()) };
+                let Some(mut frame) = self.next_frame(&mut receiver) else {
+                    return Ok(());
+                };
                 let mut chains = Vec::new();
                 let mut room = 0;
                 while room < frame.len() as u64 {
@@ -184,7 +207,11 @@ impl Net {
                 if len > HEADER as u64 && len <= FRAME_LIMIT as u64 {
                     frame.resize(len as usize, 0);
                     chain.read(dma, 0, &mut frame)?;
-                    let sent = if self.port.headers { &frame[..] } else { &frame[HEADER..] };
+                    let sent = if self.port.headers {
+                        &frame[..]
+                    } else {
+                        &frame[HEADER..]
+                    };
                     // A full network drops, as networks do.
                     let _ = rustix::io::write(&self.port.fd, sent);
                 }
@@ -203,8 +230,11 @@ impl Backend for Net {
         0x02_0000
     }
     fn features(&self) -> u64 {
-        let offloads =
-            if self.port.headers { CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 } else { 0 };
+        let offloads = if self.port.headers {
+            CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6
+        } else {
+            0
+        };
         MAC | STATUS | MTU | MERGEABLE | offloads
     }
     fn queue_sizes(&self) -> Vec<u16> {

@@ -187,7 +187,9 @@ impl Queue {
                 return Ok(None);
             }
         }
-        let offered = self.load_u16(dma, index_at)?.wrapping_sub(self.next_available);
+        let offered = self
+            .load_u16(dma, index_at)?
+            .wrapping_sub(self.next_available);
         if offered > self.size {
             return Err(QueueError::Available);
         }
@@ -213,7 +215,11 @@ impl Queue {
     }
 
     fn walk(&self, dma: &Dma, head: u16) -> Result<Chain, QueueError> {
-        let mut chain = Chain { head, readable: Vec::new(), writable: Vec::new() };
+        let mut chain = Chain {
+            head,
+            readable: Vec::new(),
+            writable: Vec::new(),
+        };
         let (mut table, mut entries, mut index) = (self.descriptors, self.size, head);
         let mut in_table = false;
         // An indirect chain may have as many buffers as the queue has entries, after one descriptor of its own.
@@ -257,7 +263,13 @@ impl Queue {
     }
 
     /// Puts a chain `ahead` places past the end of the used ring, where the guest does not look yet.
-    pub fn push_unseen(&mut self, dma: &Dma, ahead: u16, head: u16, written: u32) -> Result<(), QueueError> {
+    pub fn push_unseen(
+        &mut self,
+        dma: &Dma,
+        ahead: u16,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
         let slot = u64::from(self.next_used.wrapping_add(ahead) % self.size);
         let mut entry = [0; 8];
         entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
@@ -279,8 +291,12 @@ impl Queue {
         // The used index must be seen before the guest's wish is read (2.7.7).
         fence(Ordering::SeqCst);
         let wanted = if self.event_index {
-            let event = self.load_u16(dma, self.available.wrapping_add(4 + u64::from(self.size) * 2))?;
-            self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(self.told)
+            let event = self.load_u16(
+                dma,
+                self.available.wrapping_add(4 + u64::from(self.size) * 2),
+            )?;
+            self.next_used.wrapping_sub(event).wrapping_sub(1)
+                < self.next_used.wrapping_sub(self.told)
         } else {
             self.load_u16(dma, self.available)? & NO_INTERRUPT == 0
         };
@@ -327,7 +343,10 @@ pub(crate) mod tests {
     use std::sync::Arc;
 
     pub fn dma() -> Dma {
-        Dma::new(Arc::new(crate::memory::allocate(16 << 20).unwrap()), Arc::new(Recorder::default()))
+        Dma::new(
+            Arc::new(crate::memory::allocate(16 << 20).unwrap()),
+            Arc::new(Recorder::default()),
+        )
     }
 
     /// The driver's side of a queue at `base`, of 16 entries.
@@ -339,21 +358,32 @@ pub(crate) mod tests {
 
     impl Driver {
         pub fn new(base: u64) -> Driver {
-            Driver { base, next: 0, seen: 0 }
+            Driver {
+                base,
+                next: 0,
+                seen: 0,
+            }
         }
 
         pub fn set_up(&self, queue: &mut Queue) {
             queue.size = 16;
             queue.enabled = true;
-            (queue.descriptors, queue.available, queue.used) = (self.base, self.base + 0x100, self.base + 0x200);
+            (queue.descriptors, queue.available, queue.used) =
+                (self.base, self.base + 0x100, self.base + 0x200);
         }
 
-        pub fn descriptor(&self, dma: &Dma, index: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
+        pub fn descriptor(
+            &self,
+            dma: &Dma,
+            index: u16,
+            (address, len, flags, next): (u64, u32, u16, u16),
+        ) {
             let mut bytes = address.to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
             bytes.extend(flags.to_le_bytes());
             bytes.extend(next.to_le_bytes());
-            dma.write(self.base + u64::from(index) * 16, &bytes).unwrap();
+            dma.write(self.base + u64::from(index) * 16, &bytes)
+                .unwrap();
         }
 
         /// Offers a chain of buffers `(address, length, device writes)`, from descriptor `first` on.
@@ -368,9 +398,14 @@ pub(crate) mod tests {
         }
 
         pub fn announce(&mut self, dma: &Dma, head: u16) {
-            dma.write(self.base + 0x104 + u64::from(self.next % 16) * 2, &head.to_le_bytes()).unwrap();
+            dma.write(
+                self.base + 0x104 + u64::from(self.next % 16) * 2,
+                &head.to_le_bytes(),
+            )
+            .unwrap();
             self.next += 1;
-            dma.write(self.base + 0x102, &self.next.to_le_bytes()).unwrap();
+            dma.write(self.base + 0x102, &self.next.to_le_bytes())
+                .unwrap();
         }
 
         /// The next used entry: head and length.
@@ -397,7 +432,16 @@ pub(crate) mod tests {
     fn a_chain_is_read_written_and_given_back() {
         let (dma, mut driver, mut queue) = pair();
         dma.write(0x2_0000, b"hello").unwrap();
-        driver.offer(&dma, 3, &[(0x2_0000, 2, false), (0x2_0002, 3, false), (0x3_0000, 4, true), (0x3_0010, 4, true)]);
+        driver.offer(
+            &dma,
+            3,
+            &[
+                (0x2_0000, 2, false),
+                (0x2_0002, 3, false),
+                (0x3_0000, 4, true),
+                (0x3_0010, 4, true),
+            ],
+        );
         let chain = queue.pop(&dma).unwrap().unwrap();
         let mut text = [0; 4];
         assert_eq!(chain.read(&dma, 1, &mut text).unwrap(), 4);
@@ -434,15 +478,24 @@ pub(crate) mod tests {
     fn the_event_index_decides_who_is_told() {
         let (dma, mut driver, mut queue) = pair();
         queue.event_index = true;
-        dma.write(0x1_0000 + 0x104 + 32, &1u16.to_le_bytes()).unwrap();
+        dma.write(0x1_0000 + 0x104 + 32, &1u16.to_le_bytes())
+            .unwrap();
         for index in 0..2 {
             driver.offer(&dma, index, &[(0x2_0000, 1, true)]);
             let chain = queue.pop(&dma).unwrap().unwrap();
             queue.push(&dma, chain.head, 1).unwrap();
-            assert_eq!(queue.wants_interrupt(&dma).unwrap(), index == 1, "after the second one, it said");
+            assert_eq!(
+                queue.wants_interrupt(&dma).unwrap(),
+                index == 1,
+                "after the second one, it said"
+            );
         }
         assert_eq!(queue.pop(&dma).unwrap(), None);
-        assert_eq!(dma.read_u16(0x1_0000 + 0x204 + 128).unwrap(), 2, "told to notify of the third");
+        assert_eq!(
+            dma.read_u16(0x1_0000 + 0x204 + 128).unwrap(),
+            2,
+            "told to notify of the third"
+        );
     }
 
     proptest! {

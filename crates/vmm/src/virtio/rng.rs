@@ -32,7 +32,10 @@ impl Backend for Rng {
                 bytes.resize(chain.writable_len().min(LIMIT) as usize, 0);
                 let mut filled = 0;
                 while filled < bytes.len() {
-                    match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+                    match rustix::rand::getrandom(
+                        &mut bytes[filled..],
+                        rustix::rand::GetRandomFlags::empty(),
+                    ) {
                         Ok(count) => filled += count,
                         Err(rustix::io::Errno::INTR) => {}
                         Err(_) => break,

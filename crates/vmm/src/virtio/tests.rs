@@ -30,8 +30,18 @@ struct Rig {
 
 fn made(backend: Arc<dyn Backend>) -> Rig {
     let dma = dma();
-    let device = Transport::new("device0", dma.clone(), Arc::new(Recorder::default()), backend).unwrap();
-    Rig { dma, device, queues: Vec::new() }
+    let device = Transport::new(
+        "device0",
+        dma.clone(),
+        Arc::new(Recorder::default()),
+        backend,
+    )
+    .unwrap();
+    Rig {
+        dma,
+        device,
+        queues: Vec::new(),
+    }
 }
 
 impl Rig {
@@ -67,7 +77,11 @@ impl Rig {
             let driver = Driver::new(0x1_0000 + u64::from(index) * 0x1000);
             self.set(22, &index.to_le_bytes());
             self.set(24, &16u16.to_le_bytes());
-            for (offset, address) in [(32, driver.base), (40, driver.base + 0x100), (48, driver.base + 0x200)] {
+            for (offset, address) in [
+                (32, driver.base),
+                (40, driver.base + 0x100),
+                (48, driver.base + 0x200),
+            ] {
                 self.set(offset, &(address as u32).to_le_bytes());
                 self.set(offset + 4, &[0; 4]);
             }
@@ -156,7 +170,11 @@ fn a_disk_reads_writes_flushes_and_refuses() {
     disk.read_at(9 * 512, &mut sector).unwrap();
     assert_eq!(sector, [0; 512]);
     for (kind, sector, len) in [(0, 2048, 512), (0, u64::MAX, 512), (0, 0, 100), (99, 0, 1)] {
-        assert_ne!(request(&mut rig, kind, sector, (DATA + 0x2000, len, true)), 0, "{kind} {sector}");
+        assert_ne!(
+            request(&mut rig, kind, sector, (DATA + 0x2000, len, true)),
+            0,
+            "{kind} {sector}"
+        );
     }
 }
 
@@ -176,7 +194,11 @@ fn frames_go_out_and_come_in_and_wait_for_buffers() {
     assert_eq!(&frame[..len], b"a frame of the guest");
     rig.offer(0, 0, &[(DATA + 0x1000, 20, true)]);
     rig.offer(0, 1, &[(DATA + 0x2000, 200, true)]);
-    assert_eq!((rig.used(0), rig.used(0)), (20, 9), "merged over two buffers");
+    assert_eq!(
+        (rig.used(0), rig.used(0)),
+        (20, 9),
+        "merged over two buffers"
+    );
     assert_eq!(&rig.bytes(DATA + 0x100a, 10), b"\x02\x00before a");
     assert_eq!(&rig.bytes(DATA + 0x2000, 9), b"ny buffer");
     let mut mac = [0; 6];
@@ -218,7 +240,12 @@ fn ballooned_pages_are_dropped() {
     let mut rig = made(balloon.clone());
     rig.start();
     rig.dma.write(0x50_0000, &[9; 8192]).unwrap();
-    rig.dma.write(DATA, &[0x500u32.to_le_bytes(), 0x501u32.to_le_bytes()].concat()).unwrap();
+    rig.dma
+        .write(
+            DATA,
+            &[0x500u32.to_le_bytes(), 0x501u32.to_le_bytes()].concat(),
+        )
+        .unwrap();
     rig.offer(0, 0, &[(DATA, 8, false)]);
     rig.used(0);
     assert_eq!(rig.bytes(0x50_0000, 8192), [0; 8192]);
@@ -261,7 +288,10 @@ fn every_device_keeps_its_state() {
     let console = || Console::new(Box::new(Sink::default())).unwrap();
     let pairs: Vec<[Arc<dyn Backend>; 2]> = vec![
         [Arc::new(Rng), Arc::new(Rng)],
-        [Arc::new(Block::new(disk.clone(), 2, "x")), Arc::new(Block::new(disk, 2, "x"))],
+        [
+            Arc::new(Block::new(disk.clone(), 2, "x")),
+            Arc::new(Block::new(disk, 2, "x")),
+        ],
         [Arc::new(net()), Arc::new(net())],
         [Arc::new(console()), Arc::new(console())],
         [Arc::new(Balloon::new()), Arc::new(Balloon::new())],

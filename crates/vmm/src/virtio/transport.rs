@@ -119,7 +119,10 @@ impl Gate {
         let mut state = self.lock();
         state.paused = true;
         while state.active > 0 {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -189,7 +192,12 @@ impl Transport {
         let notify = NOTIFY_STEP as u32;
         let parts = [
             capability(1, 0, 64, &[]),
-            capability(2, NOTIFY_AT, sizes.len() as u32 * notify, &notify.to_le_bytes()),
+            capability(
+                2,
+                NOTIFY_AT,
+                sizes.len() as u32 * notify,
+                &notify.to_le_bytes(),
+            ),
             capability(3, ISR_AT, 4, &[]),
             capability(4, DEVICE_AT, 0x1000, &[]),
         ];
@@ -200,13 +208,22 @@ impl Transport {
         let mut writable = [0u8; 18];
         writable[2] = 0xff;
         writable[6..].fill(0xff);
-        let (builder, access_capability) =
-            builder.capability(CAPABILITY_VENDOR, &capability(CONFIG_ACCESS, 0, 0, &[0; 4]), &writable);
+        let (builder, access_capability) = builder.capability(
+            CAPABILITY_VENDOR,
+            &capability(CONFIG_ACCESS, 0, 0, &[0; 4]),
+            &writable,
+        );
         let slots = sizes
             .iter()
-            .map(|size| Ok(QueueSlot { queue: Mutex::new(Queue::new(*size)), event: event()? }))
+            .map(|size| {
+                Ok(QueueSlot {
+                    queue: Mutex::new(Queue::new(*size)),
+                    event: event()?,
+                })
+            })
             .collect::<std::io::Result<Vec<_>>>()?;
-        let features = backend.features() | feature::VERSION_1 | feature::EVENT_INDEX | feature::INDIRECT;
+        let features =
+            backend.features() | feature::VERSION_1 | feature::EVENT_INDEX | feature::INDIRECT;
         let shared = Arc::new(Shared {
             name: name.into(),
             dma,
@@ -214,7 +231,10 @@ impl Transport {
             function: builder.build(),
             backend,
             features,
-            common: Mutex::new(Common { config_vector: NO_VECTOR, ..Common::default() }),
+            common: Mutex::new(Common {
+                config_vector: NO_VECTOR,
+                ..Common::default()
+            }),
             isr: AtomicU8::new(0),
             slots,
             gate: Gate::default(),
@@ -235,7 +255,11 @@ impl Transport {
             );
             wakes.push(wake);
         }
-        Ok(Arc::new(Transport { shared, threads: Mutex::new(threads), wakes }))
+        Ok(Arc::new(Transport {
+            shared,
+            threads: Mutex::new(threads),
+            wakes,
+        }))
     }
 
     fn wake_threads(&self) {
@@ -261,7 +285,8 @@ impl Shared {
 
     fn running_features(&self) -> Option<u64> {
         let common = self.common();
-        (common.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK).then_some(common.driver_features)
+        (common.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK)
+            .then_some(common.driver_features)
     }
 
     fn interrupt(&self, vector: u16, cause: u8) {
@@ -315,9 +340,17 @@ impl Shared {
     fn work(&self, thread: usize, queues: &[usize], wake: &OwnedFd) {
         while !self.closed.load(Ordering::Acquire) {
             let features = self.running_features();
-            let source = if features.is_some() { self.backend.event_source(thread) } else { None };
+            let source = if features.is_some() {
+                self.backend.event_source(thread)
+            } else {
+                None
+            };
             let mut waiting: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
-            waiting.extend(queues.iter().map(|index| PollFd::new(&self.slots[*index].event, PollFlags::IN)));
+            waiting.extend(
+                queues
+                    .iter()
+                    .map(|index| PollFd::new(&self.slots[*index].event, PollFlags::IN)),
+            );
             if let Some(source) = &source {
                 waiting.push(PollFd::new(source, PollFlags::IN));
             }
@@ -339,7 +372,11 @@ impl Shared {
                 continue;
             }
             if let Some(features) = self.running_features() {
-                let access = Queues { dma: &self.dma, slots: &self.slots, features };
+                let access = Queues {
+                    dma: &self.dma,
+                    slots: &self.slots,
+                    features,
+                };
                 let mut result = Ok(());
                 for (at, index) in queues.iter().enumerate() {
                     if ready[1 + at] {
@@ -355,7 +392,9 @@ impl Shared {
                     self.break_device(&error);
                 }
             } else {
-                queues.iter().for_each(|index| drain(self.slots[*index].event.as_fd()));
+                queues
+                    .iter()
+                    .for_each(|index| drain(self.slots[*index].event.as_fd()));
             }
             self.gate.leave();
         }
@@ -366,7 +405,10 @@ impl Shared {
             slot.lock().reset();
         }
         self.backend.reset();
-        *self.common() = Common { config_vector: NO_VECTOR, ..Common::default() };
+        *self.common() = Common {
+            config_vector: NO_VECTOR,
+            ..Common::default()
+        };
         self.isr.store(0, Ordering::Release);
         self.function.set_pin(false);
     }
@@ -378,8 +420,8 @@ impl Shared {
         let started = {
             let mut common = self.common();
             let mut status = value | common.status & STATUS_NEEDS_RESET;
-            let acceptable =
-                common.driver_features & !self.features == 0 && common.driver_features & feature::VERSION_1 != 0;
+            let acceptable = common.driver_features & !self.features == 0
+                && common.driver_features & feature::VERSION_1 != 0;
             if status & STATUS_FEATURES_OK != 0 && !acceptable {
                 status &= !STATUS_FEATURES_OK;
             }
@@ -400,7 +442,8 @@ impl Shared {
     }
 
     fn read_common(&self, offset: u64) -> u64 {
-        let queue = |field: fn(&Queue) -> u64| self.selected().map_or(0, |slot| field(&slot.lock()));
+        let queue =
+            |field: fn(&Queue) -> u64| self.selected().map_or(0, |slot| field(&slot.lock()));
         let half = |features: u64, select: u32| match select {
             0 => features & 0xffff_ffff,
             1 => features >> 32,
@@ -420,7 +463,9 @@ impl Shared {
             21 => u64::from(self.common().generation),
             22 => u64::from(self.common().queue_select),
             24 => queue(|queue| u64::from(queue.size)),
-            26 => self.selected().map_or(u64::from(NO_VECTOR), |slot| u64::from(slot.lock().vector)),
+            26 => self
+                .selected()
+                .map_or(u64::from(NO_VECTOR), |slot| u64::from(slot.lock().vector)),
             28 => queue(|queue| u64::from(queue.enabled)),
             30 => u64::from(self.common().queue_select),
             32 => queue(|queue| queue.descriptors),
@@ -434,7 +479,15 @@ impl Shared {
     }
 
     fn valid_vector(&self, vector: u16) -> u16 {
-        if self.function.msix().is_some_and(|msix| vector < msix.vectors()) { vector } else { NO_VECTOR }
+        if self
+            .function
+            .msix()
+            .is_some_and(|msix| vector < msix.vectors())
+        {
+            vector
+        } else {
+            NO_VECTOR
+        }
     }
 
     fn write_common(&self, offset: u64, len: usize, value: u64) {
@@ -507,7 +560,10 @@ impl Shared {
                 let value = self.read_common(offset);
                 put(data, value);
                 if data.len() == 8 && offset >= 32 {
-                    put(data, value & 0xffff_ffff | self.read_common(offset + 4) << 32);
+                    put(
+                        data,
+                        value & 0xffff_ffff | self.read_common(offset + 4) << 32,
+                    );
                 }
             }
             ISR_AT..DEVICE_AT => {
@@ -527,7 +583,10 @@ impl Shared {
             0..ISR_AT => self.write_common(offset, data.len(), get(data)),
             DEVICE_AT..NOTIFY_AT => self.backend.write_config(offset - DEVICE_AT, data),
             NOTIFY_AT.. => {
-                if let Some(slot) = self.slots.get(((offset - NOTIFY_AT) / NOTIFY_STEP) as usize) {
+                if let Some(slot) = self
+                    .slots
+                    .get(((offset - NOTIFY_AT) / NOTIFY_STEP) as usize)
+                {
                     slot.notify();
                 }
             }
@@ -537,13 +596,21 @@ impl Shared {
 
     /// Lets the kernel answer notifications where BAR 0 is now, where the back end can.
     fn move_doorbells(&self, base: Option<u64>) {
-        let mut current = self.doorbells.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(doorbells) = self.vm.doorbells() else { return };
+        let mut current = self
+            .doorbells
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(doorbells) = self.vm.doorbells() else {
+            return;
+        };
         if *current == base {
             return;
         }
         let addresses = |base: u64| {
-            self.slots.iter().enumerate().map(move |(index, slot)| (base + NOTIFY_AT + index as u64 * NOTIFY_STEP, slot))
+            self.slots
+                .iter()
+                .enumerate()
+                .map(move |(index, slot)| (base + NOTIFY_AT + index as u64 * NOTIFY_STEP, slot))
         };
         if let Some(old) = current.take() {
             for (address, slot) in addresses(old) {
@@ -564,8 +631,11 @@ impl Shared {
     /// BAR offset and length that the configuration window names, where they are one of ours.
     fn window(&self) -> Option<(u64, usize)> {
         let mut bytes = [0; 16];
-        self.function.config_bytes(self.access_capability, &mut bytes);
-        let offset = u64::from(u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]));
+        self.function
+            .config_bytes(self.access_capability, &mut bytes);
+        let offset = u64::from(u32::from_le_bytes([
+            bytes[8], bytes[9], bytes[10], bytes[11],
+        ]));
         let len = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
         let fits = bytes[4] == 0 && matches!(len, 1 | 2 | 4) && offset + u64::from(len) <= BAR_LEN;
         fits.then_some((offset, len as usize))
@@ -584,7 +654,8 @@ impl PciDevice for Transport {
     }
     fn before_config_read(&self, offset: usize, len: usize) {
         let data_at = self.shared.access_capability + 16;
-        if offset < data_at + 4 && offset + len > data_at
+        if offset < data_at + 4
+            && offset + len > data_at
             && let Some((at, size)) = self.shared.window()
         {
             let mut data = [0; 4];
@@ -594,7 +665,8 @@ impl PciDevice for Transport {
     }
     fn after_config_write(&self, offset: usize, len: usize) {
         let data_at = self.shared.access_capability + 16;
-        if offset < data_at + 4 && offset + len > data_at
+        if offset < data_at + 4
+            && offset + len > data_at
             && let Some((at, size)) = self.shared.window()
         {
             let mut data = [0; 4];
@@ -602,7 +674,8 @@ impl PciDevice for Transport {
             self.shared.write(at, &data[..size]);
         }
         if offset < 0x28 {
-            self.shared.move_doorbells(self.shared.function.decoded_at(0));
+            self.shared
+                .move_doorbells(self.shared.function.decoded_at(0));
         }
     }
 }
@@ -625,7 +698,9 @@ impl Persist for Transport {
     fn close(&self) {
         self.shared.closed.store(true, Ordering::Release);
         self.wake_threads();
-        for thread in std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner)) {
+        for thread in
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner))
+        {
             let _ = thread.join();
         }
         self.shared.move_doorbells(None);
@@ -637,7 +712,12 @@ impl Persist for Transport {
             function: self.shared.function.save(),
             common: self.shared.common().clone(),
             isr: self.shared.isr.load(Ordering::Acquire),
-            queues: self.shared.slots.iter().map(|slot| slot.lock().clone()).collect(),
+            queues: self
+                .shared
+                .slots
+                .iter()
+                .map(|slot| slot.lock().clone())
+                .collect(),
             backend: self.shared.backend.save(),
         };
         Saved::of(self.identity(), 1, &saved)
@@ -657,8 +737,14 @@ impl Persist for Transport {
         if content.common.driver_features & !shared.features != 0 {
             return Err(saved.damaged("it uses features that this machine does not offer"));
         }
-        shared.function.restore(content.function).map_err(|reason| saved.damaged(reason))?;
-        shared.backend.restore(&content.backend).map_err(|reason| saved.damaged(reason))?;
+        shared
+            .function
+            .restore(content.function)
+            .map_err(|reason| saved.damaged(reason))?;
+        shared
+            .backend
+            .restore(&content.backend)
+            .map_err(|reason| saved.damaged(reason))?;
         for (slot, queue) in shared.slots.iter().zip(content.queues) {
             *slot.lock() = queue;
         }
