@@ -54,7 +54,11 @@ impl From<engine::Error> for ApiError {
         if error.kind() == Kind::Internal {
             tracing::warn!(%error, "request failed");
         }
-        ApiError::of(&error)
+        let mut answer = ApiError::of(&error);
+        if matches!(error, engine::Error::Unauthorized(_)) {
+            answer.status = StatusCode::UNAUTHORIZED;
+        }
+        answer
     }
 }
 

@@ -256,9 +256,10 @@ async fn one(
             let credentials = credentials(request.headers())?;
             let (name, tag) = (name.to_owned(), params.text("tag"));
             progress::respond(move |lines, cancel| async move {
-                engine
-                    .push_image(&name, &tag, credentials, Arc::new(lines), cancel)
-                    .await?;
+                let listener = Arc::new(lines.clone());
+                for sent in engine.push_image(&name, &tag, credentials, listener, cancel).await? {
+                    lines.aux(json!({ "Tag": sent.tag, "Digest": sent.digest, "Size": sent.size }));
+                }
                 Ok(())
             })
             .await

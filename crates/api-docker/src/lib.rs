@@ -5,6 +5,7 @@
 
 pub mod absent;
 pub mod auth;
+pub mod build;
 pub mod containers;
 pub mod error;
 pub mod hijack;
@@ -32,6 +33,7 @@ pub use serve::serve;
 pub fn router(engine: Arc<Engine>) -> Router {
     let inner = Router::new()
         .merge(absent::router())
+        .merge(build::router())
         .merge(containers::router())
         .merge(images::router())
         .merge(native::router())

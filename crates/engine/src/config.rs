@@ -19,6 +19,8 @@ pub struct EngineConfig {
     pub stop_timeout: Duration,
     /// `/dev/shm` unless the container says otherwise, bytes.
     pub shm_size: u64,
+    /// Registries that may be spoken to without TLS; this machine's own always may.
+    pub insecure_registries: Vec<String>,
     /// The parent of the containers' cgroups; must differ between daemons of one host.
     pub cgroup_parent: String,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
@@ -38,6 +40,7 @@ impl EngineConfig {
             init: false,
             stop_timeout: Duration::from_secs(10),
             shm_size: 64 << 20,
+            insecure_registries: Vec::new(),
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
         }
     }

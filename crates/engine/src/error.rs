@@ -45,6 +45,9 @@ pub enum Error {
     /// The caller may not do this.
     #[error("{0}")]
     Forbidden(String),
+    /// Credentials that are not accepted.
+    #[error("{0}")]
+    Unauthorized(String),
     /// No room.
     #[error("{0}")]
     Capacity(String),
@@ -111,7 +114,7 @@ impl Classified for Error {
             | Error::Conflict(_) => Kind::Conflict,
             Error::NotModified(_) => Kind::NotModified,
             Error::Unsupported(_) => Kind::Unsupported,
-            Error::Forbidden(_) => Kind::Permission,
+            Error::Forbidden(_) | Error::Unauthorized(_) => Kind::Permission,
             Error::Capacity(_) => Kind::Capacity,
             Error::Keeper(_) => Kind::Internal,
             Error::Runtime { kind, .. } | Error::Room { kind, .. } => *kind,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::Arc;
 
+use ::image::registry::{Insecure, PullOptions, PushOptions, Pushed};
 use ::image::store::{Filter, HistoryLine, Image, InUse, RemoveOptions, Removed};
 use ::image::{ImageId, Platform, Reference};
 
@@ -378,6 +379,9 @@ impl Engine {
     }
 
     /// Fetches an image from its registry.
+    ///
+    /// # Errors
+    /// A name or platform that is none; what the registry says.
     pub async fn pull_image(
         self: &Arc<Self>,
         name: &str,
@@ -385,12 +389,25 @@ impl Engine {
         credentials: Credentials,
         progress: Arc<dyn Progress>,
         cancel: Cancel,
-    ) -> Result<()> {
-        let _ = (name, platform, credentials, progress, cancel);
-        absent()
+    ) -> Result<String> {
+        let reference = Reference::parse(name).map_err(Error::room)?.or_latest();
+        let options = PullOptions {
+            credentials: credentials.given(),
+            platform: self::platform(platform)?,
+            insecure: self.insecure(),
+            ..PullOptions::default()
+        };
+        let pulled = ::image::registry::pull(self.images(), &reference, &options, progress, cancel)
+            .await
+            .map_err(registry_error(&reference))?;
+        self.image_event("pull", &reference.familiar(), &reference.familiar());
+        Ok(pulled.id.to_string())
     }
 
-    /// Sends an image to its registry.
+    /// Sends an image to its registry; without a tag all images of the repository. Answers what was sent.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] where nothing has the name; what the registry says.
     pub async fn push_image(
         self: &Arc<Self>,
         name: &str,
@@ -398,9 +415,55 @@ impl Engine {
         credentials: Credentials,
         progress: Arc<dyn Progress>,
         cancel: Cancel,
-    ) -> Result<()> {
-        let _ = (name, tag, credentials, progress, cancel);
-        absent()
+    ) -> Result<Vec<Pushed>> {
+        let repository = Reference::parse(name).map_err(Error::room)?;
+        let mut references = Vec::new();
+        if !tag.is_empty() {
+            references.push(repository.with_tag(tag).map_err(Error::room)?);
+        } else if repository.tag().is_some() {
+            references.push(repository.clone());
+        } else {
+            let store = self.images().clone();
+            let all = blocking(move || store.list(&Filter::default()).map_err(Error::room)).await?;
+            let names = all.iter().flat_map(|image| &image.repo_tags);
+            let named = names.filter_map(|name| Reference::parse(name).ok());
+            references.extend(named.filter(|found| found.repository() == repository.repository()));
+        }
+        let options = PushOptions {
+            credentials: credentials.given(),
+            insecure: self.insecure(),
+            ..PushOptions::default()
+        };
+        let mut sent = Vec::new();
+        let unknown = || {
+            Error::NotFound(format!(
+                "An image does not exist locally with the tag: {}",
+                repository.familiar_repository()
+            ))
+        };
+        for reference in &references {
+            let push = ::image::registry::push(
+                self.images(),
+                reference,
+                &options,
+                progress.clone(),
+                cancel.clone(),
+            );
+            let pushed = push.await.map_err(|error| match error {
+                ::image::Error::NoSuchImage(_) => unknown(),
+                error => registry_error(reference)(error),
+            })?;
+            self.image_event("push", &reference.familiar(), &reference.familiar());
+            sent.push(pushed);
+        }
+        if sent.is_empty() {
+            return Err(unknown());
+        }
+        Ok(sent)
+    }
+
+    fn insecure(&self) -> Insecure {
+        Insecure(self.config().insecure_registries.clone())
     }
 
     /// Reads images of an archive, Docker's or OCI's; answers their names (or ids).
@@ -490,13 +553,51 @@ impl Engine {
     }
 
     /// Tries credentials at a registry; answers the token to keep in place of the password, or the empty text.
-    pub async fn authenticate(
-        self: &Arc<Self>,
-        server: &str,
-        credentials: Credentials,
-    ) -> Result<String> {
-        let _ = (server, credentials);
-        absent()
+    ///
+    /// # Errors
+    /// [`Error::Unauthorized`] where it refuses them.
+    pub async fn authenticate(self: &Arc<Self>, server: &str, credentials: Credentials) -> Result<String> {
+        // What the docker command line calls Docker Hub.
+        let server = match server {
+            "" | "https://index.docker.io/v1/" => "docker.io",
+            server => server,
+        };
+        let credentials = credentials.given().unwrap_or_default();
+        ::image::registry::login(server, &credentials, &self.insecure()).await.map_err(|error| match error {
+            ::image::Error::Denied { .. } => Error::Unauthorized(error.to_string()),
+            error => Error::room(error),
+        })?;
+        Ok(String::new())
+    }
+}
+
+impl Credentials {
+    fn given(self) -> Option<::image::registry::Credentials> {
+        let all = [&self.username, &self.identity_token, &self.registry_token];
+        if all.into_iter().all(|text| text.is_empty()) {
+            return None;
+        }
+        Some(::image::registry::Credentials {
+            username: self.username,
+            password: self.password,
+            identitytoken: self.identity_token,
+            registrytoken: self.registry_token,
+            ..Default::default()
+        })
+    }
+}
+
+/// A registry's refusals, in dockerd's words where it denies that the image is there.
+fn registry_error(reference: &Reference) -> impl FnOnce(::image::Error) -> Error {
+    let name = reference.familiar_repository();
+    move |error| match error {
+        ::image::Error::Denied { .. } => Error::NotFound(format!(
+            "pull access denied for {name}, repository does not exist or may require 'docker login': {error}"
+        )),
+        ::image::Error::Registry { status: 404, .. } => {
+            Error::NotFound(format!("manifest for {name} not found: {error}"))
+        }
+        error => Error::room(error),
     }
 }
 

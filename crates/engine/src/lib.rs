@@ -4,6 +4,7 @@
 //! names, one set, stored and spoken, so that the faces above have nothing to translate.
 
 pub mod bridge;
+pub mod build;
 pub mod config;
 pub mod container;
 pub mod error;

@@ -1,0 +1,134 @@
+//! `POST /build`: the classic builder, as `DOCKER_BUILDKIT=0 docker build` speaks to it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse;
+use axum::routing::post;
+use engine::Engine;
+use engine::build::{BuildOptions, BuildOutput};
+use engine::progress::{Event, Progress};
+
+use crate::auth::registry_config;
+use crate::error::{Answer, ApiError};
+use crate::images::{platform, reader};
+use crate::progress::{self, Lines};
+use crate::request::{Params, header_text};
+
+pub(crate) fn router() -> Router<Arc<Engine>> {
+    Router::new()
+        .route("/build", post(build))
+        .route("/build/prune", post(prune))
+        .route("/build/cancel", post(async || StatusCode::NO_CONTENT))
+}
+
+/// A build's words as lines; with `q`, only its result.
+struct Output {
+    lines: Lines,
+    quiet: bool,
+}
+
+impl BuildOutput for Output {
+    fn write(&self, text: &str) {
+        if !self.quiet {
+            self.lines.stream(text);
+        }
+    }
+}
+
+impl Progress for Output {
+    fn report(&self, event: Event) {
+        if !self.quiet {
+            self.lines.report(event);
+        }
+    }
+}
+
+fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiError> {
+    if params.get("version").is_some_and(|version| version != "1") {
+        return Err(ApiError::new(
+            StatusCode::NOT_IMPLEMENTED,
+            "BuildKit is not supported by Berth: build with DOCKER_BUILDKIT=0, or with `berth build`",
+        ));
+    }
+    if let Some(remote) = params.get("remote")
+        && remote != "client-session"
+    {
+        return Err(ApiError::new(
+            StatusCode::NOT_IMPLEMENTED,
+            format!("building from the remote context {remote} is not supported: fetch it first, then build from the folder"),
+        ));
+    }
+    if params.flag("squash") {
+        return Err(ApiError::bad_request("squash is only supported with experimental mode"));
+    }
+    let tags = params.all("t").into_iter().filter(|tag| !tag.is_empty()).collect();
+    let credentials = registry_config(header_text(headers, "x-registry-config"))?;
+    Ok(BuildOptions {
+        dockerfile: params.get("dockerfile").unwrap_or("Dockerfile").to_owned(),
+        tags,
+        arguments: params.json::<BTreeMap<String, Option<String>>>("buildargs")?.unwrap_or_default(),
+        labels: params.json::<BTreeMap<String, String>>("labels")?.unwrap_or_default(),
+        target: params.text("target"),
+        no_cache: params.flag("nocache"),
+        pull: params.flag("pull"),
+        platform: platform(params)?,
+        network: params.text("networkmode"),
+        memory: params.number("memory")?.unwrap_or(0),
+        cpu_quota: params.number("cpuquota")?.unwrap_or(0),
+        cpu_period: params.number("cpuperiod")?.unwrap_or(0),
+        cpu_shares: params.number("cpushares")?.unwrap_or(0),
+        cpuset_cpus: params.text("cpusetcpus"),
+        shm_size: params.number("shmsize")?.unwrap_or(0),
+        extra_hosts: extra_hosts(params)?,
+        credentials: credentials.into_iter().map(|(server, auth)| (server, auth.into())).collect(),
+    })
+}
+
+/// `["name:address"]`, or the words `name:address` joined by commas.
+fn extra_hosts(params: &Params) -> Result<Vec<String>, ApiError> {
+    match params.get("extrahosts") {
+        Some(text) if text.starts_with('[') => Ok(params.json("extrahosts")?.unwrap_or_default()),
+        Some(text) => Ok(text.split(',').map(str::to_owned).collect()),
+        None => Ok(Vec::new()),
+    }
+}
+
+async fn build(
+    State(engine): State<Arc<Engine>>,
+    params: Params,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
+    let options = options(&params, &headers)?;
+    let quiet = params.flag("q");
+    let context = reader(body);
+    progress::respond(move |lines, cancel| async move {
+        let output = Arc::new(Output { lines: lines.clone(), quiet });
+        let tags = options.tags.clone();
+        let id = engine.build_image(context, options, output, cancel).await?;
+        lines.aux(serde_json::json!({ "ID": id }));
+        if quiet {
+            lines.stream(format!("{id}\n"));
+            return Ok(());
+        }
+        let short = id.trim_start_matches("sha256:").chars().take(12).collect::<String>();
+        lines.stream(format!("Successfully built {short}\n"));
+        for tag in tags {
+            let shown = image::Reference::parse(&tag).map_or(tag, |name| name.or_latest().familiar());
+            lines.stream(format!("Successfully tagged {shown}\n"));
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn prune(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
+    let space = engine.prune_builds(params.flag("all")).await?;
+    Ok(Json(serde_json::json!({ "CachesDeleted": [], "SpaceReclaimed": space })).into_response())
+}
