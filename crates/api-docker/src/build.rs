@@ -85,18 +85,9 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
         cpu_shares: params.number("cpushares")?.unwrap_or(0),
         cpuset_cpus: params.text("cpusetcpus"),
         shm_size: params.number("shmsize")?.unwrap_or(0),
-        extra_hosts: extra_hosts(params)?,
+        extra_hosts: params.all("extrahosts").into_iter().filter(|host| !host.is_empty()).collect(),
         credentials: credentials.into_iter().map(|(server, auth)| (server, auth.into())).collect(),
     })
-}
-
-/// `["name:address"]`, or the words `name:address` joined by commas.
-fn extra_hosts(params: &Params) -> Result<Vec<String>, ApiError> {
-    match params.get("extrahosts") {
-        Some(text) if text.starts_with('[') => Ok(params.json("extrahosts")?.unwrap_or_default()),
-        Some(text) => Ok(text.split(',').map(str::to_owned).collect()),
-        None => Ok(Vec::new()),
-    }
 }
 
 async fn build(
