@@ -40,7 +40,7 @@ pub fn role(args: &[String]) -> Option<ExitCode> {
 }
 
 pub struct Daemon {
-    pub engine: Arc<Engine>,
+    _engine: Arc<Engine>,
     pub home: tempfile::TempDir,
     socket: PathBuf,
     stop: CancellationToken,
