@@ -257,7 +257,10 @@ async fn one(
             let (name, tag) = (name.to_owned(), params.text("tag"));
             progress::respond(move |lines, cancel| async move {
                 let listener = Arc::new(lines.clone());
-                for sent in engine.push_image(&name, &tag, credentials, listener, cancel).await? {
+                for sent in engine
+                    .push_image(&name, &tag, credentials, listener, cancel)
+                    .await?
+                {
                     lines.aux(json!({ "Tag": sent.tag, "Digest": sent.digest, "Size": sent.size }));
                 }
                 Ok(())

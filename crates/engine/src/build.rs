@@ -121,7 +121,9 @@ impl Engine {
         cancel: Cancel,
     ) -> Result<String> {
         let _ = (context, options, output, cancel);
-        Err(Error::Unsupported("the builder is not in this build yet".into()))
+        Err(Error::Unsupported(
+            "the builder is not in this build yet".into(),
+        ))
     }
 
     /// Forgets what builds kept for the next ones; answers the bytes given back.
@@ -138,10 +140,14 @@ impl Engine {
 fn unpack(archive: impl Read + Send, context: &Path, cancel: &Cancel) -> Result<()> {
     let bad = |error: io::Error| match error.raw_os_error() {
         None => Error::Invalid(format!("the build context is no good archive: {error}")),
-        Some(_) => Error::Io { what: "unpacking the build context".into(), source: error },
+        Some(_) => Error::Io {
+            what: "unpacking the build context".into(),
+            source: error,
+        },
     };
-    let (_, reader) = ::image::layer::compression::reader(BufReader::with_capacity(64 << 10, archive))
-        .map_err(Error::room)?;
+    let (_, reader) =
+        ::image::layer::compression::reader(BufReader::with_capacity(64 << 10, archive))
+            .map_err(Error::room)?;
     let mut archive = tar::Archive::new(reader);
     archive.set_preserve_permissions(true);
     archive.set_preserve_mtime(true);
@@ -163,13 +169,17 @@ fn unpack(archive: impl Read + Send, context: &Path, cancel: &Cancel) -> Result<
         }
         let kind = entry.header().entry_type();
         if kind.is_block_special() || kind.is_character_special() || kind.is_fifo() {
-            return Err(Error::Invalid(format!("the build context holds a device or pipe: {name}")));
+            return Err(Error::Invalid(format!(
+                "the build context holds a device or pipe: {name}"
+            )));
         }
         if kind.is_pax_global_extensions() {
             continue;
         }
         if !entry.unpack_in(context).map_err(bad)? {
-            return Err(Error::Invalid(format!("the build context holds a name that leads out of it: {name}")));
+            return Err(Error::Invalid(format!(
+                "the build context holds a name that leads out of it: {name}"
+            )));
         }
     }
     Ok(())
@@ -210,18 +220,30 @@ mod tests {
         let target = outside.display().to_string();
         for entries in [
             vec![(T::Regular, "../outside/x", "evil")],
-            vec![(T::Symlink, "link", target.as_str()), (T::Regular, "link/x", "evil")],
-            vec![(T::Symlink, "link", "../outside"), (T::Regular, "link/x", "evil")],
+            vec![
+                (T::Symlink, "link", target.as_str()),
+                (T::Regular, "link/x", "evil"),
+            ],
+            vec![
+                (T::Symlink, "link", "../outside"),
+                (T::Regular, "link/x", "evil"),
+            ],
             vec![(T::Char, "null", "")],
         ] {
             let context = home.path().join(base::Id::random().short());
             fs::create_dir(&context).unwrap();
-            assert!(unpack(&archive(&entries)[..], &context, &Cancel::default()).is_err(), "{entries:?}");
+            assert!(
+                unpack(&archive(&entries)[..], &context, &Cancel::default()).is_err(),
+                "{entries:?}"
+            );
             assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{entries:?}");
         }
         let context = home.path().join("good");
         fs::create_dir(&context).unwrap();
-        let good = archive(&[(T::Regular, "Dockerfile", "FROM x"), (T::Regular, "/a", "b")]);
+        let good = archive(&[
+            (T::Regular, "Dockerfile", "FROM x"),
+            (T::Regular, "/a", "b"),
+        ]);
         unpack(&good[..], &context, &Cancel::default()).unwrap();
         assert_eq!(fs::read_to_string(context.join("a")).unwrap(), "b");
         assert!(unpack(&good[..700], &context, &Cancel::default()).is_err());

@@ -556,17 +556,23 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Unauthorized`] where it refuses them.
-    pub async fn authenticate(self: &Arc<Self>, server: &str, credentials: Credentials) -> Result<String> {
+    pub async fn authenticate(
+        self: &Arc<Self>,
+        server: &str,
+        credentials: Credentials,
+    ) -> Result<String> {
         // What the docker command line calls Docker Hub.
         let server = match server {
             "" | "https://index.docker.io/v1/" => "docker.io",
             server => server,
         };
         let credentials = credentials.given().unwrap_or_default();
-        ::image::registry::login(server, &credentials, &self.insecure()).await.map_err(|error| match error {
-            ::image::Error::Denied { .. } => Error::Unauthorized(error.to_string()),
-            error => Error::room(error),
-        })?;
+        ::image::registry::login(server, &credentials, &self.insecure())
+            .await
+            .map_err(|error| match error {
+                ::image::Error::Denied { .. } => Error::Unauthorized(error.to_string()),
+                error => Error::room(error),
+            })?;
         Ok(String::new())
     }
 }

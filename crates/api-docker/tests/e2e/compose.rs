@@ -9,13 +9,18 @@ crate::tests! {
 }
 
 fn compose_brings_a_project_up_and_down() {
-    let Some(daemon) = has_busybox("compose") else { return };
+    let Some(daemon) = has_busybox("compose") else {
+        return;
+    };
     let version = Command::new("docker-compose").arg("version").output();
     if !version.is_ok_and(|output| output.status.success()) {
         eprintln!("SKIPPED: compose: docker-compose is not installed");
         return;
     }
-    let home = tempfile::Builder::new().prefix("composed").tempdir().unwrap();
+    let home = tempfile::Builder::new()
+        .prefix("composed")
+        .tempdir()
+        .unwrap();
     std::fs::write(
         home.path().join("docker-compose.yml"),
         r#"version: "3.8"
@@ -40,26 +45,54 @@ volumes:
             .args(["100", "docker-compose", "--no-ansi", "-p", "composed"])
             .args(args)
             .current_dir(home.path())
-            .env("DOCKER_HOST", format!("unix://{}", daemon.socket().display()))
+            .env(
+                "DOCKER_HOST",
+                format!("unix://{}", daemon.socket().display()),
+            )
             .output()
             .unwrap();
-        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let text = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
         assert!(output.status.success(), "docker-compose {args:?}: {text}");
         text
     };
     compose(&["up", "-d"]);
     let listed = compose(&["ps"]);
     assert!(listed.contains("web") && listed.contains("Up"), "{listed}");
-    let served = compose(&["exec", "-T", "client", "sh", "-c", "nc -w 5 web 80 </dev/null"]);
+    let served = compose(&[
+        "exec",
+        "-T",
+        "client",
+        "sh",
+        "-c",
+        "nc -w 5 web 80 </dev/null",
+    ]);
     assert!(served.contains("served"), "{served}");
     // Nothing has changed, so nothing is made anew.
     let again = compose(&["up", "-d"]);
-    assert!(again.contains("up-to-date") || again.contains("Running"), "{again}");
+    assert!(
+        again.contains("up-to-date") || again.contains("Running"),
+        "{again}"
+    );
     compose(&["logs", "web"]);
     compose(&["stop", "-t", "0"]);
     compose(&["start"]);
     compose(&["restart", "-t", "0"]);
     compose(&["down", "-v", "-t", "0"]);
-    assert_eq!(daemon.docker(&["ps", "-aq", "--filter", "label=com.docker.compose.project=composed"]), "");
-    assert_eq!(daemon.docker(&["volume", "ls", "-q", "--filter", "name=composed_data"]), "");
+    assert_eq!(
+        daemon.docker(&[
+            "ps",
+            "-aq",
+            "--filter",
+            "label=com.docker.compose.project=composed"
+        ]),
+        ""
+    );
+    assert_eq!(
+        daemon.docker(&["volume", "ls", "-q", "--filter", "name=composed_data"]),
+        ""
+    );
 }

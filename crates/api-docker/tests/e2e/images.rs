@@ -156,7 +156,11 @@ struct Registry {
 impl Registry {
     fn start(test: &str) -> Option<Registry> {
         let home = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let address = format!("127.0.0.1:{port}");
         let config = home.path().join("config.yml");
         let root = home.path().join("root");
@@ -175,8 +179,14 @@ impl Registry {
             eprintln!("SKIPPED: {test}: docker-registry is not installed");
             return None;
         };
-        eventually("the registry listens", || std::net::TcpStream::connect(&address).is_ok());
-        Some(Registry { process, address, _home: home })
+        eventually("the registry listens", || {
+            std::net::TcpStream::connect(&address).is_ok()
+        });
+        Some(Registry {
+            process,
+            address,
+            _home: home,
+        })
     }
 }
 
@@ -191,30 +201,60 @@ fn images_go_to_a_registry_and_come_back() {
     if !has_docker("push") {
         return;
     }
-    let Some(registry) = Registry::start("push") else { return };
+    let Some(registry) = Registry::start("push") else {
+        return;
+    };
     let daemon = shared();
     let archive = small_archive(&"to the registry and back ".repeat(10_000));
     let name = format!("{}/app/one:v1", registry.address);
     let imported = daemon.docker_with(&["import", "-", &name], &archive);
     let id = String::from_utf8_lossy(&imported.stdout).trim().to_owned();
     let pushed = daemon.docker(&["push", &name]);
-    assert!(pushed.contains("Pushed") && pushed.contains("v1: digest: sha256:"), "{pushed}");
+    assert!(
+        pushed.contains("Pushed") && pushed.contains("v1: digest: sha256:"),
+        "{pushed}"
+    );
     let again = daemon.docker(&["push", &name]);
     assert!(again.contains("Layer already exists"), "{again}");
     daemon.docker(&["rmi", "-f", &id]);
     let pulled = daemon.docker(&["pull", &name]);
-    assert!(pulled.contains(&format!("Status: Downloaded newer image for {name}")), "{pulled}");
+    assert!(
+        pulled.contains(&format!("Status: Downloaded newer image for {name}")),
+        "{pulled}"
+    );
     assert_eq!(daemon.docker(&["images", "-q", "--no-trunc", &name]), id);
     let digests = daemon.docker(&["image", "inspect", "-f", "{{index .RepoDigests 0}}", &name]);
     assert!(digests.contains("/app/one@sha256:"), "{digests}");
-    assert!(daemon.docker(&["pull", &name]).contains("Image is up to date"));
+    assert!(
+        daemon
+            .docker(&["pull", &name])
+            .contains("Image is up to date")
+    );
     let unknown = format!("{}/app/two", registry.address);
     let error = daemon.docker_fails(&["pull", &unknown]);
-    assert!(error.contains("not found") || error.contains("unknown"), "{error}");
-    assert!(daemon.docker_fails(&["push", &unknown]).contains("An image does not exist locally with the tag"));
-    assert!(daemon.docker_fails(&["pull", "127.0.0.1:1/none"]).contains("127.0.0.1:1"));
-    let login = daemon.docker_with(&["login", "-u", "me", "--password-stdin", &registry.address], b"secret");
-    assert!(login.status.success(), "{}", String::from_utf8_lossy(&login.stderr));
+    assert!(
+        error.contains("not found") || error.contains("unknown"),
+        "{error}"
+    );
+    assert!(
+        daemon
+            .docker_fails(&["push", &unknown])
+            .contains("An image does not exist locally with the tag")
+    );
+    assert!(
+        daemon
+            .docker_fails(&["pull", "127.0.0.1:1/none"])
+            .contains("127.0.0.1:1")
+    );
+    let login = daemon.docker_with(
+        &["login", "-u", "me", "--password-stdin", &registry.address],
+        b"secret",
+    );
+    assert!(
+        login.status.success(),
+        "{}",
+        String::from_utf8_lossy(&login.stderr)
+    );
     daemon.docker(&["rmi", &name]);
 }
 
@@ -226,49 +266,115 @@ fn images_are_saved_and_loaded() {
     let imported = daemon.docker_with(&["import", "-", "saved:one"], &small_archive("saved"));
     let id = String::from_utf8_lossy(&imported.stdout).trim().to_owned();
     let saved = daemon.try_docker(&["save", "saved:one"]);
-    assert!(saved.status.success(), "{}", String::from_utf8_lossy(&saved.stderr));
+    assert!(
+        saved.status.success(),
+        "{}",
+        String::from_utf8_lossy(&saved.stderr)
+    );
     daemon.docker(&["rmi", "saved:one"]);
     let loaded = daemon.docker_with(&["load"], &saved.stdout);
-    assert_eq!(String::from_utf8_lossy(&loaded.stdout).trim(), "Loaded image: saved:one");
+    assert_eq!(
+        String::from_utf8_lossy(&loaded.stdout).trim(),
+        "Loaded image: saved:one"
+    );
     assert_eq!(daemon.docker(&["images", "-q", "--no-trunc", "saved"]), id);
     daemon.docker(&["rmi", "saved:one"]);
     let broken = daemon.docker_with(&["load"], &saved.stdout[..saved.stdout.len() / 2]);
     assert!(!broken.status.success());
     assert_eq!(daemon.docker(&["images", "-q", "saved"]), "");
-    assert!(daemon.docker_fails(&["save", "-o", "/dev/null", "nobody"]).to_lowercase().contains("no such image"));
+    assert!(
+        daemon
+            .docker_fails(&["save", "-o", "/dev/null", "nobody"])
+            .to_lowercase()
+            .contains("no such image")
+    );
 }
 
-fn build(daemon: &crate::daemon::Daemon, folder: &std::path::Path, args: &[&str]) -> std::process::Output {
+fn build(
+    daemon: &crate::daemon::Daemon,
+    folder: &std::path::Path,
+    args: &[&str],
+) -> std::process::Output {
     let folder = folder.display().to_string();
     let mut all = vec!["build"];
     all.extend_from_slice(args);
     all.push(&folder);
-    daemon.command(&all).env("DOCKER_BUILDKIT", "0").output().unwrap()
+    daemon
+        .command(&all)
+        .env("DOCKER_BUILDKIT", "0")
+        .output()
+        .unwrap()
 }
 
 fn a_dockerfile_is_built_with_its_cache() {
-    let Some(daemon) = has_busybox("build") else { return };
+    let Some(daemon) = has_busybox("build") else {
+        return;
+    };
     let home = tempfile::tempdir().unwrap();
     std::fs::write(home.path().join("Dockerfile"), "FROM busybox AS first\nARG WORD=none\nCOPY file /copied\nRUN echo $WORD > /word\nFROM busybox\nLABEL a=b\nCOPY --from=first /word /copied /\nWORKDIR /\nCMD [\"cat\", \"/word\", \"/copied\"]\n").unwrap();
     std::fs::write(home.path().join("file"), "content\n").unwrap();
     std::fs::write(home.path().join("ignored"), "x").unwrap();
     std::fs::write(home.path().join(".dockerignore"), "ignored\n").unwrap();
-    let output = build(&daemon, home.path(), &["-t", "built:one", "--build-arg", "WORD=given", "--label", "c=d"]);
+    let output = build(
+        &daemon,
+        home.path(),
+        &[
+            "-t",
+            "built:one",
+            "--build-arg",
+            "WORD=given",
+            "--label",
+            "c=d",
+        ],
+    );
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.contains("Successfully built ") && text.contains("Successfully tagged built:one"), "{text}");
-    assert_eq!(daemon.docker(&["run", "--rm", "built:one"]), "given\ncontent");
-    assert_eq!(daemon.docker(&["image", "inspect", "-f", "{{json .Config.Labels}}", "built:one"]), r#"{"a":"b","c":"d"}"#);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        text.contains("Successfully built ") && text.contains("Successfully tagged built:one"),
+        "{text}"
+    );
+    assert_eq!(
+        daemon.docker(&["run", "--rm", "built:one"]),
+        "given\ncontent"
+    );
+    assert_eq!(
+        daemon.docker(&[
+            "image",
+            "inspect",
+            "-f",
+            "{{json .Config.Labels}}",
+            "built:one"
+        ]),
+        r#"{"a":"b","c":"d"}"#
+    );
     let id = daemon.docker(&["images", "-q", "--no-trunc", "built:one"]);
-    let output = build(&daemon, home.path(), &["-q", "--build-arg", "WORD=given", "--label", "c=d"]);
-    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), id, "the cache was not used");
+    let output = build(
+        &daemon,
+        home.path(),
+        &["-q", "--build-arg", "WORD=given", "--label", "c=d"],
+    );
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).trim(),
+        id,
+        "the cache was not used"
+    );
     daemon.docker(&["rmi", "built:one"]);
 }
 
 fn a_build_that_fails_says_where() {
-    let Some(daemon) = has_busybox("build") else { return };
+    let Some(daemon) = has_busybox("build") else {
+        return;
+    };
     let home = tempfile::tempdir().unwrap();
-    std::fs::write(home.path().join("Dockerfile"), "FROM busybox\nRUN echo before; exit 3\n").unwrap();
+    std::fs::write(
+        home.path().join("Dockerfile"),
+        "FROM busybox\nRUN echo before; exit 3\n",
+    )
+    .unwrap();
     let output = build(&daemon, home.path(), &["-t", "failed"]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
@@ -276,5 +382,9 @@ fn a_build_that_fails_says_where() {
     assert_eq!(daemon.docker(&["images", "-q", "failed"]), "");
     std::fs::write(home.path().join("Dockerfile"), "FORM busybox\n").unwrap();
     assert!(!build(&daemon, home.path(), &[]).status.success());
-    assert!(!build(&daemon, home.path(), &["-f", "missing"]).status.success());
+    assert!(
+        !build(&daemon, home.path(), &["-f", "missing"])
+            .status
+            .success()
+    );
 }

@@ -13,19 +13,33 @@ crate::tests! {
 /// Runs a script with `client` made; `None` where Python or the package is missing.
 #[track_caller]
 fn run(daemon: &Daemon, test: &str, script: &str) -> Option<String> {
-    let there = Command::new("python3").args(["-c", "import docker"]).output().is_ok_and(|o| o.status.success());
+    let there = Command::new("python3")
+        .args(["-c", "import docker"])
+        .output()
+        .is_ok_and(|o| o.status.success());
     if !there {
-        eprintln!("SKIPPED: {test}: the Python package docker is not installed (pip install docker)");
+        eprintln!(
+            "SKIPPED: {test}: the Python package docker is not installed (pip install docker)"
+        );
         return None;
     }
     let head = "import docker, io, tarfile, time\nclient = docker.from_env(timeout=40)\napi = client.api\n";
     let output = Command::new("timeout")
         .args(["100", "python3", "-c", &format!("{head}{script}")])
-        .env("DOCKER_HOST", format!("unix://{}", daemon.socket().display()))
+        .env(
+            "DOCKER_HOST",
+            format!("unix://{}", daemon.socket().display()),
+        )
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
-    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout)
+        .trim_end()
+        .to_owned();
+    assert!(
+        output.status.success(),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Some(text)
 }
 
@@ -66,7 +80,9 @@ network.remove()
 }
 
 fn python_runs_execs_and_copies() {
-    let Some(daemon) = has_busybox("python") else { return };
+    let Some(daemon) = has_busybox("python") else {
+        return;
+    };
     let script = r#"
 assert client.containers.run("busybox", ["echo", "hello"], remove=True) == b"hello\n"
 try:
@@ -124,7 +140,9 @@ box.remove()
 }
 
 fn python_builds_tags_and_saves() {
-    let Some(daemon) = has_busybox("python build") else { return };
+    let Some(daemon) = has_busybox("python build") else {
+        return;
+    };
     let script = r#"
 image, logs = client.images.build(fileobj=io.BytesIO(b"FROM busybox\nRUN echo built > /built\nLABEL made=here\nCMD cat /built\n"), tag="py-built:one")
 assert image.labels == {"made": "here"}, image.labels
