@@ -191,7 +191,7 @@ impl Engine {
             let name: &[u8] = if name.is_empty() { b"." } else { name };
             pack::pack_one(parent.as_fd(), name, place.name.as_bytes(), &mut tar)?;
             tar.finish()?.flush()
-        });
+        })?;
         Ok((stat, stream))
     }
 
@@ -273,12 +273,12 @@ impl Engine {
         })
         .await?;
         self.tell(&container, "export");
-        Ok(produce(move |sink| {
+        produce(move |sink| {
             let done = ::image::export(&root, sink).map_err(io::Error::other);
             drop(root);
             drop(scratch);
             done
-        }))
+        })
     }
 
     /// What differs from its image.
@@ -515,20 +515,20 @@ fn go_mode(mode: u32) -> u32 {
 }
 
 /// Runs a writer on a thread of its own; what it writes comes out as a stream that holds it back.
-fn produce(work: impl FnOnce(Sink) -> io::Result<()> + Send + 'static) -> TarStream {
+fn produce(work: impl FnOnce(Sink) -> io::Result<()> + Send + 'static) -> Result<TarStream> {
     let (sender, receiver) = mpsc::channel(16);
     let errors = sender.clone();
-    tokio::task::spawn_blocking(move || {
+    crate::container::logs::aside("berth-archive", move || {
         if let Err(error) = work(Sink(sender))
             && error.kind() != io::ErrorKind::BrokenPipe
         {
             let _ = errors.blocking_send(Err(error));
         }
-    });
-    futures_util::stream::unfold(receiver, |mut receiver| async move {
+    })?;
+    Ok(futures_util::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|item| (item, receiver))
     })
-    .boxed()
+    .boxed())
 }
 
 struct Sink(mpsc::Sender<io::Result<Bytes>>);

@@ -288,12 +288,13 @@ impl Engine {
         let choice = Choice { options, tty };
         let (sender, receiver) = mpsc::channel(64);
         let path = container.log_path();
-        tokio::task::spawn_blocking(move || {
+        // Threads of their own: those who follow stay for as long as they like, and the reactor's are counted.
+        aside("berth-logs", move || {
             let alive = follow.then_some(container);
             if let Err(error) = stream(&path, &choice, alive.as_deref(), &sender) {
                 let _ = sender.blocking_send(Err(error));
             }
-        });
+        })?;
         let stream = futures_util::stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|item| (item, receiver))
         });
@@ -315,6 +316,15 @@ impl Engine {
         .map_err(Error::io("reading the log"))?;
         Ok(all.freeze())
     }
+}
+
+/// Runs work that waits for a client on a thread with a small stack.
+///
+/// # Errors
+/// Where the host has no room for a thread.
+pub(crate) fn aside(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.into()).stack_size(256 << 10);
+    thread.spawn(work).map(drop).map_err(Error::io("starting a thread"))
 }
 
 type Sender = mpsc::Sender<io::Result<Bytes>>;

@@ -35,6 +35,9 @@ pub fn run(filter: Option<&str>) -> ExitCode {
             output_and_exit_code_come_back,
             stdin_reaches_the_container_and_its_end_too,
             a_terminal_is_one_and_can_be_resized,
+            detach_keys_leave_a_container_running,
+            a_client_that_does_not_read_holds_the_container_up_but_loses_nothing,
+            too_much_memory_is_noticed,
             a_missing_program_is_refused_in_dockers_words,
             the_user_environment_and_folder_are_as_asked,
             volumes_get_what_the_image_has,
@@ -116,6 +119,56 @@ async fn a_terminal_is_one_and_can_be_resized(f: &mut Fixture) {
         .start(&["sleep", "60"], |config, _| config.tty = true)
         .await;
     f.engine.resize(&id, 40, 100).await.unwrap();
+    f.remove(&id).await;
+}
+
+async fn detach_keys_leave_a_container_running(f: &mut Fixture) {
+    let id = f
+        .create(&["cat"], |config, _| {
+            config.tty = true;
+            config.open_stdin = true;
+            config.stdin_once = true;
+        })
+        .await;
+    let options = AttachOptions { stdin: true, stdout: true, stream: true, ..Default::default() };
+    let mut stream = f.engine.attach(&id, options).await.unwrap();
+    f.engine.start(&id).await.unwrap();
+    stream.write_all(b"hi\n\x10\x11").await.unwrap();
+    let mut output = Vec::new();
+    within(stream.read_to_end(&mut output)).await.unwrap();
+    assert!(f.engine.inspect(&id, false).await.unwrap().state.running);
+    f.remove(&id).await;
+}
+
+async fn a_client_that_does_not_read_holds_the_container_up_but_loses_nothing(f: &mut Fixture) {
+    let id = f.create(&["seq", "300000"], |_, _| {}).await;
+    let options = AttachOptions { stdout: true, stream: true, ..Default::default() };
+    let mut slow = f.engine.attach(&id, options.clone()).await.unwrap();
+    let gone = f.engine.attach(&id, options).await.unwrap();
+    f.engine.start(&id).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(f.engine.inspect(&id, false).await.unwrap().state.running, "it waits for its clients");
+    // Another container is not held up by it.
+    let (code, _) = f.run(&["true"], |_, _| {}).await;
+    assert_eq!(code, 0);
+    drop(gone);
+    let mut output = Vec::new();
+    within(slow.read_to_end(&mut output)).await.unwrap();
+    assert_eq!(unframed(&output).lines().count(), 300_000);
+    f.remove(&id).await;
+}
+
+async fn too_much_memory_is_noticed(f: &mut Fixture) {
+    let id = f
+        .start(&["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"], |_, host| {
+            host.resources.memory = 16 << 20;
+            host.resources.memory_swap = 16 << 20;
+        })
+        .await;
+    let wait = f.engine.wait(&id, WaitCondition::NotRunning).await.unwrap();
+    let code = within(wait).await.status_code;
+    let state = f.engine.inspect(&id, false).await.unwrap().state;
+    assert_eq!((code, state.oom_killed), (137, true));
     f.remove(&id).await;
 }
 
