@@ -525,10 +525,12 @@ fn produce(work: impl FnOnce(Sink) -> io::Result<()> + Send + 'static) -> Result
             let _ = errors.blocking_send(Err(error));
         }
     })?;
-    Ok(futures_util::stream::unfold(receiver, |mut receiver| async move {
-        receiver.recv().await.map(|item| (item, receiver))
-    })
-    .boxed())
+    Ok(
+        futures_util::stream::unfold(receiver, |mut receiver| async move {
+            receiver.recv().await.map(|item| (item, receiver))
+        })
+        .boxed(),
+    )
 }
 
 struct Sink(mpsc::Sender<io::Result<Bytes>>);

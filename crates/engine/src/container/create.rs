@@ -176,7 +176,9 @@ impl Engine {
             host.readonly_paths = Some(Vec::new());
         }
         if host.links.as_ref().is_some_and(|links| !links.is_empty()) {
-            warnings.push("links are not kept: containers find each other by their names on a network".into());
+            warnings.push(
+                "links are not kept: containers find each other by their names on a network".into(),
+            );
         }
         host.masked_paths.get_or_insert_with(spec::masked_paths);
         host.readonly_paths.get_or_insert_with(spec::readonly_paths);

@@ -323,8 +323,13 @@ impl Engine {
 /// # Errors
 /// Where the host has no room for a thread.
 pub(crate) fn aside(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let thread = std::thread::Builder::new().name(name.into()).stack_size(256 << 10);
-    thread.spawn(work).map(drop).map_err(Error::io("starting a thread"))
+    let thread = std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(256 << 10);
+    thread
+        .spawn(work)
+        .map(drop)
+        .map_err(Error::io("starting a thread"))
 }
 
 type Sender = mpsc::Sender<io::Result<Bytes>>;

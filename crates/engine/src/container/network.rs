@@ -195,7 +195,12 @@ fn spec_of(record: &Record, network: &str, settings: &EndpointSettings) -> net::
         v6: ipam.ipv6_address.parse().ok(),
         mac: settings.mac_address.parse().ok(),
         gateway_priority: settings.gw_priority as i32,
-        dns: record.host.dns.iter().filter_map(|server| server.parse().ok()).collect(),
+        dns: record
+            .host
+            .dns
+            .iter()
+            .filter_map(|server| server.parse().ok())
+            .collect(),
         ..Default::default()
     }
 }

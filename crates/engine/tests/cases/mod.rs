@@ -130,7 +130,12 @@ async fn detach_keys_leave_a_container_running(f: &mut Fixture) {
             config.stdin_once = true;
         })
         .await;
-    let options = AttachOptions { stdin: true, stdout: true, stream: true, ..Default::default() };
+    let options = AttachOptions {
+        stdin: true,
+        stdout: true,
+        stream: true,
+        ..Default::default()
+    };
     let mut stream = f.engine.attach(&id, options).await.unwrap();
     f.engine.start(&id).await.unwrap();
     stream.write_all(b"hi\n\x10\x11").await.unwrap();
@@ -142,12 +147,19 @@ async fn detach_keys_leave_a_container_running(f: &mut Fixture) {
 
 async fn a_client_that_does_not_read_holds_the_container_up_but_loses_nothing(f: &mut Fixture) {
     let id = f.create(&["seq", "300000"], |_, _| {}).await;
-    let options = AttachOptions { stdout: true, stream: true, ..Default::default() };
+    let options = AttachOptions {
+        stdout: true,
+        stream: true,
+        ..Default::default()
+    };
     let mut slow = f.engine.attach(&id, options.clone()).await.unwrap();
     let gone = f.engine.attach(&id, options).await.unwrap();
     f.engine.start(&id).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(f.engine.inspect(&id, false).await.unwrap().state.running, "it waits for its clients");
+    assert!(
+        f.engine.inspect(&id, false).await.unwrap().state.running,
+        "it waits for its clients"
+    );
     // Another container is not held up by it.
     let (code, _) = f.run(&["true"], |_, _| {}).await;
     assert_eq!(code, 0);
@@ -160,10 +172,13 @@ async fn a_client_that_does_not_read_holds_the_container_up_but_loses_nothing(f:
 
 async fn too_much_memory_is_noticed(f: &mut Fixture) {
     let id = f
-        .start(&["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"], |_, host| {
-            host.resources.memory = 16 << 20;
-            host.resources.memory_swap = 16 << 20;
-        })
+        .start(
+            &["dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"],
+            |_, host| {
+                host.resources.memory = 16 << 20;
+                host.resources.memory_swap = 16 << 20;
+            },
+        )
         .await;
     let wait = f.engine.wait(&id, WaitCondition::NotRunning).await.unwrap();
     let code = within(wait).await.status_code;
