@@ -13,6 +13,7 @@ pub mod exec;
 pub mod filters;
 pub mod image;
 pub mod keeper;
+pub mod machine;
 pub mod network;
 pub mod system;
 pub mod volume;

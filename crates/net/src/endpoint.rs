@@ -116,7 +116,7 @@ impl Protocol {
 }
 
 /// A wish: one port of the container on the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMap {
     pub container_port: u16,
     pub protocol: Protocol,
