@@ -1,15 +1,59 @@
-//! The daemon's own few endpoints beside the Docker Engine API: its end.
+//! The daemon's own endpoints beside the Docker Engine API, under `/berth/v1`: machines, and the daemon's end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::Router;
-use axum::http::StatusCode;
-use axum::routing::post;
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base::{Classified, Kind};
 use engine::Engine;
+use engine::machine::{MachineSpec, Machines};
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+/// An engine's error as an answer.
+struct Refusal(engine::Error);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let kind = self.0.kind();
+        let status = StatusCode::from_u16(kind.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let word = match kind {
+            Kind::Capacity => "capacity",
+            Kind::Unsupported => "unsupported",
+            _ => "",
+        };
+        let body = json!({"message": self.0.to_string(), "kind": word, "fix": self.0.fix()});
+        (status, Json(body)).into_response()
+    }
+}
+
+type Answer<T> = Result<T, Refusal>;
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> engine::Result<T> + Send + 'static) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Refusal),
+        Err(error) => Err(Refusal(engine::Error::Runtime { message: error.to_string(), kind: Kind::Internal })),
+    }
+}
+
 /// Everything the daemon answers.
-pub fn router(engine: Arc<Engine>, stop: CancellationToken) -> Router {
+pub fn router(engine: Arc<Engine>, machines: Arc<Machines>, stop: CancellationToken) -> Router {
+    let machine_routes = Router::new()
+        .route("/berth/v1/machines", get(list).post(create))
+        .route("/berth/v1/machines/{name}", get(inspect).delete(remove))
+        .route("/berth/v1/machines/{name}/stats", get(stats))
+        .route("/berth/v1/machines/{name}/logs", get(logs))
+        .route("/berth/v1/machines/{name}/console", post(console))
+        .route("/berth/v1/machines/{name}/{verb}", post(act))
+        .with_state(machines);
     let own = Router::new().route(
         "/berth/v1/shutdown",
         post(move || {
@@ -17,12 +61,105 @@ pub fn router(engine: Arc<Engine>, stop: CancellationToken) -> Router {
             async move {
                 // The answer goes out before the listeners close.
                 tokio::spawn(async move {
-                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
                     stop.cancel();
                 });
                 StatusCode::NO_CONTENT
             }
         }),
     );
-    api_docker::router(engine).merge(own)
+    api_docker::router(engine).merge(own).merge(machine_routes)
+}
+
+async fn list(State(machines): State<Arc<Machines>>) -> Answer<impl IntoResponse> {
+    Ok(Json(blocking(move || Ok(machines.list())).await?))
+}
+
+async fn create(State(machines): State<Arc<Machines>>, body: axum::body::Bytes) -> Answer<impl IntoResponse> {
+    let spec: MachineSpec = serde_json::from_slice(&body)
+        .map_err(|e| Refusal(engine::Error::Invalid(format!("this is no description of a machine: {e}"))))?;
+    let id = blocking(move || machines.create(spec)).await?;
+    Ok((StatusCode::CREATED, Json(json!({"id": id}))))
+}
+
+async fn inspect(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+    Ok(Json(blocking(move || machines.inspect(&name)).await?))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RemoveQuery {
+    force: bool,
+}
+
+async fn remove(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<RemoveQuery>,
+) -> Answer<StatusCode> {
+    blocking(move || machines.remove(&name, query.force)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn stats(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+    Ok(Json(blocking(move || machines.stats(&name)).await?))
+}
+
+async fn logs(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+    let bytes = blocking(move || machines.logs(&name)).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct StopQuery {
+    /// Seconds to wait for the guest.
+    timeout: Option<u64>,
+}
+
+async fn act(
+    State(machines): State<Arc<Machines>>,
+    Path((name, verb)): Path<(String, String)>,
+    Query(query): Query<StopQuery>,
+) -> Answer<StatusCode> {
+    blocking(move || match verb.as_str() {
+        "start" => machines.start(&name),
+        "stop" => machines.stop(&name, Duration::from_secs(query.timeout.unwrap_or(90))),
+        "kill" => machines.kill(&name),
+        "pause" => machines.pause(&name),
+        "resume" => machines.resume(&name),
+        "reset" => machines.reset(&name),
+        other => Err(engine::Error::NotFound(format!("a machine cannot {other}"))),
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The serial line over an upgraded connection, raw.
+async fn console(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    request: axum::extract::Request,
+) -> Answer<Response> {
+    if !headers.contains_key(header::UPGRADE) {
+        return Err(Refusal(engine::Error::Invalid("the console needs a connection upgrade (Upgrade: tcp)".into())));
+    }
+    let stream = blocking(move || machines.console(&name)).await?;
+    tokio::spawn(async move {
+        let Ok(upgraded) = hyper::upgrade::on(request).await else { return };
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        let Ok(mut machine) = tokio::net::UnixStream::from_std(stream) else { return };
+        // Either side's end is the other's.
+        let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut machine).await;
+    });
+    let response = Response::builder()
+        .status(StatusCode::SWITCHING_PROTOCOLS)
+        .header(header::CONNECTION, "Upgrade")
+        .header(header::UPGRADE, "tcp")
+        .header(header::CONTENT_TYPE, "application/vnd.docker.raw-stream")
+        .body(Body::empty());
+    response.map_err(|e| Refusal(engine::Error::Runtime { message: e.to_string(), kind: Kind::Internal }))
 }

@@ -311,6 +311,13 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     let engine = engine::Engine::open(settings)
         .await
         .map_err(|e| Failure::of(&e))?;
+    let machines = {
+        let engine = engine.clone();
+        tokio::task::spawn_blocking(move || engine::machine::Machines::open(engine))
+            .await
+            .map_err(|e| Failure::internal(format!("cannot look for machines: {e}")))?
+            .map_err(|e| Failure::of(&e))?
+    };
     let mut listeners = inherited();
     let own_sockets = listeners.is_empty();
     if own_sockets {
@@ -326,7 +333,7 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         .collect::<io::Result<Vec<_>>>()
         .map_err(|e| Failure::io("cannot use the sockets", &e))?;
     let stop = CancellationToken::new();
-    let router = crate::native::router(engine.clone(), stop.clone());
+    let router = crate::native::router(engine.clone(), machines, stop.clone());
     info!(
         state = %paths.state.display(),
         socket = %paths.socket.display(),

@@ -392,9 +392,9 @@ pub fn environment(files: &[PathBuf], variables: &[String]) -> Result<Vec<String
 }
 
 /// One published port as docker writes it: container port with protocol, host address, host port.
-type Published = (String, String, String);
+pub type Published = (String, String, String);
 
-fn port_range(option: &str, text: &str) -> Result<(u16, u16), Failure> {
+pub fn port_range(option: &str, text: &str) -> Result<(u16, u16), Failure> {
     let bad = || wrong(option, text, "a port or a range, as in 8080 or 8000-8010,");
     let (low, high) = text.split_once('-').unwrap_or((text, text));
     let (low, high) = (
@@ -409,7 +409,7 @@ fn port_range(option: &str, text: &str) -> Result<(u16, u16), Failure> {
 }
 
 /// `[[ADDRESS:]HOST:]PORT[/PROTOCOL]`, with ranges, as docker reads it.
-fn published(spec: &str) -> Result<Vec<Published>, Failure> {
+pub fn published(spec: &str) -> Result<Vec<Published>, Failure> {
     let (rest, protocol) = spec.split_once('/').unwrap_or((spec, "tcp"));
     if !["tcp", "udp", "sctp"].contains(&protocol) {
         return Err(wrong("publish", spec, "protocol tcp, udp or sctp"));
