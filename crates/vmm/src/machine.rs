@@ -284,6 +284,23 @@ impl Machine {
         Ok(())
     }
 
+    /// Adds a virtio device called `name` (`net0`).
+    ///
+    /// # Errors
+    /// Where there is no slot or no thread for it.
+    pub fn add_virtio(
+        &mut self,
+        name: impl Into<String>,
+        backend: Arc<dyn crate::virtio::Backend>,
+    ) -> Result<(), MachineError> {
+        let transport =
+            crate::virtio::transport::Transport::new(name, self.dma.clone(), self.vm.clone(), backend)
+                .map_err(MachineError::Thread)?;
+        self.pci.attach(transport.clone())?;
+        self.devices.push(transport);
+        Ok(())
+    }
+
     /// Stops the CPUs and all I/O; false where the machine has ended.
     pub fn pause(&self) -> bool {
         let paused = self.control.pause();

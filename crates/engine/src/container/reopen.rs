@@ -173,13 +173,14 @@ impl Engine {
                 _ => {}
             }
         }
-        let live: Vec<net::Endpoint> = self
+        let mut live: Vec<net::Endpoint> = self
             .inventory
             .all()
             .iter()
             .filter(|container| alive.contains_key(&container.id))
             .flat_map(|container| container.record().endpoints.clone())
             .collect();
+        live.extend(crate::machine::live_endpoints(&self.config.paths.state));
         let engine = self.clone();
         blocking(move || {
             engine.networks.restore(&live).map_err(Error::room)?;

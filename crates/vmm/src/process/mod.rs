@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot::{BootError, Kernel, Protocol, command_line, place};
 use crate::control::Outcome;
 use crate::machine::{CpuChoice, Machine, MachineConfig};
+use crate::virtio::net::{Net, Port};
 use console::Console;
 use cpu::CpuModel;
 use disk::{BackingFiles, Disk, Format};
@@ -321,13 +322,17 @@ fn run_once(
     Ok(machine.wait())
 }
 
-fn attach_networks(
-    machine: &mut Machine,
-    taps: &[(ProcessNetwork, OwnedFd)],
-) -> Result<(), BootError> {
-    let _ = machine;
-    for (network, tap) in taps {
-        let _ = (network, tap);
+fn attach_networks(machine: &mut Machine, taps: &[(ProcessNetwork, OwnedFd)]) -> Result<(), BootError> {
+    for (index, (network, tap)) in taps.iter().enumerate() {
+        // The tap outlives each machine of a reset.
+        let port = rustix::io::fcntl_dupfd_cloexec(tap, 0)
+            .map_err(std::io::Error::from)
+            .and_then(Port::tap)
+            .map_err(|source| BootError::Read { what: "the network interface", path: PathBuf::from(format!("net{index}")), source })?;
+        let card = Net::new(port, network.mac, network.mtu.unwrap_or(1500));
+        machine.add_virtio(format!("net{index}"), Arc::new(card))?;
     }
+    // Without it a guest's first seconds go by waiting for randomness.
+    machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     Ok(())
 }
