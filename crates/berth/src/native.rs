@@ -23,7 +23,8 @@ struct Refusal(engine::Error);
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let kind = self.0.kind();
-        let status = StatusCode::from_u16(kind.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status =
+            StatusCode::from_u16(kind.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let word = match kind {
             Kind::Capacity => "capacity",
             Kind::Unsupported => "unsupported",
@@ -37,10 +38,15 @@ impl IntoResponse for Refusal {
 type Answer<T> = Result<T, Refusal>;
 
 /// Runs what blocks on a thread of its own.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> engine::Result<T> + Send + 'static) -> Answer<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> engine::Result<T> + Send + 'static,
+) -> Answer<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(Refusal),
-        Err(error) => Err(Refusal(engine::Error::Runtime { message: error.to_string(), kind: Kind::Internal })),
+        Err(error) => Err(Refusal(engine::Error::Runtime {
+            message: error.to_string(),
+            kind: Kind::Internal,
+        })),
     }
 }
 
@@ -75,14 +81,23 @@ async fn list(State(machines): State<Arc<Machines>>) -> Answer<impl IntoResponse
     Ok(Json(blocking(move || Ok(machines.list())).await?))
 }
 
-async fn create(State(machines): State<Arc<Machines>>, body: axum::body::Bytes) -> Answer<impl IntoResponse> {
-    let spec: MachineSpec = serde_json::from_slice(&body)
-        .map_err(|e| Refusal(engine::Error::Invalid(format!("this is no description of a machine: {e}"))))?;
+async fn create(
+    State(machines): State<Arc<Machines>>,
+    body: axum::body::Bytes,
+) -> Answer<impl IntoResponse> {
+    let spec: MachineSpec = serde_json::from_slice(&body).map_err(|e| {
+        Refusal(engine::Error::Invalid(format!(
+            "this is no description of a machine: {e}"
+        )))
+    })?;
     let id = blocking(move || machines.create(spec)).await?;
     Ok((StatusCode::CREATED, Json(json!({"id": id}))))
 }
 
-async fn inspect(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+async fn inspect(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+) -> Answer<impl IntoResponse> {
     Ok(Json(blocking(move || machines.inspect(&name)).await?))
 }
 
@@ -101,11 +116,17 @@ async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn stats(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+async fn stats(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+) -> Answer<impl IntoResponse> {
     Ok(Json(blocking(move || machines.stats(&name)).await?))
 }
 
-async fn logs(State(machines): State<Arc<Machines>>, Path(name): Path<String>) -> Answer<impl IntoResponse> {
+async fn logs(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+) -> Answer<impl IntoResponse> {
     let bytes = blocking(move || machines.logs(&name)).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
 }
@@ -143,15 +164,21 @@ async fn console(
     request: axum::extract::Request,
 ) -> Answer<Response> {
     if !headers.contains_key(header::UPGRADE) {
-        return Err(Refusal(engine::Error::Invalid("the console needs a connection upgrade (Upgrade: tcp)".into())));
+        return Err(Refusal(engine::Error::Invalid(
+            "the console needs a connection upgrade (Upgrade: tcp)".into(),
+        )));
     }
     let stream = blocking(move || machines.console(&name)).await?;
     tokio::spawn(async move {
-        let Ok(upgraded) = hyper::upgrade::on(request).await else { return };
+        let Ok(upgraded) = hyper::upgrade::on(request).await else {
+            return;
+        };
         if stream.set_nonblocking(true).is_err() {
             return;
         }
-        let Ok(mut machine) = tokio::net::UnixStream::from_std(stream) else { return };
+        let Ok(mut machine) = tokio::net::UnixStream::from_std(stream) else {
+            return;
+        };
         // Either side's end is the other's.
         let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut machine).await;
     });
@@ -161,5 +188,10 @@ async fn console(
         .header(header::UPGRADE, "tcp")
         .header(header::CONTENT_TYPE, "application/vnd.docker.raw-stream")
         .body(Body::empty());
-    response.map_err(|e| Refusal(engine::Error::Runtime { message: e.to_string(), kind: Kind::Internal }))
+    response.map_err(|e| {
+        Refusal(engine::Error::Runtime {
+            message: e.to_string(),
+            kind: Kind::Internal,
+        })
+    })
 }

@@ -293,9 +293,13 @@ impl Machine {
         name: impl Into<String>,
         backend: Arc<dyn crate::virtio::Backend>,
     ) -> Result<(), MachineError> {
-        let transport =
-            crate::virtio::transport::Transport::new(name, self.dma.clone(), self.vm.clone(), backend)
-                .map_err(MachineError::Thread)?;
+        let transport = crate::virtio::transport::Transport::new(
+            name,
+            self.dma.clone(),
+            self.vm.clone(),
+            backend,
+        )
+        .map_err(MachineError::Thread)?;
         self.pci.attach(transport.clone())?;
         self.devices.push(transport);
         Ok(())

@@ -144,7 +144,12 @@ pub struct CreateArgs {
     #[arg(long)]
     pub overcommit: bool,
     /// Further words of the kernel's command line.
-    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     pub append: String,
     /// File with root's public keys for ssh.
     #[arg(long, value_name = "FILE")]
@@ -296,7 +301,9 @@ pub async fn run(context: &Context, command: MachineCommand) -> Result<ExitCode,
         MachineCommand::Remove(args) => {
             let query = [("force", args.force.to_string())];
             for_each(&args.names.machines, async |name| {
-                client.delete(&format!("{MACHINES}/{}", encode(name)), &query).await?;
+                client
+                    .delete(&format!("{MACHINES}/{}", encode(name)), &query)
+                    .await?;
                 Ok(Some(name.to_owned()))
             })
             .await
@@ -332,7 +339,11 @@ async fn create(client: &Client, args: CreateArgs) -> Result<ExitCode, Failure> 
     for spec in &args.publish {
         for (port, address, host) in super::create::published(spec)? {
             let (number, protocol) = port.split_once('/').unwrap_or((&port, "tcp"));
-            let range = if host.is_empty() { None } else { Some(super::create::port_range("publish", &host)?) };
+            let range = if host.is_empty() {
+                None
+            } else {
+                Some(super::create::port_range("publish", &host)?)
+            };
             ports.push(json!({
                 "container_port": number.parse::<u16>().unwrap_or(0),
                 "protocol": protocol,
@@ -343,8 +354,13 @@ async fn create(client: &Client, args: CreateArgs) -> Result<ExitCode, Failure> 
     }
     let mut keys = Vec::new();
     for file in &args.ssh_key {
-        let text = std::fs::read_to_string(file).map_err(|e| Failure::io(format!("cannot read {}", file.display()), &e))?;
-        keys.extend(text.lines().filter(|l| !l.trim().is_empty()).map(str::to_owned));
+        let text = std::fs::read_to_string(file)
+            .map_err(|e| Failure::io(format!("cannot read {}", file.display()), &e))?;
+        keys.extend(
+            text.lines()
+                .filter(|l| !l.trim().is_empty())
+                .map(str::to_owned),
+        );
     }
     let cpu = match args.cpu {
         CpuChoice::Auto => "auto",
@@ -375,14 +391,18 @@ async fn create(client: &Client, args: CreateArgs) -> Result<ExitCode, Failure> 
 async fn list(client: &Client, options: &ListOptions) -> Result<ExitCode, Failure> {
     let machines: Vec<Value> = client.get(MACHINES, &[]).await?;
     if options.quiet {
-        machines.iter().for_each(|machine| output::line(text(machine, "/name")));
+        machines
+            .iter()
+            .for_each(|machine| output::line(text(machine, "/name")));
         return Ok(ExitCode::SUCCESS);
     }
     if options.format != Format::Table {
         output::document(options.format, &machines)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = Table::new(&["NAME", "STATE", "CPUS", "MEMORY", "DISK", "CPU", "ADDRESS", "IMAGE"]);
+    let mut table = Table::new(&[
+        "NAME", "STATE", "CPUS", "MEMORY", "DISK", "CPU", "ADDRESS", "IMAGE",
+    ]);
     for machine in &machines {
         let number = |key: &str| machine[key].as_u64().unwrap_or(0);
         table.row(vec![
@@ -390,7 +410,11 @@ async fn list(client: &Client, options: &ListOptions) -> Result<ExitCode, Failur
             text(machine, "/state"),
             text(machine, "/cpus"),
             format_size(number("memory")),
-            format!("{} of {}", format_size(number("disk_used")), format_size(number("disk"))),
+            format!(
+                "{} of {}",
+                format_size(number("disk_used")),
+                format_size(number("disk"))
+            ),
             text(machine, "/cpu"),
             text(machine, "/address"),
             text(machine, "/image"),
@@ -403,7 +427,11 @@ async fn list(client: &Client, options: &ListOptions) -> Result<ExitCode, Failur
 async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, Failure> {
     let mut found = Vec::new();
     for name in &args.names.machines {
-        found.push(client.get::<Value>(&format!("{MACHINES}/{}", encode(name)), &[]).await?);
+        found.push(
+            client
+                .get::<Value>(&format!("{MACHINES}/{}", encode(name)), &[])
+                .await?,
+        );
     }
     output::document(args.show.format, &found)?;
     Ok(ExitCode::SUCCESS)
@@ -412,7 +440,11 @@ async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, Failure
 async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure> {
     let names = if args.machines.is_empty() {
         let machines: Vec<Value> = client.get(MACHINES, &[]).await?;
-        machines.iter().filter(|m| !m["pid"].is_null()).map(|m| text(m, "/name")).collect()
+        machines
+            .iter()
+            .filter(|m| !m["pid"].is_null())
+            .map(|m| text(m, "/name"))
+            .collect()
     } else {
         args.machines
     };
@@ -424,8 +456,16 @@ async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure> {
         table.row(vec![
             text(&stats, "/name"),
             format!("{:.1}s", number("cpu_time") as f64 / 1e9),
-            format!("{} of {}", format_size(number("memory_used")), format_size(number("memory"))),
-            format!("{} of {}", format_size(number("disk_used")), format_size(number("disk"))),
+            format!(
+                "{} of {}",
+                format_size(number("memory_used")),
+                format_size(number("memory"))
+            ),
+            format!(
+                "{} of {}",
+                format_size(number("disk_used")),
+                format_size(number("disk"))
+            ),
         ]);
         all.push(stats);
     }
@@ -438,12 +478,24 @@ async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure> {
 
 async fn logs(client: &Client, args: LogsArgs) -> Result<ExitCode, Failure> {
     if args.follow {
-        let (stream, _) = client.upgrade(&path_of(&args.machine, "console"), &[], empty()).await?;
+        let (stream, _) = client
+            .upgrade(&path_of(&args.machine, "console"), &[], empty())
+            .await?;
         let (reader, _writer) = tokio::io::split(stream);
-        copy_output(reader, true).await.map_err(|e| Failure::io("the console broke off", &e))?;
+        copy_output(reader, true)
+            .await
+            .map_err(|e| Failure::io("the console broke off", &e))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let response = client.send(Method::GET, &path_of(&args.machine, "logs"), &[], empty(), &[]).await?;
+    let response = client
+        .send(
+            Method::GET,
+            &path_of(&args.machine, "logs"),
+            &[],
+            empty(),
+            &[],
+        )
+        .await?;
     copy_output(super::container::body_reader(response), true)
         .await
         .map_err(|e| Failure::io("the log broke off", &e))?;
@@ -451,11 +503,14 @@ async fn logs(client: &Client, args: LogsArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn console(client: &Client, name: &str) -> Result<ExitCode, Failure> {
-    let (stream, _) = client.upgrade(&path_of(name, "console"), &[], empty()).await?;
+    let (stream, _) = client
+        .upgrade(&path_of(name, "console"), &[], empty())
+        .await?;
     let (reader, mut writer) = tokio::io::split(stream);
     eprintln!("berth: the console of {name}; Ctrl-] leaves it, Enter brings its prompt");
     let keys = DetachKeys::parse("ctrl-]").map_err(Failure::invalid)?;
-    let raw = RawMode::enter().map_err(|e| Failure::io("cannot set the terminal to raw mode", &e))?;
+    let raw =
+        RawMode::enter().map_err(|e| Failure::io("cannot set the terminal to raw mode", &e))?;
     let typed = async {
         match copy_input(&mut writer, Some(&keys)).await {
             Ok(InputEnd::Detached) => {}

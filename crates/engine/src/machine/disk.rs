@@ -27,7 +27,13 @@ pub const INITRD: &str = "initrd";
 ///
 /// # Errors
 /// Where the image has no kernel, or mke2fs is missing or fails. The folder is the caller's to remove.
-pub fn make(store: &Store, image: &ImageId, spec: &MachineSpec, folder: &Path, resolver: &str) -> Result<BootFiles> {
+pub fn make(
+    store: &Store,
+    image: &ImageId,
+    spec: &MachineSpec,
+    folder: &Path,
+    resolver: &str,
+) -> Result<BootFiles> {
     let own = folder.join("own");
     let failed = |what: &str| Error::io(format!("{what} in {}", folder.display()));
     let mut lower = store.layer_folders(image).map_err(Error::room)?;
@@ -35,7 +41,8 @@ pub fn make(store: &Store, image: &ImageId, spec: &MachineSpec, folder: &Path, r
     let shadow = read(&plain, "etc/shadow").unwrap_or_default();
     let boot = copy_kernel(&plain, folder, &spec.image)?;
     drop(plain);
-    write_own_files(&own, spec, resolver, &shadow).map_err(failed("cannot write the machine's own files"))?;
+    write_own_files(&own, spec, resolver, &shadow)
+        .map_err(failed("cannot write the machine's own files"))?;
     lower.insert(0, own.clone());
     let tree = mount(folder, lower)?;
     let made = make_file_system(&tree, &folder.join(DISK), spec.disk);
@@ -52,7 +59,12 @@ fn mount(folder: &Path, lower: Vec<PathBuf>) -> Result<OwnedFd> {
     fs::create_dir_all(&empty).map_err(Error::io(format!("cannot make {}", empty.display())))?;
     let mut lower = lower;
     lower.push(empty);
-    let layers = Layers { lower, upper: folder.join("unused"), work: folder.join("unused-work"), userxattr: false };
+    let layers = Layers {
+        lower,
+        upper: folder.join("unused"),
+        work: folder.join("unused-work"),
+        userxattr: false,
+    };
     image::mount_detached(&layers, false).map_err(Error::room)
 }
 
@@ -88,10 +100,20 @@ fn copy_kernel(tree: &OwnedFd, folder: &Path, image: &str) -> Result<BootFiles> 
     let version = kernel.trim_start_matches("vmlinuz-").to_owned();
     copy(tree, &format!("boot/{kernel}"), &folder.join(KERNEL))?;
     let config = read(tree, &format!("boot/config-{version}")).unwrap_or_default();
-    let built_in = |option: &str| config.lines().any(|line| line.strip_prefix(option) == Some("=y"));
+    let built_in = |option: &str| {
+        config
+            .lines()
+            .any(|line| line.strip_prefix(option) == Some("=y"))
+    };
     // With the drivers of its disk inside, a kernel needs no initial RAM disk, which would only cost time.
     let needs_initrd = !(built_in("CONFIG_BLK_DEV_NVME") && built_in("CONFIG_EXT4_FS"));
-    let initrd = needs_initrd && copy(tree, &format!("boot/initrd.img-{version}"), &folder.join(INITRD)).is_ok();
+    let initrd = needs_initrd
+        && copy(
+            tree,
+            &format!("boot/initrd.img-{version}"),
+            &folder.join(INITRD),
+        )
+        .is_ok();
     Ok(BootFiles { initrd })
 }
 
@@ -103,7 +125,8 @@ fn copy(tree: &OwnedFd, from: &str, to: &Path) -> Result<()> {
         }
         io::copy(&mut source, &mut File::create(to)?)
     })();
-    done.map(drop).map_err(Error::io(format!("cannot copy /{from} of the image")))
+    done.map(drop)
+        .map_err(Error::io(format!("cannot copy /{from} of the image")))
 }
 
 /// What makes this machine this one.
@@ -118,11 +141,26 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
         fs::set_permissions(&path, Permissions::from_mode(mode))
     };
     file("etc/hostname", &format!("{}\n", spec.name), 0o644)?;
-    file("etc/hosts", &format!("127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost\n", spec.name), 0o644)?;
+    file(
+        "etc/hosts",
+        &format!(
+            "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost\n",
+            spec.name
+        ),
+        0o644,
+    )?;
     // A fresh identity is made at the first boot.
     file("etc/machine-id", "", 0o444)?;
-    file("etc/fstab", "/dev/nvme0n1 / ext4 errors=remount-ro,x-systemd.growfs 0 1\n", 0o644)?;
-    file("etc/resolv.conf", &format!("nameserver {resolver}\n"), 0o644)?;
+    file(
+        "etc/fstab",
+        "/dev/nvme0n1 / ext4 errors=remount-ro,x-systemd.growfs 0 1\n",
+        0o644,
+    )?;
+    file(
+        "etc/resolv.conf",
+        &format!("nameserver {resolver}\n"),
+        0o644,
+    )?;
     file(
         "etc/systemd/network/80-berth.network",
         "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=no\n\n[DHCPv4]\nUseMTU=yes\n",
@@ -130,10 +168,16 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
     )?;
     let wants = own.join("etc/systemd/system/multi-user.target.wants");
     fs::create_dir_all(&wants)?;
-    symlink("/lib/systemd/system/systemd-networkd.service", wants.join("systemd-networkd.service"))?;
+    symlink(
+        "/lib/systemd/system/systemd-networkd.service",
+        wants.join("systemd-networkd.service"),
+    )?;
     // Nothing waits for the network: a login must not.
     let system = own.join("etc/systemd/system");
-    symlink("/dev/null", system.join("systemd-networkd-wait-online.service"))?;
+    symlink(
+        "/dev/null",
+        system.join("systemd-networkd-wait-online.service"),
+    )?;
     // The cloud kernel has no such devices; without this a boot waits for them.
     for service in ["systemd-rfkill.service", "systemd-rfkill.socket"] {
         symlink("/dev/null", system.join(service))?;
@@ -165,7 +209,11 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
         std::os::unix::fs::chown(own.join("etc/shadow"), Some(0), Some(42))?;
     }
     if !spec.ssh_keys.is_empty() {
-        file("root/.ssh/authorized_keys", &(spec.ssh_keys.join("\n") + "\n"), 0o600)?;
+        file(
+            "root/.ssh/authorized_keys",
+            &(spec.ssh_keys.join("\n") + "\n"),
+            0o600,
+        )?;
         fs::set_permissions(own.join("root"), Permissions::from_mode(0o700))?;
         fs::set_permissions(own.join("root/.ssh"), Permissions::from_mode(0o700))?;
     }
@@ -173,16 +221,31 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
 }
 
 fn make_file_system(tree: &OwnedFd, disk: &Path, size: u64) -> Result<()> {
-    let file = File::create_new(disk).map_err(Error::io(format!("cannot make {}", disk.display())))?;
-    file.set_len(size).map_err(Error::io(format!("cannot size {}", disk.display())))?;
+    let file =
+        File::create_new(disk).map_err(Error::io(format!("cannot make {}", disk.display())))?;
+    file.set_len(size)
+        .map_err(Error::io(format!("cannot size {}", disk.display())))?;
     drop(file);
-    let inherited = rustix::io::fcntl_dupfd_cloexec(tree, 10).map_err(io::Error::from).map_err(Error::io("cannot share the tree".to_owned()))?;
+    let inherited = rustix::io::fcntl_dupfd_cloexec(tree, 10)
+        .map_err(io::Error::from)
+        .map_err(Error::io("cannot share the tree".to_owned()))?;
     rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty())
         .map_err(io::Error::from)
         .map_err(Error::io("cannot share the tree".to_owned()))?;
     let output = Command::new("mke2fs")
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .args(["-q", "-F", "-t", "ext4", "-L", "root", "-m", "1", "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"])
+        .args([
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-L",
+            "root",
+            "-m",
+            "1",
+            "-E",
+            "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
+        ])
         .arg("-d")
         .arg(format!("/proc/self/fd/{}", inherited.as_raw_fd()))
         .arg(disk)
@@ -193,16 +256,26 @@ fn make_file_system(tree: &OwnedFd, disk: &Path, size: u64) -> Result<()> {
         Ok(output) => {
             let _ = fs::remove_file(disk);
             let words = String::from_utf8_lossy(&output.stderr);
-            let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given").to_owned();
-            Err(if last.contains("No space") || last.contains("Could not allocate") {
-                Error::Capacity(format!("the image does not fit on a disk of {}: {last}; give a larger --disk", base::units::format_size(size)))
-            } else {
-                Error::Conflict(format!("mke2fs cannot make the disk: {last}"))
-            })
+            let last = words
+                .lines()
+                .rev()
+                .find(|line| !line.trim().is_empty())
+                .unwrap_or("no reason given")
+                .to_owned();
+            Err(
+                if last.contains("No space") || last.contains("Could not allocate") {
+                    Error::Capacity(format!(
+                        "the image does not fit on a disk of {}: {last}; give a larger --disk",
+                        base::units::format_size(size)
+                    ))
+                } else {
+                    Error::Conflict(format!("mke2fs cannot make the disk: {last}"))
+                },
+            )
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(Error::Unsupported("mke2fs is missing, which makes disks of images: apt-get install e2fsprogs".into()))
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Unsupported(
+            "mke2fs is missing, which makes disks of images: apt-get install e2fsprogs".into(),
+        )),
         Err(error) => Err(Error::io("cannot run mke2fs".to_owned())(error)),
     }
 }
@@ -214,7 +287,11 @@ mod tests {
     #[test]
     fn a_password_replaces_roots_and_nobody_elses() {
         let directory = tempfile::tempdir().unwrap();
-        let spec = MachineSpec { name: "web".into(), password_hash: Some("$6$x$y".into()), ..MachineSpec::default() };
+        let spec = MachineSpec {
+            name: "web".into(),
+            password_hash: Some("$6$x$y".into()),
+            ..MachineSpec::default()
+        };
         let shadow = "root:*:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n";
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIPPED: needs root to give /etc/shadow its group");
@@ -222,7 +299,13 @@ mod tests {
         }
         write_own_files(directory.path(), &spec, "10.0.0.1", shadow).unwrap();
         let text = fs::read_to_string(directory.path().join("etc/shadow")).unwrap();
-        assert_eq!(text, "root:$6$x$y:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n");
-        assert_eq!(fs::read_to_string(directory.path().join("etc/hostname")).unwrap(), "web\n");
+        assert_eq!(
+            text,
+            "root:$6$x$y:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n"
+        );
+        assert_eq!(
+            fs::read_to_string(directory.path().join("etc/hostname")).unwrap(),
+            "web\n"
+        );
     }
 }

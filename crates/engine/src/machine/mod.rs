@@ -63,7 +63,9 @@ pub struct Machines {
 
 /// The endpoints of machines whose processes live, for the networks to be taken over before [`Machines::open`].
 pub fn live_endpoints(state: &Path) -> Vec<Endpoint> {
-    let Ok(entries) = fs::read_dir(state.join("machines")) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(state.join("machines")) else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| read_json::<Machine>(&entry.path().join(RECORD)).ok()??.run)
@@ -97,8 +99,16 @@ impl Machines {
     pub fn open(engine: Arc<Engine>) -> Result<Arc<Machines>> {
         let folder = engine.config().paths.state.join("machines");
         let failed = || Error::io(format!("cannot use {}", folder.display()));
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(failed())?;
-        let machines = Arc::new(Machines { engine, folder: folder.clone(), slots: RwLock::default() });
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)
+            .map_err(failed())?;
+        let machines = Arc::new(Machines {
+            engine,
+            folder: folder.clone(),
+            slots: RwLock::default(),
+        });
         for entry in fs::read_dir(&folder).map_err(failed())? {
             let path = entry.map_err(failed())?.path();
             let machine: Option<Machine> = match read_json(&path.join(RECORD)) {
@@ -122,8 +132,14 @@ impl Machines {
     fn adopt(self: &Arc<Machines>, folder: PathBuf, machine: Machine) {
         let id = machine.id.clone();
         let run = machine.run.clone();
-        let slot = Arc::new(Slot { folder, machine: Mutex::new(machine) });
-        self.slots.write().unwrap_or_else(PoisonError::into_inner).insert(id, slot.clone());
+        let slot = Arc::new(Slot {
+            folder,
+            machine: Mutex::new(machine),
+        });
+        self.slots
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id, slot.clone());
         let Some(run) = run else { return };
         match run.process.open() {
             Ok(Some(pidfd)) => {
@@ -156,20 +172,30 @@ impl Machines {
         }
         match (found.pop(), found.is_empty()) {
             (Some(slot), true) => Ok(slot),
-            (Some(_), false) => Err(Error::Invalid(format!("several machines' ids begin with {name}"))),
-            (None, _) => Err(Error::NotFound(format!("there is no machine {name}; see berth machine list"))),
+            (Some(_), false) => Err(Error::Invalid(format!(
+                "several machines' ids begin with {name}"
+            ))),
+            (None, _) => Err(Error::NotFound(format!(
+                "there is no machine {name}; see berth machine list"
+            ))),
         }
     }
 
     fn save(&self, slot: &Slot, machine: &Machine) -> Result<()> {
         let path = slot.folder.join(RECORD);
-        write_json(&path, machine, Durability::Host).map_err(Error::io(format!("cannot write {}", path.display())))
+        write_json(&path, machine, Durability::Host)
+            .map_err(Error::io(format!("cannot write {}", path.display())))
     }
 
     /// Memory of the machines that run.
     fn memory_in_use(&self) -> u64 {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        slots.values().map(|slot| slot.lock()).filter(|m| m.run.is_some()).map(|m| m.spec.memory).sum()
+        slots
+            .values()
+            .map(|slot| slot.lock())
+            .filter(|m| m.run.is_some())
+            .map(|m| m.spec.memory)
+            .sum()
     }
 
     fn check_capacity(&self, spec: &MachineSpec, in_use: u64) -> Result<()> {
@@ -182,7 +208,11 @@ impl Machines {
             )));
         }
         if spec.memory + in_use > host_memory() && !spec.overcommit {
-            let running = if in_use > 0 { format!(", of which running machines have {}", format_size(in_use)) } else { String::new() };
+            let running = if in_use > 0 {
+                format!(", of which running machines have {}", format_size(in_use))
+            } else {
+                String::new()
+            };
             return Err(Error::Capacity(format!(
                 "{} of memory were asked for; this host has {}{running}. Ask for less, stop a machine, or say --overcommit",
                 format_size(spec.memory),
@@ -204,7 +234,11 @@ impl Machines {
             )));
         }
         spec.cpus = spec.cpus.max(1);
-        spec.memory = if spec.memory == 0 { 1 << 30 } else { spec.memory };
+        spec.memory = if spec.memory == 0 {
+            1 << 30
+        } else {
+            spec.memory
+        };
         spec.disk = if spec.disk == 0 { 10 << 30 } else { spec.disk };
         if spec.network.is_empty() {
             spec.network = "bridge".into();
@@ -218,15 +252,27 @@ impl Machines {
         }
         self.check_capacity(&spec, 0)?;
         if self.find(&spec.name).is_ok() {
-            return Err(Error::Conflict(format!("there is a machine {} already; choose another name", spec.name)));
+            return Err(Error::Conflict(format!(
+                "there is a machine {} already; choose another name",
+                spec.name
+            )));
         }
         let store = self.engine.images();
         let image = store.resolve(&spec.image).map_err(Error::room)?;
-        let network = self.engine.networks().inspect(&spec.network).map_err(Error::room)?;
-        let resolver = network.gateway_v4().map_or_else(|| "127.0.0.1".into(), |address| address.to_string());
+        let network = self
+            .engine
+            .networks()
+            .inspect(&spec.network)
+            .map_err(Error::room)?;
+        let resolver = network
+            .gateway_v4()
+            .map_or_else(|| "127.0.0.1".into(), |address| address.to_string());
         let id = Id::random();
         let folder = self.folder.join(id.as_str());
-        fs::DirBuilder::new().mode(0o700).create(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&folder)
+            .map_err(Error::io(format!("cannot make {}", folder.display())))?;
         let made = disk::make(store, &image, &spec, &folder, &resolver).and_then(|boot| {
             let machine = Machine {
                 version: 1,
@@ -239,12 +285,21 @@ impl Machines {
                 last_exit: None,
                 spec: spec.clone(),
             };
-            let slot = Arc::new(Slot { folder: folder.clone(), machine: Mutex::new(machine.clone()) });
+            let slot = Arc::new(Slot {
+                folder: folder.clone(),
+                machine: Mutex::new(machine.clone()),
+            });
             self.save(&slot, &machine)?;
             let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
             // Another may have taken the name while the disk was made.
-            if slots.values().any(|other| other.lock().spec.name == spec.name) {
-                return Err(Error::Conflict(format!("there is a machine {} already; choose another name", spec.name)));
+            if slots
+                .values()
+                .any(|other| other.lock().spec.name == spec.name)
+            {
+                return Err(Error::Conflict(format!(
+                    "there is a machine {} already; choose another name",
+                    spec.name
+                )));
             }
             slots.insert(id.clone(), slot);
             Ok(())
@@ -265,7 +320,10 @@ impl Machines {
         let in_use = self.memory_in_use();
         let mut machine = slot.lock();
         if machine.run.is_some() {
-            return Err(Error::NotModified(format!("machine {} runs already", machine.spec.name)));
+            return Err(Error::NotModified(format!(
+                "machine {} runs already",
+                machine.spec.name
+            )));
         }
         self.check_capacity(&machine.spec, in_use)?;
         let networks = self.engine.networks();
@@ -276,7 +334,9 @@ impl Machines {
             mac: machine.mac,
             ..EndpointSpec::default()
         };
-        let tap = networks.tap(spec, TapOptions::default()).map_err(Error::room)?;
+        let tap = networks
+            .tap(spec, TapOptions::default())
+            .map_err(Error::room)?;
         let started = self.launch(&slot, &mut machine, tap);
         if started.is_err() {
             networks.release(machine.id.as_str());
@@ -288,9 +348,16 @@ impl Machines {
     }
 
     fn launch(&self, slot: &Slot, machine: &mut Machine, tap: net::Tap) -> Result<PidFd> {
-        let ports = self.engine.networks().publish(&tap.endpoint, &machine.spec.ports).map_err(Error::room)?;
+        let ports = self
+            .engine
+            .networks()
+            .publish(&tap.endpoint, &machine.spec.ports)
+            .map_err(Error::room)?;
         machine.mac = tap.endpoint.mac;
-        let mac = tap.endpoint.mac.ok_or_else(|| Error::Invalid("the network gave no hardware address".into()))?;
+        let mac = tap
+            .endpoint
+            .mac
+            .ok_or_else(|| Error::Invalid("the network gave no hardware address".into()))?;
         let folder = &slot.folder;
         let config = ProcessConfig {
             version: 1,
@@ -301,19 +368,35 @@ impl Machines {
             memory: machine.spec.memory,
             cpu: machine.spec.cpu,
             model: Default::default(),
-            disks: vec![ProcessDisk { path: folder.join(disk::DISK), format: ::disk::Format::Raw, read_only: false }],
-            networks: vec![ProcessNetwork { mac: mac.0, descriptor: FIRST_PASSED, mtu: tap.mtu.and_then(|m| u16::try_from(m).ok()) }],
+            disks: vec![ProcessDisk {
+                path: folder.join(disk::DISK),
+                format: ::disk::Format::Raw,
+                read_only: false,
+            }],
+            networks: vec![ProcessNetwork {
+                mac: mac.0,
+                descriptor: FIRST_PASSED,
+                mtu: tap.mtu.and_then(|m| u16::try_from(m).ok()),
+            }],
             on_crash: machine.spec.on_crash,
         };
         let write = |name: &str| Error::io(format!("cannot write {}", folder.join(name).display()));
-        write_json(&folder.join(process::CONFIG), &config, Durability::Process).map_err(write(process::CONFIG))?;
+        write_json(&folder.join(process::CONFIG), &config, Durability::Process)
+            .map_err(write(process::CONFIG))?;
         let _ = fs::remove_file(folder.join(process::EXIT));
         let _ = fs::remove_file(folder.join(process::CONTROL));
         let log = fs::File::create(folder.join("process.log")).map_err(write("process.log"))?;
         let child = spawn(folder, tap.queues, log)?;
-        let key = ProcessKey::of(child.id() as i32).map_err(Error::io("cannot find the machine's process".to_owned()))?;
-        let pidfd = PidFd::open(key.pid).map_err(Error::io("cannot hold the machine's process".to_owned()))?;
-        machine.run = Some(Run { process: key, started: base::time::now_rfc3339(), endpoint: tap.endpoint, ports });
+        let key = ProcessKey::of(child.id() as i32)
+            .map_err(Error::io("cannot find the machine's process".to_owned()))?;
+        let pidfd = PidFd::open(key.pid)
+            .map_err(Error::io("cannot hold the machine's process".to_owned()))?;
+        machine.run = Some(Run {
+            process: key,
+            started: base::time::now_rfc3339(),
+            endpoint: tap.endpoint,
+            ports,
+        });
         machine.last_exit = None;
         if let Err(error) = self.save(slot, machine) {
             let _ = pidfd.signal(libc::SIGKILL);
@@ -322,11 +405,12 @@ impl Machines {
             return Err(error);
         }
         reap(child);
-        self.wait_until_it_answers(folder, &pidfd).inspect_err(|_| {
-            let _ = pidfd.signal(libc::SIGKILL);
-            machine.run = None;
-            let _ = self.save(slot, machine);
-        })?;
+        self.wait_until_it_answers(folder, &pidfd)
+            .inspect_err(|_| {
+                let _ = pidfd.signal(libc::SIGKILL);
+                machine.run = None;
+                let _ = self.save(slot, machine);
+            })?;
         Ok(pidfd)
     }
 
@@ -337,22 +421,41 @@ impl Machines {
             if let Ok(Some(record)) = read_json::<ExitRecord>(&folder.join(process::EXIT))
                 && record.reason == ExitReason::Failed
             {
-                return Err(Error::Runtime { message: record.message, kind: base::Kind::Internal });
+                return Err(Error::Runtime {
+                    message: record.message,
+                    kind: base::Kind::Internal,
+                });
             }
-            if ask(folder, &Request::Status).is_ok_and(|answer| answer.status.is_some_and(|s| s.state != State::Starting)) {
+            if ask(folder, &Request::Status)
+                .is_ok_and(|answer| answer.status.is_some_and(|s| s.state != State::Starting))
+            {
                 return Ok(());
             }
             if has_ended(pidfd) {
                 let log = fs::read_to_string(folder.join("process.log")).unwrap_or_default();
                 // It may have run and powered off within our poll.
-                if read_json::<ExitRecord>(&folder.join(process::EXIT)).ok().flatten().is_some_and(|r| r.reason != ExitReason::Failed) {
+                if read_json::<ExitRecord>(&folder.join(process::EXIT))
+                    .ok()
+                    .flatten()
+                    .is_some_and(|r| r.reason != ExitReason::Failed)
+                {
                     return Ok(());
                 }
-                let last = log.lines().next_back().unwrap_or("it said nothing").to_owned();
-                return Err(Error::Runtime { message: format!("the machine's process ended at once: {last}"), kind: base::Kind::Internal });
+                let last = log
+                    .lines()
+                    .next_back()
+                    .unwrap_or("it said nothing")
+                    .to_owned();
+                return Err(Error::Runtime {
+                    message: format!("the machine's process ended at once: {last}"),
+                    kind: base::Kind::Internal,
+                });
             }
             if Instant::now() > end {
-                return Err(Error::Runtime { message: "the machine's process does not answer".into(), kind: base::Kind::Internal });
+                return Err(Error::Runtime {
+                    message: "the machine's process does not answer".into(),
+                    kind: base::Kind::Internal,
+                });
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -361,11 +464,17 @@ impl Machines {
     /// Follows a process to its end.
     fn watch(self: &Arc<Machines>, slot: Arc<Slot>, pidfd: PidFd) {
         let machines = self.clone();
-        let watched = std::thread::Builder::new().name("machine-end".into()).stack_size(128 << 10).spawn(move || {
-            let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
-            while rustix::event::poll(&mut fds, None).is_err() {}
-            machines.ended(&slot);
-        });
+        let watched = std::thread::Builder::new()
+            .name("machine-end".into())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                let mut fds = [rustix::event::PollFd::new(
+                    &pidfd,
+                    rustix::event::PollFlags::IN,
+                )];
+                while rustix::event::poll(&mut fds, None).is_err() {}
+                machines.ended(&slot);
+            });
         if let Err(error) = watched {
             tracing::error!(%error, "no thread to follow a machine: its end is seen when the daemon starts next");
         }
@@ -376,7 +485,9 @@ impl Machines {
         if machine.run.take().is_none() {
             return;
         }
-        let record = read_json::<ExitRecord>(&slot.folder.join(process::EXIT)).ok().flatten();
+        let record = read_json::<ExitRecord>(&slot.folder.join(process::EXIT))
+            .ok()
+            .flatten();
         machine.last_exit = Some(record.unwrap_or_else(|| ExitRecord {
             reason: ExitReason::Killed,
             message: "its process was killed, or the host went down".into(),
@@ -392,7 +503,9 @@ impl Machines {
         let slot = self.find(name)?;
         let run = slot.lock().run.as_ref().map(|run| run.process);
         let key = run.ok_or_else(|| {
-            Error::Conflict(format!("machine {name} is not running; start it: berth machine start {name}"))
+            Error::Conflict(format!(
+                "machine {name} is not running; start it: berth machine start {name}"
+            ))
         })?;
         Ok((slot, key))
     }
@@ -413,7 +526,12 @@ impl Machines {
         let _ = ask(&slot.folder, &Request::Resume);
         ask(&slot.folder, &Request::PowerButton)?;
         while Instant::now() < end {
-            if slot.lock().run.as_ref().is_none_or(|run| run.process != key) {
+            if slot
+                .lock()
+                .run
+                .as_ref()
+                .is_none_or(|run| run.process != key)
+            {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -427,7 +545,12 @@ impl Machines {
         let asked = ask(&slot.folder, &Request::Kill).is_ok();
         let end = Instant::now() + Duration::from_secs(if asked { 5 } else { 0 });
         loop {
-            if slot.lock().run.as_ref().is_none_or(|run| run.process != key) {
+            if slot
+                .lock()
+                .run
+                .as_ref()
+                .is_none_or(|run| run.process != key)
+            {
                 return Ok(());
             }
             if Instant::now() > end
@@ -460,21 +583,31 @@ impl Machines {
         let slot = self.find(name)?;
         if slot.lock().run.is_some() {
             if !force {
-                return Err(Error::Conflict(format!("machine {name} is running; stop it first, or say --force")));
+                return Err(Error::Conflict(format!(
+                    "machine {name} is running; stop it first, or say --force"
+                )));
             }
             self.kill(name)?;
         }
         let machine = slot.lock();
-        self.slots.write().unwrap_or_else(PoisonError::into_inner).remove(&machine.id);
+        self.slots
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&machine.id);
         // The record goes first: what is left of a crash in between is swept at the next start.
         let _ = fs::remove_file(slot.folder.join(RECORD));
-        fs::remove_dir_all(&slot.folder).map_err(Error::io(format!("cannot remove {}", slot.folder.display())))
+        fs::remove_dir_all(&slot.folder).map_err(Error::io(format!(
+            "cannot remove {}",
+            slot.folder.display()
+        )))
     }
 
     fn view(&self, slot: &Slot) -> MachineView {
         let machine = slot.lock().clone();
-        let status: Option<Status> =
-            machine.run.as_ref().and_then(|_| ask(&slot.folder, &Request::Status).ok()?.status);
+        let status: Option<Status> = machine
+            .run
+            .as_ref()
+            .and_then(|_| ask(&slot.folder, &Request::Status).ok()?.status);
         let state = match (&machine.run, &status, &machine.last_exit) {
             (Some(_), Some(status), _) => match status.state {
                 State::Starting => "starting",
@@ -497,10 +630,16 @@ impl Machines {
             memory: machine.spec.memory,
             disk: machine.spec.disk,
             disk_used: fs::metadata(&disk).map_or(0, |m| m.blocks() * 512),
-            cpu: status.as_ref().map(|s| s.cpu.clone()).filter(|c| !c.is_empty()),
+            cpu: status
+                .as_ref()
+                .map(|s| s.cpu.clone())
+                .filter(|c| !c.is_empty()),
             cpu_note: status.as_ref().and_then(|s| s.note.clone()),
             network: machine.spec.network,
-            address: run.as_ref().and_then(|r| r.endpoint.v4).map(|v4| v4.address().to_string()),
+            address: run
+                .as_ref()
+                .and_then(|r| r.endpoint.v4)
+                .map(|v4| v4.address().to_string()),
             mac: machine.mac.map(|mac| mac.to_string()),
             ports: run.as_ref().map_or_else(Vec::new, |r| r.ports.clone()),
             created: machine.created,
@@ -519,7 +658,13 @@ impl Machines {
 
     /// All machines, by name.
     pub fn list(&self) -> Vec<MachineView> {
-        let slots: Vec<_> = self.slots.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let slots: Vec<_> = self
+            .slots
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
         let mut views: Vec<_> = slots.iter().map(|slot| self.view(slot)).collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
@@ -575,20 +720,33 @@ impl Machines {
 }
 
 fn has_ended(pidfd: &PidFd) -> bool {
-    let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
-    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [rustix::event::PollFd::new(
+        pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// Its end is seen by its pidfd; only the kernel's record of it has to be taken.
 fn reap(mut child: std::process::Child) {
-    let _ = std::thread::Builder::new().name("machine-reap".into()).stack_size(64 << 10).spawn(move || child.wait());
+    let _ = std::thread::Builder::new()
+        .name("machine-reap".into())
+        .stack_size(64 << 10)
+        .spawn(move || child.wait());
 }
 
 fn connect(folder: &Path) -> std::io::Result<UnixStream> {
     // The path of a socket may have 107 bytes, a state folder more: the folder's descriptor is short.
     let directory = fs::File::open(folder)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{}", directory.as_raw_fd(), process::CONTROL))
+    UnixStream::connect(format!(
+        "/proc/self/fd/{}/{}",
+        directory.as_raw_fd(),
+        process::CONTROL
+    ))
 }
 
 fn exchange(stream: &UnixStream, request: &Request) -> std::io::Result<Answer> {
@@ -607,14 +765,25 @@ fn exchange(stream: &UnixStream, request: &Request) -> std::io::Result<Answer> {
 fn ask(folder: &Path, request: &Request) -> Result<Answer> {
     connect(folder)
         .and_then(|stream| exchange(&stream, request))
-        .map_err(Error::io("the machine's process does not answer".to_owned()))
+        .map_err(Error::io(
+            "the machine's process does not answer".to_owned(),
+        ))
 }
 
 /// Starts the process of the machine in `folder`, with the taps as descriptors from [`FIRST_PASSED`] on.
 fn spawn(folder: &Path, taps: Vec<OwnedFd>, log: fs::File) -> Result<std::process::Child> {
-    let copy = log.try_clone().map_err(Error::io("cannot share the log".to_owned()))?;
+    let copy = log
+        .try_clone()
+        .map_err(Error::io("cannot share the log".to_owned()))?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("berth").arg("machine-process").arg(folder).stdin(Stdio::null()).stdout(log).stderr(copy).current_dir("/");
+    command
+        .arg0("berth")
+        .arg("machine-process")
+        .arg(folder)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(copy)
+        .current_dir("/");
     let numbers: Vec<i32> = taps.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: only async-signal-safe calls on numbers captured before the fork; the descriptors are open then.
     unsafe {
@@ -636,7 +805,9 @@ fn spawn(folder: &Path, taps: Vec<OwnedFd>, log: fs::File) -> Result<std::proces
             Ok(())
         });
     }
-    command.spawn().map_err(Error::io("cannot start the machine's process".to_owned()))
+    command
+        .spawn()
+        .map_err(Error::io("cannot start the machine's process".to_owned()))
 }
 
 #[cfg(test)]

@@ -322,13 +322,20 @@ fn run_once(
     Ok(machine.wait())
 }
 
-fn attach_networks(machine: &mut Machine, taps: &[(ProcessNetwork, OwnedFd)]) -> Result<(), BootError> {
+fn attach_networks(
+    machine: &mut Machine,
+    taps: &[(ProcessNetwork, OwnedFd)],
+) -> Result<(), BootError> {
     for (index, (network, tap)) in taps.iter().enumerate() {
         // The tap outlives each machine of a reset.
         let port = rustix::io::fcntl_dupfd_cloexec(tap, 0)
             .map_err(std::io::Error::from)
             .and_then(Port::tap)
-            .map_err(|source| BootError::Read { what: "the network interface", path: PathBuf::from(format!("net{index}")), source })?;
+            .map_err(|source| BootError::Read {
+                what: "the network interface",
+                path: PathBuf::from(format!("net{index}")),
+                source,
+            })?;
         let card = Net::new(port, network.mac, network.mtu.unwrap_or(1500));
         machine.add_virtio(format!("net{index}"), Arc::new(card))?;
     }
