@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::filters::Filters;
 
 /// How many past events `since` can reach back to.
-const HISTORY: usize = 1024;
+const HISTORY: usize = 256;
 /// How far a slow listener may fall behind before it misses events.
 const BACKLOG: usize = 1024;
 

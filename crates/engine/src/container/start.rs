@@ -212,10 +212,31 @@ impl Engine {
         let wants_init = record.host.init.unwrap_or(self.config.init);
         let mut list = mounts::oci(&record.mounts, &self.volumes)?;
         let ipc_of = of(&record.host.ipc_mode)?;
-        if let Some(pid) = ipc_of {
-            // Their shared memory is theirs together.
-            list.push(serde_json::json!({ "destination": "/dev/shm", "type": "bind",
-                "source": format!("/proc/{pid}/root/dev/shm"), "options": ["rbind", "rprivate", "rw"] }));
+        // Shared memory that others may join is a folder: a mount could not be shared without being on the host.
+        let shared_memory = match record.host.ipc_mode.strip_prefix("container:") {
+            Some(other) => {
+                let other = self.inventory.find(other)?;
+                if other.record().host.ipc_mode != "shareable" {
+                    return Err(Error::Conflict(format!(
+                        "cannot join IPC namespace of container {}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)",
+                        other.id
+                    )));
+                }
+                Some(other.run.join("shm"))
+            }
+            None if record.host.ipc_mode == "shareable" => {
+                let path = container.run.join("shm");
+                let making = || format!("making {}", path.display());
+                std::fs::create_dir_all(&path).map_err(Error::io(making()))?;
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o1777);
+                std::fs::set_permissions(&path, mode).map_err(Error::io(making()))?;
+                Some(path)
+            }
+            None => None,
+        };
+        if let Some(path) = shared_memory {
+            list.push(serde_json::json!({ "destination": "/dev/shm", "type": "bind", "source": path,
+                "options": ["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"] }));
         }
         let spec = spec::build(
             record,
