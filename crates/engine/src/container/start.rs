@@ -235,8 +235,10 @@ impl Engine {
             None => None,
         };
         if let Some(path) = shared_memory {
-            list.push(serde_json::json!({ "destination": "/dev/shm", "type": "bind", "source": path,
-                "options": ["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"] }));
+            list.push(
+                serde_json::json!({ "destination": "/dev/shm", "type": "bind", "source": path,
+                "options": ["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"] }),
+            );
         }
         let spec = spec::build(
             record,
