@@ -137,8 +137,8 @@ fn run_of_what_is_not_there_fails_as_with_dockerd() {
             .docker_fails(&["start", "no-such-container"])
             .contains("No such container: no-such-container")
     );
-    daemon.docker(&["create", "--name", "run-twice", "busybox"]);
-    let error = daemon.docker_fails(&["create", "--name", "run-twice", "busybox"]);
+    daemon.docker(&["create", "--name", "run-twice", "busybox", "sh"]);
+    let error = daemon.docker_fails(&["create", "--name", "run-twice", "busybox", "sh"]);
     assert!(
         error.contains("The container name \"/run-twice\" is already in use by container"),
         "{error}"
@@ -516,7 +516,7 @@ fn volumes_and_binds_outlive_their_container() {
         "run-vol:/data",
         "-v",
         "/anonymous",
-        "busybox",
+        "busybox", "sh",
     ]);
     assert!(
         daemon
@@ -708,13 +708,13 @@ fn images_in_use_are_kept() {
         return;
     };
     daemon.docker(&["tag", "busybox", "used-image"]);
-    daemon.docker(&["create", "--name", "image-user", "used-image"]);
+    daemon.docker(&["create", "--name", "image-user", "used-image", "sh"]);
     daemon.docker(&["rmi", "used-image"]);
     let id = daemon.docker(&["inspect", "-f", "{{.Image}}", "image-user"]);
     assert!(
         daemon
             .docker_fails(&["rmi", &id])
-            .contains("is being used by stopped container")
+            .contains("image is being used by")
     );
     daemon.docker(&["rm", "image-user"]);
 }
@@ -723,7 +723,7 @@ fn info_version_and_df_count_what_is_there() {
     let Some(daemon) = has_busybox("info") else {
         return;
     };
-    daemon.docker(&["create", "--name", "counted", "busybox"]);
+    daemon.docker(&["create", "--name", "counted", "busybox", "sh"]);
     let info = daemon.docker(&[
         "info",
         "-f",

@@ -95,7 +95,7 @@ impl Daemon {
             .recv_timeout(Duration::from_secs(30))
             .expect("the daemon starts");
         Daemon {
-            engine,
+            _engine: engine,
             home,
             socket,
             stop,
@@ -262,10 +262,6 @@ pub fn has_busybox(test: &str) -> Option<Arc<Daemon>> {
         let imported = daemon.docker_with(
             &[
                 "import",
-                "-c",
-                "CMD [\"sh\"]",
-                "-c",
-                "ENV PATH=/bin",
                 "-",
                 "busybox:latest",
             ],
