@@ -516,7 +516,8 @@ fn volumes_and_binds_outlive_their_container() {
         "run-vol:/data",
         "-v",
         "/anonymous",
-        "busybox", "sh",
+        "busybox",
+        "sh",
     ]);
     assert!(
         daemon

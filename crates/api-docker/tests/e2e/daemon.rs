@@ -259,14 +259,7 @@ pub fn has_busybox(test: &str) -> Option<Arc<Daemon>> {
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner());
     if !*done {
-        let imported = daemon.docker_with(
-            &[
-                "import",
-                "-",
-                "busybox:latest",
-            ],
-            &archive,
-        );
+        let imported = daemon.docker_with(&["import", "-", "busybox:latest"], &archive);
         assert!(
             imported.status.success(),
             "import: {}",
