@@ -38,6 +38,7 @@ pub struct Engine {
     tsc_offset: u64,
     always_single: bool,
     trace: bool,
+    profile: bool,
     pub(crate) counters: Counters,
 }
 
@@ -62,6 +63,9 @@ pub(crate) struct Counters {
     pub flushes: u64,
     pub faults: u64,
     pub invalidations: u64,
+    /// Exits by reason, and Rust instructions by mnemonic: kept in mode `profile` only.
+    pub reasons: [u64; 8],
+    pub mnemonics: std::collections::HashMap<iced_x86::Mnemonic, (u64, u64)>,
 }
 
 impl Engine {
@@ -91,8 +95,20 @@ impl Engine {
             tsc_offset: 0,
             always_single: debug.split(',').any(|w| w == "single"),
             trace: debug.split(',').any(|w| w == "trace"),
+            profile: debug.split(',').any(|w| w == "profile"),
             counters: Counters::default(),
         })
+    }
+
+    /// Mode `profile`: what left translated code, to standard error.
+    fn report(&self) {
+        let c = &self.counters;
+        eprintln!("exits: chain {} target {} indirect {} start {}", c.reasons[3], c.reasons[4], c.reasons[5], c.reasons[6]);
+        let mut list: Vec<_> = c.mnemonics.iter().collect();
+        list.sort_by_key(|(_, n)| std::cmp::Reverse(n.0));
+        for (mnemonic, (all, ended)) in list.iter().take(40) {
+            eprintln!("{mnemonic:?}: {all}, {ended} ended the block");
+        }
     }
 
     /// Counters for people.
@@ -391,6 +407,9 @@ impl Cpu {
         self.x87_load();
         let result = self.run_loop();
         self.x87_store();
+        if self.engine().profile {
+            self.engine().report();
+        }
         self.io = None;
         drop(guard);
         result
@@ -616,6 +635,7 @@ impl Cpu {
     fn left(&mut self, descriptor: u64) -> Result<(), CpuError> {
         let word = self.engine().cache.word(descriptor);
         let payload = self.engine().cache.word(descriptor + 4);
+        self.engine().counters.reasons[(word & 7) as usize] += 1;
         match word & 0xff {
             leave::INDIRECT => self.flags_from_slot(),
             leave::START => {
@@ -807,6 +827,9 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
     cpu.engine().counters.rust += 1;
     let block = cpu.settle(descriptor, word);
     let instruction = cpu.engine().lists.instructions[payload as usize];
+    if cpu.engine().profile {
+        cpu.engine().counters.mnemonics.entry(instruction.mnemonic()).or_default().0 += 1;
+    }
     let generation = cpu.engine().cache.generation;
     let start = cpu.rip;
     let pending = match system::execute(cpu, &instruction) {
@@ -823,7 +846,12 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
             }
             Pending::Again
         }
-        Ok(flow) => Pending::Flow(flow),
+        Ok(flow) => {
+            if cpu.engine().profile {
+                cpu.engine().counters.mnemonics.entry(instruction.mnemonic()).or_default().1 += 1;
+            }
+            Pending::Flow(flow)
+        }
         Err(fault) => Pending::Fault(fault),
     };
     cpu.engine().pending = Some(pending);
