@@ -184,7 +184,7 @@ impl Cache {
     }
 
     /// Writes `jmp target` over the code at `site`.
-    fn patch_jump(&mut self, site: u64, target: u64) {
+    pub fn patch_jump(&mut self, site: u64, target: u64) {
         let at = (site - self.executable as u64) as usize;
         assert!(at + 5 <= self.size);
         // SAFETY: in bounds, just checked.

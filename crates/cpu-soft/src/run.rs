@@ -268,6 +268,7 @@ impl Cpu {
         let mut second = None;
         let mut source: &[u8] = &bytes[offset..];
         let mut first_page = source.len();
+        let cpuid = Arc::clone(&self.system.cpuid);
         loop {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
@@ -300,6 +301,8 @@ impl Cpu {
                 known: &known,
                 page: &bytes,
                 tsc_shifted: cpu_tsc != 0,
+                offers: &|i| cpuid.offers(i),
+                number: cache.blocks.len() as u32,
             };
             let Some(built) = workshop.build(&request, code, lists) else {
                 // The first instruction goes on in the next page.
@@ -639,7 +642,11 @@ impl Cpu {
         match word & 0xff {
             leave::INDIRECT => self.flags_from_slot(),
             leave::START => {
-                self.settle(descriptor, word);
+                // A jump chained to a block that died: from now on it leads to the one in its place.
+                if let Some(dead) = self.settle(descriptor, word) {
+                    let at = self.engine().cache.blocks[dead as usize].direct;
+                    self.chain(descriptor, at, true);
+                }
             }
             leave::TARGET => {
                 if word & leave::SLOT != 0 {
@@ -653,7 +660,7 @@ impl Cpu {
                 }
                 let exit = self.engine().lists.exits[payload as usize];
                 self.rip = exit.target;
-                self.chain(descriptor, exit.site);
+                self.chain(descriptor, exit.site, false);
             }
             other => {
                 return Err(CpuError::Broken(format!(
@@ -664,8 +671,8 @@ impl Cpu {
         Ok(())
     }
 
-    /// Joins the exit at `site` to the block at rip, where that is of the same page.
-    fn chain(&mut self, descriptor: u64, site: u64) {
+    /// Joins the exit at `site` (`entry`: the entry of a dead block) to the block at rip, where that is of the same page.
+    fn chain(&mut self, descriptor: u64, site: u64, entry: bool) {
         let Some(from) = self.engine().cache.block_at(descriptor) else {
             return;
         };
@@ -674,9 +681,8 @@ impl Cpu {
         }
         let generation = self.engine().cache.generation;
         let block = &self.engine().cache.blocks[from as usize];
-        let dead = block.dead;
         let page = block.key.rip >> 12;
-        if dead || self.rip >> 12 != page {
+        if block.dead != entry || self.rip >> 12 != page {
             return;
         }
         let Ok((to, _)) = self.block(false) else {
@@ -689,7 +695,11 @@ impl Cpu {
         let to = &engine.cache.blocks[to as usize];
         if to.second.is_none() {
             let direct = to.direct;
-            engine.cache.patch(site, direct);
+            if entry {
+                engine.cache.patch_jump(site, direct);
+            } else {
+                engine.cache.patch(site, direct);
+            }
         }
     }
 
@@ -825,8 +835,11 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
     let word = cpu.engine().cache.word(descriptor);
     let payload = cpu.engine().cache.word(descriptor + 4);
     cpu.engine().counters.rust += 1;
-    let block = cpu.settle(descriptor, word);
-    let instruction = cpu.engine().lists.instructions[payload as usize];
+    let (instruction, block) = cpu.engine().lists.instructions[payload as usize];
+    cpu.rip = instruction.ip();
+    if word & leave::SLOT != 0 {
+        cpu.flags_from_slot();
+    }
     if cpu.engine().profile {
         cpu.engine().counters.mnemonics.entry(instruction.mnemonic()).or_default().0 += 1;
     }
@@ -836,7 +849,7 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
         Ok(Flow::Continue) => {
             let engine = cpu.engine();
             let alive = engine.cache.generation == generation
-                && block.is_some_and(|n| !engine.cache.blocks[n as usize].dead);
+                && !engine.cache.blocks[block as usize].dead;
             if alive
                 && !cpu.interrupt_shadow
                 && cpu.rip == start.wrapping_add(instruction.len() as u64)

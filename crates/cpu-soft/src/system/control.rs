@@ -87,6 +87,8 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             }
             Flow::EndBlock
         }
+        // Stores to code are seen at once as it is.
+        M::Serialize => Flow::Continue,
         M::Pushf | M::Pushfd | M::Pushfq => {
             let bytes = flags_size(i);
             if virtual_8086(cpu) && cpu.rflags & flag::IOPL != flag::IOPL {

@@ -72,8 +72,8 @@ mod f7b {
     /// BMI1, AVX2, BMI2.
     pub const NATIVE_V3: u32 = 1 << 3 | AVX2 | 1 << 8;
     pub const AVX2: u32 = 1 << 5;
-    /// FSGSBASE, TSC_ADJUST, SMEP, ERMS, INVPCID, SMAP.
-    pub const OURS: u32 = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 9 | 1 << 10 | 1 << 20;
+    /// FSGSBASE, TSC_ADJUST, SMEP, ERMS, INVPCID. Not SMAP: the look-aside buffers would have to follow RFLAGS.AC.
+    pub const OURS: u32 = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 9 | 1 << 10;
 }
 
 /// The features of one machine's CPUs.
@@ -172,8 +172,7 @@ impl Cpuid {
             | cr::CR4_UMIP
             | cr::CR4_FSGSBASE
             | cr::CR4_PCIDE
-            | cr::CR4_SMEP
-            | cr::CR4_SMAP;
+            | cr::CR4_SMEP;
         if self.xsave() {
             known | cr::CR4_OSXSAVE
         } else {
@@ -213,7 +212,7 @@ impl Cpuid {
                 | F::PAUSE
                 | F::MULTIBYTENOP
                 | F::INVPCID
-                | F::SMAP => true,
+                | F::SERIALIZE => true,
                 F::FSGSBASE | F::PREFETCHW | F::CET_IBT => true,
                 F::SSE3 => one(0),
                 F::PCLMULQDQ => one(1),
@@ -282,7 +281,8 @@ impl Cpuid {
                 0,
                 self.leaf7_ebx,
                 self.leaf7_ecx,
-                1 << 4 | 1 << 26 | 1 << 29,
+                // SERIALIZE (14) spares Linux an IRET for each place it patches.
+                1 << 4 | 1 << 14 | 1 << 26 | 1 << 29,
             ],
             0xb => match subleaf {
                 0 => [0, 1, 1 << 8, id],

@@ -7,7 +7,7 @@ use iced_x86::{Code as C, Instruction, Mnemonic, OpKind, Register};
 use super::emit::*;
 use super::kind::{self, Way};
 use super::{Address, FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Site, Slow, Translator, leave};
-use crate::state::{Cpu, FS, GS, Level};
+use crate::state::{Cpu, FS, GS, Level, flag};
 use crate::tlb;
 
 /// A register the guest's code names but which lives in memory.
@@ -46,12 +46,12 @@ fn is_high_byte(register: Register) -> bool {
 
 impl Translator<'_> {
     /// Translates [`Translator::at`]; false when the block ends with it.
-    pub(super) fn instruction(&mut self, no_fpu: bool) -> bool {
+    pub(super) fn instruction(&mut self, way: Way) -> bool {
         let k = kind::kind(&self.at);
-        if k.way == Way::Nothing {
+        if way == Way::Nothing {
             return true;
         }
-        if k.way == Way::Rust || (k.fpu && no_fpu) {
+        if way == Way::Rust {
             self.call_rust();
             if self.at.flow_control() != iced_x86::FlowControl::Next || self.at.is_invalid() {
                 // Never reached when the helper did as promised; leave with rip as it set it.
@@ -61,7 +61,7 @@ impl Translator<'_> {
             }
             return true;
         }
-        if k.way == Way::Own {
+        if way == Way::Own {
             return self.own();
         }
         let memory = self.at.mnemonic() != Mnemonic::Lea
@@ -656,7 +656,51 @@ impl Translator<'_> {
                 self.exit_to(i.near_branch_target(), self.live_after != 0);
                 return false;
             }
-            C::Rdtsc => {
+            C::Cli => {
+                self.spare_flags(self.live_after != 0);
+                self.code.with_mem(None, false, &[0x81], 4, Mem::gs(offset_of!(Cpu, rflags)));
+                self.code.u32(!(flag::IF as u32));
+                self.flags_destroyed();
+            }
+            C::Sti => {
+                self.spare_flags(self.live_after != 0);
+                self.code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, interrupt_waits)), 0);
+                self.flags_destroyed();
+                let calm = self.code.bytes.len();
+                self.code.raw(&[0x74, 0]);
+                // An interrupt waits for this: Rust sets the flag, and the run loop minds the shadow.
+                let before = self.flags;
+                self.call_rust();
+                self.flags = before;
+                let end = self.code.bytes.len();
+                self.code.bytes[calm + 1] = (end - calm - 2) as u8;
+                self.code.with_mem(None, false, &[0x81], 1, Mem::gs(offset_of!(Cpu, rflags)));
+                self.code.u32(flag::IF as u32);
+            }
+            C::Swapgs => {
+                let (base, kernel) = (Mem::gs(segment_base(GS)), Mem::gs(offset_of!(Cpu, kernel_gs_base)));
+                self.code.load(R10, base);
+                self.code.load(R11, kernel);
+                self.code.store(base, R11);
+                self.code.store(kernel, R10);
+            }
+            C::Pushfq => {
+                // The flags by way of the host's stack, the rest from memory.
+                self.want_flags();
+                self.spare_flags(true);
+                self.code.store(gpr(4), RSP);
+                self.code.load(RSP, Mem::gs(offset_of!(Cpu, host_rsp)));
+                self.code.raw(&[0x9c, 0x41, 0x5a]); // pushfq; pop r10
+                self.code.load(RSP, gpr(4));
+                self.code.and32(R10, flag::NATIVE as u32);
+                self.code.load32(R11, Mem::gs(offset_of!(Cpu, rflags)));
+                self.code.and32(R11, !((flag::NATIVE | flag::RF | flag::VM) as u32));
+                self.code.with_reg(false, &[0x09], R11, R10); // or r10d, r11d
+                self.flags_destroyed();
+                self.code.store(Mem::gs(SAVED_OPERAND), R10);
+                self.push(Value::Saved);
+            }
+            C::Rdtsc | C::Rdtscp => {
                 if !self.request.tsc_shifted {
                     self.code.raw(&[0x0f, 0x31]);
                 } else {
@@ -675,6 +719,9 @@ impl Translator<'_> {
                     self.code.raw(&[0x48, 0xc1, 0xea, 0x20]);
                     self.code.mov32(RAX, RAX);
                     self.flags_destroyed();
+                }
+                if i.code() == C::Rdtscp {
+                    self.code.load32(RCX, Mem::gs(offset_of!(Cpu, tsc_aux)));
                 }
             }
             _ => {

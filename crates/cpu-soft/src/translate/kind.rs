@@ -34,6 +34,10 @@ pub struct Kind {
     pub traps: bool,
     /// Uses x87, MMX, SSE or AVX state.
     pub fpu: bool,
+    /// Exists only where CPUID shows a feature that not every x86-64 has.
+    pub extended: bool,
+    /// Only ring 0 has a native form of it.
+    pub ring0: bool,
 }
 
 /// Facts of `instruction`'s code.
@@ -73,6 +77,8 @@ fn classify(instruction: &Instruction) -> Kind {
         register_writes: 0,
         traps: false,
         fpu: false,
+        extended: false,
+        ring0: false,
     };
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
@@ -133,6 +139,14 @@ fn classify(instruction: &Instruction) -> Kind {
             instruction.mnemonic(),
             Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Cmpxchg16b
         );
+    kind.extended = features.iter().any(|f| {
+        use CpuidFeature::*;
+        !matches!(
+            f,
+            INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | CX8 | PAUSE | MULTIBYTENOP
+        )
+    });
+    kind.ring0 = matches!(instruction.mnemonic(), Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs);
     // What the mask leaves out must stay as it is.
     kind.reads |= matches!(
         instruction.mnemonic(),
@@ -149,7 +163,7 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         return Way::Rust;
     }
     match instruction.mnemonic() {
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop => return Way::Nothing,
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Serialize => return Way::Nothing,
         M::Prefetch
         | M::Prefetchw
         | M::Prefetchwt1
@@ -158,7 +172,7 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Prefetcht1
         | M::Prefetcht2 => return Way::Nothing,
         M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => return Way::Nothing,
-        M::Rdtsc | M::Leave => return Way::Own,
+        M::Rdtsc | M::Rdtscp | M::Leave | M::Cli | M::Sti | M::Swapgs | M::Pushfq => return Way::Own,
         M::Push | M::Pop => {
             return match code {
                 Code::Push_r64
@@ -188,15 +202,12 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
                 _ => Way::Rust,
             };
         }
-        M::Cli
-        | M::Sti
-        | M::In
+        M::In
         | M::Out
         | M::Hlt
         | M::Cpuid
         | M::Pushf
         | M::Pushfd
-        | M::Pushfq
         | M::Popf
         | M::Popfd
         | M::Popfq => return Way::Rust,
@@ -224,7 +235,6 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Maskmovq
         | M::Maskmovdqu => return Way::Rust,
         M::Vmaskmovdqu
-        | M::Rdtscp
         | M::Rdpid
         | M::Rdpmc
         | M::Clac

@@ -84,6 +84,8 @@ pub struct Stubs {
 /// What to translate.
 pub struct Request<'a> {
     pub key: Key,
+    /// The number the block will have.
+    pub number: u32,
     /// Guest bytes from rip on, to the end of the page; a few of the next page's behind them only when `crossing`.
     pub bytes: &'a [u8],
     /// How many of the bytes are of the first page.
@@ -94,6 +96,21 @@ pub struct Request<'a> {
     /// The page's bytes, for a look at the flags jump targets need.
     pub page: &'a [u8],
     pub tsc_shifted: bool,
+    /// Whether the guest's CPUID shows what an instruction needs.
+    pub offers: &'a dyn Fn(&Instruction) -> bool,
+}
+
+impl Request<'_> {
+    /// How an instruction is carried out in this block; `last`: the block ends with it.
+    fn way(&self, instruction: &Instruction, last: bool) -> Way {
+        let k = kind::kind(instruction);
+        let elsewhere = (k.fpu && self.key.mode & mode::NO_FPU != 0)
+            || (k.ring0 && self.key.mode & mode::USER != 0)
+            // The shadow of STI reaches over the next instruction, which must be in the same block.
+            || (last && instruction.mnemonic() == iced_x86::Mnemonic::Sti)
+            || (k.extended && !(self.offers)(instruction));
+        if elsewhere { Way::Rust } else { k.way }
+    }
 }
 
 /// A direct exit.
@@ -128,7 +145,8 @@ pub struct Built {
 #[derive(Default)]
 pub struct Lists {
     pub exits: Vec<Exit>,
-    pub instructions: Vec<Instruction>,
+    /// Instructions for Rust, with the number of their block.
+    pub instructions: Vec<(Instruction, u32)>,
     pub sites: Vec<Site>,
 }
 
@@ -195,7 +213,6 @@ impl Workshop {
         lists: &mut Lists,
     ) -> Option<Built> {
         let single = request.key.mode & mode::SINGLE != 0;
-        let no_fpu = request.key.mode & mode::NO_FPU != 0;
         let limit = if single { 1 } else { BLOCK_LIMIT };
         self.decoded.clear();
         let mut decoder =
@@ -222,7 +239,7 @@ impl Workshop {
                 crossing = true;
                 ended = true;
             }
-            let way = kind::kind(&instruction).way;
+            let way = request.way(&instruction, false);
             ended |= match way {
                 Way::Own => instruction.flow_control() != iced_x86::FlowControl::Next,
                 Way::Rust => {
@@ -261,8 +278,7 @@ impl Workshop {
         }
         self.live[self.decoded.len()] = live;
         for (n, instruction) in self.decoded.iter().enumerate().rev() {
-            let k = kind::kind(instruction);
-            if k.way == Way::Rust || (k.fpu && no_fpu) {
+            if request.way(instruction, n + 1 == self.decoded.len()) == Way::Rust {
                 live = ALL_FLAGS;
             } else {
                 let (reads, kills) = kind::flags(instruction);
@@ -296,7 +312,7 @@ impl Workshop {
             t.at = *instruction;
             t.live_before = self.live[n];
             t.live_after = self.live[n + 1];
-            open = t.instruction(no_fpu);
+            open = t.instruction(request.way(instruction, n + 1 == self.decoded.len()));
         }
         if open {
             t.exit_to(next, self.live[self.decoded.len()] != 0);
@@ -538,7 +554,7 @@ impl Translator<'_> {
     /// An instruction for Rust.
     fn call_rust(&mut self) {
         let number = self.lists.instructions.len() as u32;
-        self.lists.instructions.push(self.at);
+        self.lists.instructions.push((self.at, self.request.number));
         let word = self.word(leave::INSTRUCTION);
         self.descriptor(self.request.stubs.instruction, word, number);
         // The stub comes back behind the descriptor with everything reloaded.
