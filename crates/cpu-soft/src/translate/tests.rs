@@ -422,6 +422,9 @@ fn translated_instructions_do_what_the_host_does() {
             let Some((b, i)) = generate(&mut random) else {
                 continue;
             };
+            if !rig.vcpu.cpu().system.cpuid.offers(&i) {
+                continue;
+            }
             let touches = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
                 && i.mnemonic() != Mnemonic::Lea;
             let stack = matches!(i.mnemonic(), Mnemonic::Push | Mnemonic::Pop);
