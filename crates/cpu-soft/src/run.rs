@@ -103,7 +103,10 @@ impl Engine {
     /// Mode `profile`: what left translated code, to standard error.
     fn report(&self) {
         let c = &self.counters;
-        eprintln!("exits: chain {} target {} indirect {} start {}", c.reasons[3], c.reasons[4], c.reasons[5], c.reasons[6]);
+        eprintln!(
+            "exits: chain {} target {} indirect {} start {}",
+            c.reasons[3], c.reasons[4], c.reasons[5], c.reasons[6]
+        );
         let mut list: Vec<_> = c.mnemonics.iter().collect();
         list.sort_by_key(|(_, n)| std::cmp::Reverse(n.0));
         for (mnemonic, (all, ended)) in list.iter().take(40) {
@@ -841,15 +844,20 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
         cpu.flags_from_slot();
     }
     if cpu.engine().profile {
-        cpu.engine().counters.mnemonics.entry(instruction.mnemonic()).or_default().0 += 1;
+        cpu.engine()
+            .counters
+            .mnemonics
+            .entry(instruction.mnemonic())
+            .or_default()
+            .0 += 1;
     }
     let generation = cpu.engine().cache.generation;
     let start = cpu.rip;
     let pending = match system::execute(cpu, &instruction) {
         Ok(Flow::Continue) => {
             let engine = cpu.engine();
-            let alive = engine.cache.generation == generation
-                && !engine.cache.blocks[block as usize].dead;
+            let alive =
+                engine.cache.generation == generation && !engine.cache.blocks[block as usize].dead;
             if alive
                 && !cpu.interrupt_shadow
                 && cpu.rip == start.wrapping_add(instruction.len() as u64)
@@ -861,7 +869,12 @@ unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor: u64) -> u
         }
         Ok(flow) => {
             if cpu.engine().profile {
-                cpu.engine().counters.mnemonics.entry(instruction.mnemonic()).or_default().1 += 1;
+                cpu.engine()
+                    .counters
+                    .mnemonics
+                    .entry(instruction.mnemonic())
+                    .or_default()
+                    .1 += 1;
             }
             Pending::Flow(flow)
         }

@@ -658,13 +658,15 @@ impl Translator<'_> {
             }
             C::Cli => {
                 self.spare_flags(self.live_after != 0);
-                self.code.with_mem(None, false, &[0x81], 4, Mem::gs(offset_of!(Cpu, rflags)));
+                self.code
+                    .with_mem(None, false, &[0x81], 4, Mem::gs(offset_of!(Cpu, rflags)));
                 self.code.u32(!(flag::IF as u32));
                 self.flags_destroyed();
             }
             C::Sti => {
                 self.spare_flags(self.live_after != 0);
-                self.code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, interrupt_waits)), 0);
+                self.code
+                    .cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, interrupt_waits)), 0);
                 self.flags_destroyed();
                 let calm = self.code.bytes.len();
                 self.code.raw(&[0x74, 0]);
@@ -674,11 +676,15 @@ impl Translator<'_> {
                 self.flags = before;
                 let end = self.code.bytes.len();
                 self.code.bytes[calm + 1] = (end - calm - 2) as u8;
-                self.code.with_mem(None, false, &[0x81], 1, Mem::gs(offset_of!(Cpu, rflags)));
+                self.code
+                    .with_mem(None, false, &[0x81], 1, Mem::gs(offset_of!(Cpu, rflags)));
                 self.code.u32(flag::IF as u32);
             }
             C::Swapgs => {
-                let (base, kernel) = (Mem::gs(segment_base(GS)), Mem::gs(offset_of!(Cpu, kernel_gs_base)));
+                let (base, kernel) = (
+                    Mem::gs(segment_base(GS)),
+                    Mem::gs(offset_of!(Cpu, kernel_gs_base)),
+                );
                 self.code.load(R10, base);
                 self.code.load(R11, kernel);
                 self.code.store(base, R11);
@@ -694,7 +700,8 @@ impl Translator<'_> {
                 self.code.load(RSP, gpr(4));
                 self.code.and32(R10, flag::NATIVE as u32);
                 self.code.load32(R11, Mem::gs(offset_of!(Cpu, rflags)));
-                self.code.and32(R11, !((flag::NATIVE | flag::RF | flag::VM) as u32));
+                self.code
+                    .and32(R11, !((flag::NATIVE | flag::RF | flag::VM) as u32));
                 self.code.with_reg(false, &[0x09], R11, R10); // or r10d, r11d
                 self.flags_destroyed();
                 self.code.store(Mem::gs(SAVED_OPERAND), R10);

@@ -143,10 +143,29 @@ fn classify(instruction: &Instruction) -> Kind {
         use CpuidFeature::*;
         !matches!(
             f,
-            INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | CX8 | PAUSE | MULTIBYTENOP
+            INTEL8086
+                | INTEL8086_ONLY
+                | INTEL186
+                | INTEL286
+                | INTEL386
+                | INTEL486
+                | X64
+                | CMOV
+                | FPU
+                | FPU287
+                | FPU387
+                | MMX
+                | SSE
+                | SSE2
+                | CX8
+                | PAUSE
+                | MULTIBYTENOP
         )
     });
-    kind.ring0 = matches!(instruction.mnemonic(), Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs);
+    kind.ring0 = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs
+    );
     // What the mask leaves out must stay as it is.
     kind.reads |= matches!(
         instruction.mnemonic(),
@@ -172,7 +191,9 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Prefetcht1
         | M::Prefetcht2 => return Way::Nothing,
         M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => return Way::Nothing,
-        M::Rdtsc | M::Rdtscp | M::Leave | M::Cli | M::Sti | M::Swapgs | M::Pushfq => return Way::Own,
+        M::Rdtsc | M::Rdtscp | M::Leave | M::Cli | M::Sti | M::Swapgs | M::Pushfq => {
+            return Way::Own;
+        }
         M::Push | M::Pop => {
             return match code {
                 Code::Push_r64
