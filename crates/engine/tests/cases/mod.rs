@@ -22,6 +22,7 @@ pub fn run(filter: Option<&str>) -> ExitCode {
         .unwrap();
     runtime.block_on(async {
         let mut fixture = Fixture::new().await;
+        let _guard = fixture.guard();
         macro_rules! cases {
             ($($name:ident),* $(,)?) => { $(
                 if filter.is_none_or(|filter| stringify!($name).contains(filter)) {
