@@ -31,9 +31,9 @@ use crate::pci::function::FunctionState;
 use crate::pci::{Function, FunctionBuilder, Msix, PciDevice};
 use crate::state::{Persist, Saved, StateError};
 
-/// Red Hat, whose device 0x0010 is the generic NVMe controller.
+/// Red Hat. Not its device 0x0010, QEMU's controller, for which Linux switches features off.
 pub const VENDOR: u16 = 0x1b36;
-const DEVICE: u16 = 0x0010;
+const DEVICE: u16 = 0x0b10;
 const CLASS: u32 = 0x01_0802;
 
 const REGISTERS_LEN: u64 = 0x4000;
