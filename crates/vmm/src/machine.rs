@@ -28,7 +28,7 @@ use crate::memory::{
 use crate::nvme::Controller;
 use crate::pci::Root;
 use crate::pci::root::{ConfigPorts, Ecam, PciError};
-use crate::state::Persist;
+use crate::state::{Persist, Saved, StateError};
 
 /// Local APIC ids are eight bits, and 255 is broadcast.
 pub const CPU_LIMIT: u32 = 254;
@@ -98,6 +98,8 @@ pub enum MachineError {
     Pci(#[from] PciError),
     #[error("the host gives no thread for a CPU or a device: {0}")]
     Thread(std::io::Error),
+    #[error(transparent)]
+    State(#[from] StateError),
     #[error("the machine was started already")]
     Started,
 }
@@ -110,7 +112,7 @@ impl Classified for MachineError {
                 Kind::Capacity
             }
             MachineError::Cpu(CpuError::NoVirtualization(_)) => Kind::Unsupported,
-            MachineError::Cpu(CpuError::State(_)) => Kind::Invalid,
+            MachineError::Cpu(CpuError::State(_)) | MachineError::State(_) => Kind::Invalid,
             MachineError::Started => Kind::Conflict,
             MachineError::Cpu(_) | MachineError::Bus(_) => Kind::Internal,
         }
@@ -147,6 +149,18 @@ pub fn open_cpus(
 
 fn soft_cpus(config: VmConfig) -> Result<Arc<dyn Vm>, CpuError> {
     Ok(Arc::new(cpu_soft::SoftVm::new(&config)?))
+}
+
+const MACHINE_STATE_VERSION: u32 = 1;
+
+/// A machine's state apart from its memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineState {
+    pub version: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    pub cpus: Vec<CpuState>,
+    pub devices: Vec<Saved>,
 }
 
 /// A CPU of a machine, with the lock its thread holds while it runs.
@@ -405,6 +419,46 @@ impl Machine {
             }
         }
         sums
+    }
+
+    /// Everything but the content of memory; the machine must be paused ([`Machine::pause`]) or not yet started.
+    ///
+    /// # Errors
+    /// Where a CPU or a device cannot be saved now.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let devices = self.devices.iter().map(|device| device.save()).collect::<Result<_, _>>()?;
+        let cpus = self.cpu_states()?;
+        Ok(MachineState { version: MACHINE_STATE_VERSION, memory: self.config.memory, cpus, devices })
+    }
+
+    /// Gives a machine that was just made, with the same devices, a saved state. The content of memory must be
+    /// back in place before.
+    ///
+    /// # Errors
+    /// [`MachineError::Started`] for one that runs; [`MachineError::State`] for a state of another machine.
+    pub fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
+        if !self.threads.is_empty() {
+            return Err(MachineError::Started);
+        }
+        let same = state.version == MACHINE_STATE_VERSION
+            && state.memory == self.config.memory
+            && state.cpus.len() == self.vcpus.len()
+            && state.devices.len() == self.devices.len();
+        if !same {
+            let damaged = StateError::Damaged {
+                device: "machine".into(),
+                reason: "it is of another version, or has other memory, CPUs or devices".into(),
+            };
+            return Err(damaged.into());
+        }
+        for (device, saved) in self.devices.iter().zip(&state.devices) {
+            device.restore(saved)?;
+        }
+        self.pci.remap_all();
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
+            vcpu.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
+        }
+        Ok(())
     }
 
     /// Every CPU's state; the machine must be paused or not yet started.
