@@ -426,9 +426,18 @@ impl Machine {
     /// # Errors
     /// Where a CPU or a device cannot be saved now.
     pub fn save(&self) -> Result<MachineState, MachineError> {
-        let devices = self.devices.iter().map(|device| device.save()).collect::<Result<_, _>>()?;
+        let devices = self
+            .devices
+            .iter()
+            .map(|device| device.save())
+            .collect::<Result<_, _>>()?;
         let cpus = self.cpu_states()?;
-        Ok(MachineState { version: MACHINE_STATE_VERSION, memory: self.config.memory, cpus, devices })
+        Ok(MachineState {
+            version: MACHINE_STATE_VERSION,
+            memory: self.config.memory,
+            cpus,
+            devices,
+        })
     }
 
     /// Gives a machine that was just made, with the same devices, a saved state. The content of memory must be
@@ -456,7 +465,9 @@ impl Machine {
         }
         self.pci.remap_all();
         for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
-            vcpu.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
+            vcpu.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .restore(saved)?;
         }
         Ok(())
     }

@@ -33,7 +33,9 @@ impl Write for Sink {
 
 impl Sink {
     fn wait_for(&self, byte: u8) {
-        until("the guest to write", || self.0.lock().unwrap().contains(&byte));
+        until("the guest to write", || {
+            self.0.lock().unwrap().contains(&byte)
+        });
     }
 }
 
@@ -67,7 +69,14 @@ fn elf(code: &[u8]) -> Vec<u8> {
     file[56] = 1;
     file[64] = 1;
     let len = code.len() as u64;
-    for (at, value) in [(72, 120), (80, CODE), (88, CODE), (96, len), (104, len), (112, 1)] {
+    for (at, value) in [
+        (72, 120),
+        (80, CODE),
+        (88, CODE),
+        (96, len),
+        (104, len),
+        (112, 1),
+    ] {
         file[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
     }
     file.extend(code);
@@ -76,7 +85,13 @@ fn elf(code: &[u8]) -> Vec<u8> {
 
 fn machine(cpu: CpuChoice, cpus: u32, code: &[u8]) -> (Machine, Sink) {
     let sink = Sink::default();
-    let config = MachineConfig { cpus, memory: 64 << 20, cpu, debug_exit: true, ..MachineConfig::default() };
+    let config = MachineConfig {
+        cpus,
+        memory: 64 << 20,
+        cpu,
+        debug_exit: true,
+        ..MachineConfig::default()
+    };
     let mut machine = Machine::new(config, Box::new(sink.clone())).unwrap();
     let kernel = Kernel::parse(elf(code), Protocol::Linux64).unwrap();
     let memory = machine.memory.clone();
@@ -148,7 +163,10 @@ fn a_triple_fault_is_a_crash() {
     let code = assemble(|a| a.ud2());
     for cpu in back_ends() {
         let (mut machine, _) = machine(cpu, 1, &code);
-        assert!(matches!(ends_with(&mut machine), Outcome::Crash(_)), "{cpu:?}");
+        assert!(
+            matches!(ends_with(&mut machine), Outcome::Crash(_)),
+            "{cpu:?}"
+        );
     }
 }
 
@@ -170,7 +188,12 @@ fn a_busy_guest_and_a_halted_one_are_paused_and_ended() {
             machine.start().unwrap();
             std::thread::sleep(Duration::from_millis(5));
             assert!(machine.pause(), "{cpu:?}");
-            let count = || machine.memory.read_obj::<u32>(GuestAddress(COUNTER)).unwrap();
+            let count = || {
+                machine
+                    .memory
+                    .read_obj::<u32>(GuestAddress(COUNTER))
+                    .unwrap()
+            };
             let before = count();
             std::thread::sleep(Duration::from_millis(5));
             assert_eq!(count(), before, "{cpu:?} runs while paused");
@@ -208,18 +231,30 @@ fn counts_interrupts(count: i32) -> (Vec<u8>, u64) {
         out(a, EXIT, 7)?;
         a.hlt()
     });
-    let decoded: Vec<_> = iced_x86::Decoder::with_ip(64, &code, CODE, 0).iter().map(|i| i.ip()).collect();
+    let decoded: Vec<_> = iced_x86::Decoder::with_ip(64, &code, CODE, 0)
+        .iter()
+        .map(|i| i.ip())
+        .collect();
     (code, decoded[handler_at])
 }
 
 fn set_gate(machine: &Machine, vector: u64, handler: u64) {
     let gate = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
-    machine.memory.write_obj(gate, GuestAddress(IDT + vector * 16)).unwrap();
-    machine.memory.write_obj(handler >> 32, GuestAddress(IDT + vector * 16 + 8)).unwrap();
+    machine
+        .memory
+        .write_obj(gate, GuestAddress(IDT + vector * 16))
+        .unwrap();
+    machine
+        .memory
+        .write_obj(handler >> 32, GuestAddress(IDT + vector * 16 + 8))
+        .unwrap();
 }
 
 fn program_pin(machine: &Machine, pin: u32, entry: u64) {
-    for (register, value) in [(0x11 + 2 * pin, (entry >> 32) as u32), (0x10 + 2 * pin, entry as u32)] {
+    for (register, value) in [
+        (0x11 + 2 * pin, (entry >> 32) as u32),
+        (0x10 + 2 * pin, entry as u32),
+    ] {
         machine.mmio.write(0xfec0_0000, &register.to_le_bytes());
         machine.mmio.write(0xfec0_0010, &value.to_le_bytes());
     }
@@ -230,7 +265,9 @@ fn a_held_level_interrupt_comes_again_after_its_end() {
     let (code, handler) = counts_interrupts(3);
     for cpu in back_ends() {
         if cpu == CpuChoice::Kvm && cpu_kvm::probe() == cpu_kvm::Probe::EmulatedOnly {
-            eprintln!("SKIPPED: KVM without virtualization does not report the end of level interrupts");
+            eprintln!(
+                "SKIPPED: KVM without virtualization does not report the end of level interrupts"
+            );
             continue;
         }
         let (mut machine, sink) = machine(cpu, 1, &code);
@@ -278,7 +315,10 @@ fn a_second_cpu_starts_where_it_is_told() {
     let trampoline = trampoline.assemble(0).unwrap();
     for cpu in back_ends() {
         let (mut machine, _) = machine(cpu, 2, &code);
-        machine.memory.write_slice(&trampoline, GuestAddress(TRAMPOLINE)).unwrap();
+        machine
+            .memory
+            .write_slice(&trampoline, GuestAddress(TRAMPOLINE))
+            .unwrap();
         assert_eq!(ends_with(&mut machine), Outcome::DebugExit(9), "{cpu:?}");
     }
 }
@@ -306,20 +346,36 @@ fn a_machine_goes_on_in_another_after_save_and_restore() {
     for cpu in back_ends() {
         let (mut first, _) = machine(cpu, 1, &code);
         first.start().unwrap();
-        let counted = |machine: &Machine| machine.memory.read_obj::<u32>(GuestAddress(COUNTER)).unwrap();
+        let counted = |machine: &Machine| {
+            machine
+                .memory
+                .read_obj::<u32>(GuestAddress(COUNTER))
+                .unwrap()
+        };
         until("the guest to count", || counted(&first) > 100);
         assert!(first.pause());
         let state = serde_json::to_string(&first.save().unwrap()).unwrap();
         // It must have counted at least as far as it had when saved.
-        first.memory.write_obj(counted(&first), GuestAddress(COUNTER + 4)).unwrap();
+        first
+            .memory
+            .write_obj(counted(&first), GuestAddress(COUNTER + 4))
+            .unwrap();
         let (mut second, _) = machine(cpu, 1, &code);
         for region in first.memory.iter() {
             let mut bytes = vec![0; region.len() as usize];
-            first.memory.read_slice(&mut bytes, region.start_addr()).unwrap();
-            second.memory.write_slice(&bytes, region.start_addr()).unwrap();
+            first
+                .memory
+                .read_slice(&mut bytes, region.start_addr())
+                .unwrap();
+            second
+                .memory
+                .write_slice(&bytes, region.start_addr())
+                .unwrap();
         }
         drop(first);
-        second.restore(&serde_json::from_str(&state).unwrap()).unwrap();
+        second
+            .restore(&serde_json::from_str(&state).unwrap())
+            .unwrap();
         second.memory.write_obj(1u32, GuestAddress(flag)).unwrap();
         assert_eq!(ends_with(&mut second), Outcome::DebugExit(1), "{cpu:?}");
     }
