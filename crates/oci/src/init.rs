@@ -316,7 +316,8 @@ impl Init<'_, '_> {
         let destination = mount.destination();
         let what = || {
             format!(
-                "mount {} at {}",
+                "mount {} {} at {}",
+                mount.typ().as_deref().unwrap_or("bind"),
                 mount.source().as_deref().unwrap_or(Path::new("")).display(),
                 destination.display()
             )

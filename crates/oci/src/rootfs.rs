@@ -196,6 +196,20 @@ fn split(path: &Path) -> io::Result<(&Path, &OsStr)> {
     }
 }
 
+fn clean(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::Normal(name) => clean.push(name),
+            std::path::Component::ParentDir => {
+                clean.pop();
+            }
+            _ => {}
+        }
+    }
+    clean
+}
+
 fn make_directory(root: BorrowedFd<'_>, path: &Path, depth: u32) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     match syscall::openat2(
@@ -208,15 +222,8 @@ fn make_directory(root: BorrowedFd<'_>, path: &Path, depth: u32) -> io::Result<O
         Err(error) if error.kind() == io::ErrorKind::NotFound && depth < 64 => {}
         other => return other,
     }
-    if path
-        .components()
-        .any(|part| part == std::path::Component::ParentDir)
-    {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a path to be made cannot hold \"..\"",
-        ));
-    }
+    // Without `..`, which a path to be made can only mean by its words. The root stops it in any case.
+    let path = &clean(path);
     let (parent_path, name) = split(path)?;
     let parent = make_directory(root, parent_path, depth + 1)?;
     match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {

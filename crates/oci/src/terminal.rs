@@ -112,10 +112,8 @@ pub(crate) fn bind_console(root: BorrowedFd<'_>, slave: BorrowedFd<'_>) -> Resul
     bind().during(|| "bind the terminal over /dev/console".into())
 }
 
-/// Makes the terminal the controlling one of a new session, and stdin, stdout and stderr.
+/// Makes the terminal the controlling one of this process's session, which it leads, and stdin, stdout and stderr.
 pub(crate) fn take(slave: BorrowedFd<'_>) -> Result<()> {
-    // Refused where the process leads a session of its own already.
-    let _ = rustix::process::setsid();
     rustix::process::ioctl_tiocsctty(slave)
         .during(|| "make the terminal the controlling one".into())?;
     for number in 0..3 {

@@ -248,7 +248,9 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Program> {
             {
                 if let Ok(index) = table::TABLE.binary_search_by(|row| row.name.cmp(name)) {
                     let number = table::TABLE[index].numbers[*arch as usize];
-                    if number < 0xf_0000 {
+                    // x32 has a second run of numbers, from 512 on, for what was there from the start.
+                    let second = *arch == Arch::X32 && number >= 512;
+                    if number < 0xf_0000 && !second {
                         newest = newest.max(u32::try_from(number).unwrap_or(0));
                     }
                 }
