@@ -45,6 +45,9 @@ pub enum Gate {
     Open,
 }
 
+/// What is told the pid and the cgroup of a new init.
+pub type OnClone<'a> = dyn FnMut(i32, Option<&Cgroup>) -> Result<()> + 'a;
+
 /// A container to be made. The caller must be single-threaded.
 pub struct Launch<'a> {
     pub id: &'a str,
@@ -65,7 +68,7 @@ pub struct Launch<'a> {
     /// Cgroups that cannot be made are done without, where no limit needs them.
     pub rootless: bool,
     /// Called with the pid while init sets itself up; its error ends the container.
-    pub on_clone: Option<&'a mut dyn FnMut(i32, Option<&Cgroup>) -> Result<()>>,
+    pub on_clone: Option<&'a mut OnClone<'a>>,
 }
 
 impl<'a> Launch<'a> {

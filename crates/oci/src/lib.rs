@@ -28,7 +28,7 @@ mod syscall;
 mod terminal;
 
 pub use error::{Error, Result};
-pub use launch::{Created, Exec, Gate, Launch, Running, Stdio, create, exec};
+pub use launch::{Created, Exec, Gate, Launch, OnClone, Running, Stdio, create, exec};
 pub use namespace::Range;
 pub use process::{Exit, try_wait, wait};
 pub use rootfs::Rootfs;

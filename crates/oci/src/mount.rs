@@ -45,8 +45,10 @@ pub(crate) struct Options {
 
 /// Sorts the options as mount(8) and the runtime specification name them; unknown ones are the file system's.
 pub(crate) fn parse_options(mount: &Mount) -> Result<Options> {
-    let mut options = Options::default();
-    options.bind = mount.typ().as_deref() == Some("bind");
+    let mut options = Options {
+        bind: mount.typ().as_deref() == Some("bind"),
+        ..Options::default()
+    };
     for option in mount.options().iter().flatten() {
         apply_option(&mut options, option);
     }

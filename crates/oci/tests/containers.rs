@@ -214,7 +214,7 @@ fn a_container_goes_through_its_whole_life() {
     );
     assert!(
         b.ok(&["exec", &id, "sh", "-c", "cat /proc/1/cmdline; id -u"])
-            .starts_with("sleep\0100")
+            .starts_with("sleep\x00100")
     );
     assert_eq!(
         b.run(&["exec", &id, "sh", "-c", "exit 5"]).status.code(),
@@ -295,11 +295,13 @@ fn a_missing_program_is_an_error_and_leaves_nothing() {
     b.nothing_is_left();
 }
 
+type Spoil = fn(&mut Value);
+
 #[test]
 fn broken_bundles_are_refused_by_name_and_leave_nothing() {
     let Some(b) = Bundle::new() else { return };
     let good = b.config.clone();
-    let cases: [(&str, fn(&mut Value), &str); 8] = [
+    let cases: [(&str, Spoil, &str); 8] = [
         (
             "/process/cwd",
             |c| c["process"]["cwd"] = json!("relative"),

@@ -120,7 +120,7 @@ impl Hierarchies {
     /// [`Error::Unsupported`] where no cgroup file system is mounted.
     pub fn of_host() -> Result<Hierarchies> {
         let root = Path::new("/sys/fs/cgroup");
-        if rustix::fs::statfs(root).is_ok_and(|stat| stat.f_type as i64 == CGROUP2_SUPER_MAGIC) {
+        if rustix::fs::statfs(root).is_ok_and(|stat| stat.f_type == CGROUP2_SUPER_MAGIC) {
             return Ok(Hierarchies {
                 unified: Some(root.to_owned()),
                 v1: Vec::new(),

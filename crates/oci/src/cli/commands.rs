@@ -115,20 +115,20 @@ pub(super) fn kill(context: &Context, id: &str, signal: &str, all: bool) -> Resu
     let record = context.store.read(id)?;
     let signal = signal_number(signal)?;
     let process = state::open(&record).during(|| format!("open process {}", record.pid))?;
-    if all || (signal == libc::SIGKILL && process.is_none()) {
-        if let Some(cgroup) = &record.cgroup {
-            if signal == libc::SIGKILL {
-                cgroup.kill()?;
-            } else {
-                for pid in cgroup.processes()? {
-                    if let Ok(process) = PidFd::open(pid) {
-                        let _ = process.signal(signal);
-                    }
+    if (all || (signal == libc::SIGKILL && process.is_none()))
+        && let Some(cgroup) = &record.cgroup
+    {
+        if signal == libc::SIGKILL {
+            cgroup.kill()?;
+        } else {
+            for pid in cgroup.processes()? {
+                if let Ok(process) = PidFd::open(pid) {
+                    let _ = process.signal(signal);
                 }
             }
-            if all {
-                return Ok(0);
-            }
+        }
+        if all {
+            return Ok(0);
         }
     }
     let Some(process) = process else {
@@ -138,10 +138,11 @@ pub(super) fn kill(context: &Context, id: &str, signal: &str, all: bool) -> Resu
         .signal(signal)
         .during(|| format!("signal process {}", record.pid))?;
     // A frozen process takes even SIGKILL only once it goes on (on v1).
-    if signal == libc::SIGKILL && context.store.status(&record) == Status::Paused {
-        if let Some(mut cgroup) = record.cgroup {
-            cgroup.thaw()?;
-        }
+    if signal == libc::SIGKILL
+        && context.store.status(&record) == Status::Paused
+        && let Some(mut cgroup) = record.cgroup
+    {
+        cgroup.thaw()?;
     }
     Ok(0)
 }
