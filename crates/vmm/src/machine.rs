@@ -130,20 +130,19 @@ pub fn open_cpus(
     choice: CpuChoice,
     config: VmConfig,
 ) -> Result<(Arc<dyn Vm>, Option<String>), CpuError> {
-    match (choice, cpu_kvm::probe()) {
-        (CpuChoice::Soft, _) => Ok((soft_cpus(config)?, None)),
-        (CpuChoice::Auto | CpuChoice::Kvm, Probe::Usable) => {
-            Ok((Arc::new(KvmVm::new(config)?), None))
-        }
-        (CpuChoice::Kvm, Probe::EmulatedOnly) => {
+    if choice == CpuChoice::Soft {
+        return Ok((soft_cpus(config)?, None));
+    }
+    match (cpu_kvm::probe(), choice) {
+        (Probe::Usable, _) => Ok((Arc::new(KvmVm::new(config)?), None)),
+        (Probe::EmulatedOnly, CpuChoice::Kvm) => {
             let note = format!("{}: this will be very slow", Probe::EmulatedOnly);
             Ok((Arc::new(KvmVm::new(config)?), Some(note)))
         }
-        (CpuChoice::Kvm, probe) => Err(CpuError::NoVirtualization(probe.to_string())),
-        (CpuChoice::Auto, probe) => Ok((
-            soft_cpus(config)?,
-            Some(format!("{probe}: the software CPU runs this machine")),
-        )),
+        (probe, CpuChoice::Kvm) => Err(CpuError::NoVirtualization(probe.to_string())),
+        (probe, _) => {
+            Ok((soft_cpus(config)?, Some(format!("{probe}: the software CPU runs this machine"))))
+        }
     }
 }
 

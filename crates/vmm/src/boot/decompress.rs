@@ -4,6 +4,7 @@
 use std::io::Read;
 
 use super::BootError;
+use super::bytes::Bytes;
 
 /// No kernel is larger; the limit stops a small file from filling the host's memory.
 pub const LIMIT: usize = 1 << 30;
@@ -24,10 +25,10 @@ fn broken(method: &'static str, reason: impl ToString) -> BootError {
 ///
 /// # Errors
 /// [`BootError::Payload`] for damaged data, [`BootError::Compression`] for a method we lack.
-pub fn decompress(payload: &[u8]) -> Result<Vec<u8>, BootError> {
+pub fn decompress(payload: &[u8]) -> Result<Bytes, BootError> {
     let start = |magic: &[u8]| payload.starts_with(magic);
     if start(b"\x7fELF") {
-        Ok(payload.to_vec())
+        Ok(payload.to_vec().into())
     } else if start(&[0x1f, 0x8b]) {
         bounded("gzip", flate2::read::GzDecoder::new(payload), hint(payload))
     } else if start(&[0x28, 0xb5, 0x2f, 0xfd]) {
@@ -74,7 +75,7 @@ fn trailer(payload: &[u8]) -> Option<usize> {
     Some(u32::from_le_bytes(*bytes) as usize)
 }
 
-fn bounded(method: &'static str, reader: impl Read, hint: usize) -> Result<Vec<u8>, BootError> {
+fn bounded(method: &'static str, reader: impl Read, hint: usize) -> Result<Bytes, BootError> {
     let mut out = Vec::with_capacity(hint);
     let count = reader
         .take(LIMIT as u64 + 1)
@@ -83,12 +84,12 @@ fn bounded(method: &'static str, reader: impl Read, hint: usize) -> Result<Vec<u
     if count > LIMIT {
         Err(broken(method, "it is larger than 1 GiB"))
     } else {
-        Ok(out)
+        Ok(out.into())
     }
 }
 
 /// Blocks are independent: they are decompressed side by side.
-fn lz4_legacy(payload: &[u8]) -> Result<Vec<u8>, BootError> {
+fn lz4_legacy(payload: &[u8]) -> Result<Bytes, BootError> {
     let size = trailer(payload).unwrap_or(0);
     let body = payload
         .get(4..payload.len().saturating_sub(4))
@@ -106,7 +107,7 @@ fn lz4_legacy(payload: &[u8]) -> Result<Vec<u8>, BootError> {
     if size > LIMIT || size.div_ceil(LZ4_BLOCK) != blocks.len() {
         return Err(broken("lz4", "its size and its blocks disagree"));
     }
-    let mut out = vec![0u8; size];
+    let mut out = Bytes::zeroed(size);
     let work: Vec<(&[u8], &mut [u8])> = blocks.into_iter().zip(out.chunks_mut(LZ4_BLOCK)).collect();
     let queue = std::sync::Mutex::new(work.into_iter());
     let helpers = std::thread::available_parallelism()
@@ -162,13 +163,13 @@ mod tests {
         let size = (plain.len() as u32).to_le_bytes();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&plain).unwrap();
-        assert_eq!(decompress(&gzip.finish().unwrap()).unwrap(), plain);
+        assert_eq!(decompress(&gzip.finish().unwrap()).unwrap()[..], plain);
         let mut packed = zstd::encode_all(&plain[..], 1).unwrap();
         packed.extend(size);
-        assert_eq!(decompress(&packed).unwrap(), plain);
+        assert_eq!(decompress(&packed).unwrap()[..], plain);
         let mut packed = liblzma::encode_all(&plain[..], 1).unwrap();
         packed.extend(size);
-        assert_eq!(decompress(&packed).unwrap(), plain);
+        assert_eq!(decompress(&packed).unwrap()[..], plain);
         let mut packed = LZ4_LEGACY.to_le_bytes().to_vec();
         for chunk in plain.chunks(LZ4_BLOCK) {
             let block = lz4_flex::block::compress(chunk);
@@ -176,7 +177,7 @@ mod tests {
             packed.extend(block);
         }
         packed.extend(size);
-        assert_eq!(decompress(&packed).unwrap(), plain);
+        assert_eq!(decompress(&packed).unwrap()[..], plain);
         packed.truncate(packed.len() - 9);
         assert!(decompress(&packed).is_err());
     }

@@ -184,6 +184,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_uname,
     libc::SYS_prlimit64,
+    // Answered with ENOSYS by the filter beneath this one, whose answer counts only where this one allows.
+    libc::SYS_clone3,
 ];
 
 fn restrict_calls() -> Result<(), String> {
