@@ -140,9 +140,10 @@ pub fn open_cpus(
             Ok((Arc::new(KvmVm::new(config)?), Some(note)))
         }
         (probe, CpuChoice::Kvm) => Err(CpuError::NoVirtualization(probe.to_string())),
-        (probe, _) => {
-            Ok((soft_cpus(config)?, Some(format!("{probe}: the software CPU runs this machine"))))
-        }
+        (probe, _) => Ok((
+            soft_cpus(config)?,
+            Some(format!("{probe}: the software CPU runs this machine")),
+        )),
     }
 }
 

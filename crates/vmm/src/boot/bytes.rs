@@ -42,10 +42,15 @@ impl Mapping {
     fn new(len: usize) -> Option<Mapping> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE) }.ok()?;
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE) }
+                .ok()?;
         // SAFETY: the range is the mapping just made; the advice changes no content. It may be refused.
         let _ = unsafe { madvise(start, len, Advice::LinuxHugepage) };
-        Some(Mapping { start: NonNull::new(start.cast())?, len })
+        Some(Mapping {
+            start: NonNull::new(start.cast())?,
+            len,
+        })
     }
 }
 
@@ -62,7 +67,9 @@ impl Deref for Bytes {
         match self {
             Bytes::Heap(bytes) => bytes,
             // SAFETY: the mapping holds `len` initialised bytes for as long as `self` lives.
-            Bytes::Mapped(mapping) => unsafe { std::slice::from_raw_parts(mapping.start.as_ptr(), mapping.len) },
+            Bytes::Mapped(mapping) => unsafe {
+                std::slice::from_raw_parts(mapping.start.as_ptr(), mapping.len)
+            },
         }
     }
 }
@@ -72,7 +79,9 @@ impl DerefMut for Bytes {
         match self {
             Bytes::Heap(bytes) => bytes,
             // SAFETY: as above, and `self` is borrowed alone.
-            Bytes::Mapped(mapping) => unsafe { std::slice::from_raw_parts_mut(mapping.start.as_ptr(), mapping.len) },
+            Bytes::Mapped(mapping) => unsafe {
+                std::slice::from_raw_parts_mut(mapping.start.as_ptr(), mapping.len)
+            },
         }
     }
 }

@@ -6,10 +6,10 @@
 
 pub use bytes::Bytes;
 
+mod bytes;
 pub mod bzimage;
 pub mod decompress;
 pub mod elf;
-mod bytes;
 mod entry;
 
 use std::fs;
@@ -254,17 +254,34 @@ fn place_decompressor(
 }
 
 pub(crate) fn read(what: &'static str, path: &Path) -> Result<Bytes, BootError> {
-    let failed = |source| BootError::Read { what, path: path.to_owned(), source };
+    let failed = |source| BootError::Read {
+        what,
+        path: path.to_owned(),
+        source,
+    };
     let mut file = fs::File::open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     if meta.is_file() && meta.len() > FILE_LIMIT {
-        return Err(BootError::Large { what, path: path.to_owned() });
+        return Err(BootError::Large {
+            what,
+            path: path.to_owned(),
+        });
     }
     if !meta.is_file() {
         let mut bytes = Vec::new();
-        let count = file.take(FILE_LIMIT + 1).read_to_end(&mut bytes).map_err(failed)?;
+        let count = file
+            .take(FILE_LIMIT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(failed)?;
         let large = count as u64 > FILE_LIMIT;
-        return if large { Err(BootError::Large { what, path: path.to_owned() }) } else { Ok(bytes.into()) };
+        return if large {
+            Err(BootError::Large {
+                what,
+                path: path.to_owned(),
+            })
+        } else {
+            Ok(bytes.into())
+        };
     }
     let mut bytes = Bytes::zeroed(meta.len() as usize);
     file.read_exact(&mut bytes).map_err(failed)?;
