@@ -1,6 +1,6 @@
 //! What the CPUs of one machine share: RAM, the map of translated code, mailboxes, the alarm clock.
 
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -143,6 +143,37 @@ impl Machine {
         found
     }
 
+    /// A page came to hold translated code of CPU `by`: returns once no other CPU can write it without a look at its code
+    /// bits. The caller is not inside translated code itself, so two callers do not wait for each other.
+    pub(crate) fn forbid_writes(&self, host_page: u64, by: u32) {
+        if self.vcpus < 2 {
+            return;
+        }
+        let others: Vec<Arc<Mailbox>> = {
+            let mailboxes = self.mailboxes.lock().unwrap_or_else(|e| e.into_inner());
+            mailboxes.iter().enumerate().filter(|(id, _)| *id as u32 != by).map(|(_, m)| Arc::clone(m)).collect()
+        };
+        for mailbox in &others {
+            mailbox.forbidden.lock().unwrap_or_else(|e| e.into_inner()).push(host_page);
+            mailbox.forbids.store(true, Ordering::SeqCst);
+            if mailbox.inside.load(Ordering::SeqCst) {
+                mailbox.attention.raise();
+            }
+        }
+        for mailbox in &others {
+            let mut spins = 0u32;
+            while mailbox.inside.load(Ordering::SeqCst) && mailbox.forbids.load(Ordering::SeqCst) {
+                spins += 1;
+                if spins % 64 == 0 {
+                    // It may be in a device, or its thread not running: raised again, as a poll may have come before.
+                    mailbox.attention.raise();
+                    std::thread::yield_now();
+                }
+                std::hint::spin_loop();
+            }
+        }
+    }
+
     /// Sends a fixed interrupt to one CPU (by APIC id).
     pub fn post_interrupt(&self, apic_id: u32, vector: u8) {
         if let Some(mailbox) = self.mailbox(apic_id) {
@@ -214,6 +245,9 @@ impl Mailbox {
             alarm: AtomicU64::new(0),
             apic: crate::system::apic::Shared::default(),
             stale: Mutex::default(),
+            inside: AtomicBool::new(false),
+            forbidden: Mutex::default(),
+            forbids: AtomicBool::new(false),
             attention: AttentionPointer::default(),
             sleeper: Sleeper::default(),
         }

@@ -262,7 +262,7 @@ impl Cpu {
             self.flush_code();
         }
         // From now on stores to the page are seen. The bits come before the bytes are read.
-        self.mark_code(page, host as u64, 0);
+        self.mark_code(page, host as u64, granule_mask(key.gpa, 1));
         let mut bytes = [0u8; 4096];
         // SAFETY: a page of guest RAM; guest CPUs may write it meanwhile, which then drops the block.
         unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), 4096) };
@@ -349,6 +349,14 @@ impl Cpu {
             engine.counters.instructions += u64::from(built.instructions);
             let in_first = u64::from(built.len).min(4096 - offset as u64);
             self.mark_code(page, host as u64, granule_mask(key.gpa, in_first));
+            // Another CPU may have written beyond the granule that was marked first.
+            // SAFETY: inside the page; compared as bytes that others may change.
+            let now = unsafe { std::slice::from_raw_parts(host.add(offset), in_first as usize) };
+            if now != &bytes[offset..offset + in_first as usize] {
+                let miss = self.engine().stubs.jump_miss;
+                self.engine().cache.invalidate(key.gpa, 1, miss);
+                return self.translate(key, global);
+            }
             return Ok((number, global));
         }
     }
@@ -362,6 +370,7 @@ impl Cpu {
         let before = bits.fetch_or(mask, Ordering::SeqCst);
         if before == 0 {
             self.forbid_writes(host_page);
+            machine.forbid_writes(host_page, self.id);
         }
     }
 
@@ -434,6 +443,7 @@ impl Cpu {
                 }
             }};
         }
+        let several = self.machine.vcpus > 1;
         let mut poll = true;
         loop {
             if (poll || self.attention.load(Ordering::Relaxed) != 0) && !self.interrupt_shadow {
@@ -491,8 +501,17 @@ impl Cpu {
             self.engine().counters.dispatches += 1;
             self.engine().counters.singles += u64::from(single);
             let stubs = self.engine().stubs;
+            if several {
+                self.mailbox.inside.store(true, Ordering::SeqCst);
+                if self.mailbox.forbids.load(Ordering::SeqCst) {
+                    self.take_forbidden();
+                }
+            }
             // SAFETY: the guard set GS to this frame; the block was just found, and its cache is this CPU's.
             let left = unsafe { stubs::enter(&stubs, direct) };
+            if several {
+                self.mailbox.inside.store(false, Ordering::SeqCst);
+            }
             let mut done = true;
             match left {
                 LEFT => match self.engine().pending.take() {
@@ -580,6 +599,16 @@ impl Cpu {
             }
             Err(_) => Ok(Some(RunExit::TripleFault)),
         }
+    }
+
+    /// Drops write entries of pages that came to hold code of other CPUs.
+    fn take_forbidden(&mut self) {
+        let mailbox = Arc::clone(&self.mailbox);
+        let mut pages = mailbox.forbidden.lock().unwrap_or_else(|e| e.into_inner());
+        for page in pages.drain(..) {
+            self.forbid_writes(page);
+        }
+        mailbox.forbids.store(false, Ordering::SeqCst);
     }
 
     /// Drops code that other CPUs or devices have written.

@@ -230,6 +230,12 @@ pub struct Mailbox {
     pub apic: crate::system::apic::Shared,
     /// Guest-physical bytes (address, length) whose translated code is to be dropped at the next safe point.
     pub(crate) stale: std::sync::Mutex<Vec<(u64, u64)>>,
+    /// The CPU is in translated code, or in Rust called from there: its write entries may be in use.
+    pub(crate) inside: std::sync::atomic::AtomicBool,
+    /// Host pages that must lose their write entries before the CPU goes inside again.
+    pub(crate) forbidden: std::sync::Mutex<Vec<u64>>,
+    /// `forbidden` is not empty.
+    pub(crate) forbids: std::sync::atomic::AtomicBool,
     pub(crate) attention: crate::machine::AttentionPointer,
     pub(crate) sleeper: crate::machine::Sleeper,
 }

@@ -277,8 +277,10 @@ impl Cpuid {
             4 => self.cache(subleaf),
             // The APIC timer runs in every idle state.
             6 => [1 << 2, 0, 0, 0],
+            // BHI_CTRL: the kernel sets a bit once instead of clearing branch history at each system call.
+            7 if subleaf == 2 => [0, 0, 0, 1 << 4],
             7 if subleaf == 0 => [
-                0,
+                2,
                 self.leaf7_ebx,
                 self.leaf7_ecx,
                 // SERIALIZE (14) spares Linux an IRET for each place it patches.

@@ -55,6 +55,7 @@ pub struct System {
 impl System {
     /// The system side of CPU `id`.
     pub fn new(machine: &Machine, id: u32) -> System {
+        msr::clock_zero();
         System {
             activity: if id == 0 {
                 Activity::Running

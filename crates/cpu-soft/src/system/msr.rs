@@ -201,7 +201,7 @@ pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
         }
         // A microcode update and the machine-check status are taken and forgotten.
         0x79 | 0x8b => {}
-        SPEC_CTRL if value & !7 == 0 => m.spec_ctrl = value,
+        SPEC_CTRL if value & !0x407 == 0 => m.spec_ctrl = value,
         // IA32_PRED_CMD: IBPB.
         0x49 if value & !1 == 0 => {}
         SYSENTER_CS => m.sysenter_cs = value & 0xffff_ffff,
@@ -282,8 +282,9 @@ fn shift_tsc(cpu: &mut Cpu, offset: u64) {
     write_system_time(cpu);
 }
 
-/// Host TSC at which the paravirtual clock of this process's machines stands at zero.
-fn clock_zero() -> u64 {
+/// Host TSC at which the paravirtual clock of this process's machines stands at zero. First called well before a guest
+/// runs: a guest's RDTSC may be executed early by the host and must not come before it.
+pub(crate) fn clock_zero() -> u64 {
     static ZERO: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     *ZERO.get_or_init(host_tsc)
 }
