@@ -151,10 +151,19 @@ impl Machine {
         }
         let others: Vec<Arc<Mailbox>> = {
             let mailboxes = self.mailboxes.lock().unwrap_or_else(|e| e.into_inner());
-            mailboxes.iter().enumerate().filter(|(id, _)| *id as u32 != by).map(|(_, m)| Arc::clone(m)).collect()
+            mailboxes
+                .iter()
+                .enumerate()
+                .filter(|(id, _)| *id as u32 != by)
+                .map(|(_, m)| Arc::clone(m))
+                .collect()
         };
         for mailbox in &others {
-            mailbox.forbidden.lock().unwrap_or_else(|e| e.into_inner()).push(host_page);
+            mailbox
+                .forbidden
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .push(host_page);
             mailbox.forbids.store(true, Ordering::SeqCst);
             if mailbox.inside.load(Ordering::SeqCst) {
                 mailbox.attention.raise();
