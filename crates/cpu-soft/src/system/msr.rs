@@ -313,7 +313,9 @@ fn tsc_scale(hz: u64) -> (u32, i8) {
 
 /// Nanoseconds of the paravirtual clock now.
 pub fn clock_now(cpu: &Cpu) -> u64 {
-    let ticks = host_tsc().wrapping_sub(clock_zero());
+    // The zero first: the first call sets it, and must not find a time before it.
+    let zero = clock_zero();
+    let ticks = host_tsc().saturating_sub(zero);
     cpu.system
         .msr
         .clock_offset
