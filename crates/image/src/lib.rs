@@ -3,6 +3,7 @@
 //! An image is an OCI image, whatever it runs as. [`Store`] keeps images; everything else brings them in, sends them
 //! out, or makes folders of them for a container's overlay.
 
+pub mod archive;
 pub mod assemble;
 pub mod bootstrap;
 pub mod build;
@@ -18,6 +19,7 @@ pub mod registry;
 pub mod snapshot;
 pub mod store;
 
+pub use archive::Loaded;
 pub use assemble::{CommitOptions, ImportOptions};
 pub use bootstrap::{BootstrapOptions, bootstrap};
 pub use config::{Healthcheck, History, ImageConfig, RunConfig};

@@ -198,11 +198,12 @@ pub struct BlobWriter<'a> {
 }
 
 impl BlobWriter<'_> {
-    /// Puts the blob in its place if it is what was promised; returns its digest and size.
+    /// Puts the blob in its place if it is what was promised; returns its digest and size. The lease holds it from
+    /// before it is seen.
     ///
     /// # Errors
     /// [`Error::DigestMismatch`]; then nothing is kept.
-    pub fn commit(mut self, expected: Option<Digest>) -> Result<(Digest, u64)> {
+    pub fn commit(mut self, expected: Option<Digest>, lease: &super::Lease) -> Result<(Digest, u64)> {
         self.file.flush().at(&self.path)?;
         let actual = std::mem::take(&mut self.hasher).finish();
         if let Some(expected) = expected
@@ -214,6 +215,7 @@ impl BlobWriter<'_> {
                 actual,
             });
         }
+        lease.hold(actual);
         self.content.adopt(&self.path, &actual)?;
         self.kept = true;
         Ok((actual, self.bytes))

@@ -205,8 +205,7 @@ impl Store {
                 "an uncompressed tar is wanted here".to_owned(),
             ));
         }
-        let (digest, size) = blob.commit(None)?;
-        lease.hold(digest);
+        let (digest, size) = blob.commit(None, lease)?;
         let mut state = self.state();
         state.fresh.insert(digest);
         drop(state);
@@ -223,7 +222,16 @@ impl Store {
     ) -> Result<(Digest, u64)> {
         let mut blob = self.0.content.writer()?;
         let mut buffer = vec![0; 256 << 10];
+        let mut until_check = 0usize;
         loop {
+            if until_check == 0 {
+                until_check = 256;
+                let directory = fs::File::open(&self.0.directory).at(&self.0.directory)?;
+                if tree::free_bytes(&directory).is_ok_and(|free| free < self.0.limits.keep_free) {
+                    return Err(Error::NoRoom("the disk of the image store is nearly full".to_owned()));
+                }
+            }
+            until_check -= 1;
             let read = source
                 .read(&mut buffer)
                 .doing(|| "reading a blob".to_owned())?;
@@ -233,11 +241,7 @@ impl Store {
             blob.write_all(&buffer[..read])
                 .doing(|| "writing a blob".to_owned())?;
         }
-        if let Some(expected) = expected {
-            lease.hold(expected);
-        }
-        let (digest, size) = blob.commit(expected)?;
-        lease.hold(digest);
+        let (digest, size) = blob.commit(expected, lease)?;
         self.state().fresh.insert(digest);
         Ok((digest, size))
     }

@@ -154,11 +154,11 @@ impl Store {
             settling: AtomicBool::new(false),
             _lock: lock,
         }));
-        store.load()?;
+        store.read_records()?;
         Ok(store)
     }
 
-    fn load(&self) -> Result<()> {
+    fn read_records(&self) -> Result<()> {
         let suspects = settle::suspects(&self.0)?;
         let mut state = self.state();
         layers::load(&self.0, &mut state, &suspects)?;
