@@ -22,6 +22,7 @@ pub mod store;
 pub use archive::Loaded;
 pub use assemble::{CommitOptions, ImportOptions};
 pub use bootstrap::{BootstrapOptions, bootstrap};
+pub use build::{BuildOptions, Context, Output, RunStep, StepRunner, build};
 pub use config::{Healthcheck, History, ImageConfig, RunConfig};
 pub use digest::Digest;
 pub use error::{Error, Result};

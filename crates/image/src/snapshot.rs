@@ -291,7 +291,7 @@ fn layers_in(folder: &Path, lower: Vec<PathBuf>) -> Layers {
     }
 }
 
-fn usage(root: &Path) -> io::Result<Usage> {
+pub(crate) fn usage(root: &Path) -> io::Result<Usage> {
     let root = tree::open_root(root)?;
     let mut seen = std::collections::HashSet::new();
     let mut usage = Usage::default();

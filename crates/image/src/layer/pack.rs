@@ -209,7 +209,7 @@ pub(crate) fn describe(kind: EntryKind, path: Vec<u8>, stat: &Stat) -> Entry {
     }
 }
 
-fn kept_attributes(
+pub(crate) fn kept_attributes(
     file: BorrowedFd<'_>,
 ) -> io::Result<std::collections::BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(tree::attributes(&tree::proc_path(file))?

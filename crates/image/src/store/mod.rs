@@ -23,6 +23,7 @@ mod settle;
 pub use content::{BlobWriter, Content};
 pub(crate) use layers::copy_description;
 pub use layers::{LayerInfo, Staged};
+pub(crate) use query::wildcard;
 pub use query::{Filter, HistoryLine, Image};
 pub use removal::{InUse, Pruned, RemoveOptions, Removed};
 

@@ -1,0 +1,189 @@
+//! Builds with a runner that only pretends: it writes what it was asked to run into the layers.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Mutex;
+
+use image::build::{BuildOptions, Context, Output, RunStep, StepRunner, build};
+use image::{Cancel, Digest, Error, Layers, Platform, Reference, Result, Store};
+
+#[derive(Default)]
+struct Pretender(Mutex<Vec<RunStep>>);
+
+impl StepRunner for Pretender {
+    fn run(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> Result<i32> {
+        self.0.lock().unwrap().push(step.clone());
+        let root = image::mount_detached(layers, true)?;
+        let line = step.command.last().cloned().unwrap_or_default();
+        if line == "false" {
+            return Ok(3);
+        }
+        output.write("running\n");
+        let path = format!("/proc/self/fd/{}/ran", root.as_raw_fd());
+        fs::write(path, line).map_err(|e| Error::Invalid(e.to_string()))?;
+        Ok(0)
+    }
+    fn pull(&self, reference: &Reference, _: Option<&Platform>, _: &dyn Output) -> Result<Digest> {
+        Err(Error::NoSuchImage(reference.familiar()))
+    }
+}
+
+struct Said(Mutex<String>);
+
+impl Output for Said {
+    fn write(&self, text: &str) {
+        self.0.lock().unwrap().push_str(text);
+    }
+}
+
+fn can_mount(directory: &Path) -> bool {
+    let layers = Layers {
+        lower: Vec::new(),
+        upper: directory.join("probe/upper"),
+        work: directory.join("probe/work"),
+        userxattr: false,
+    };
+    fs::create_dir_all(&layers.upper).unwrap();
+    fs::create_dir_all(&layers.work).unwrap();
+    let can = rustix::process::geteuid().is_root() && image::mount_detached(&layers, true).is_ok();
+    if !can {
+        eprintln!("SKIPPED: overlays cannot be mounted here (root is needed)");
+    }
+    can
+}
+
+struct Bench {
+    directory: tempfile::TempDir,
+    store: Store,
+    runner: Pretender,
+}
+
+impl Bench {
+    fn new() -> Option<Bench> {
+        let directory = tempfile::tempdir().unwrap();
+        if !can_mount(directory.path()) {
+            return None;
+        }
+        let store = Store::open(&directory.path().join("store")).unwrap();
+        fs::create_dir(directory.path().join("context")).unwrap();
+        Some(Bench { directory, store, runner: Pretender::default() })
+    }
+
+    fn file(&self, name: &str, text: &str) {
+        let path = self.directory.path().join("context").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn build(&self, dockerfile: &str, options: BuildOptions) -> (Result<Digest>, String) {
+        self.file("Dockerfile", dockerfile);
+        let said = Said(Mutex::default());
+        let context = Context::folder(&self.directory.path().join("context"));
+        let result = build(&self.store, &context, &options, &self.runner, &said, &Cancel::default());
+        (result, said.0.into_inner().unwrap())
+    }
+
+    fn show<T>(&self, id: &Digest, look: impl FnOnce(&Path) -> T) -> T {
+        let layers = self.store.snapshot("look", id).unwrap();
+        let root = image::mount_detached(&layers, false).unwrap();
+        let found = look(&Path::new("/proc/self/fd").join(root.as_raw_fd().to_string()));
+        drop(root);
+        self.store.remove_snapshot("look").unwrap();
+        found
+    }
+}
+
+#[test]
+fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
+    let Some(bench) = Bench::new() else { return };
+    bench.file("src/a.txt", "a");
+    bench.file("src/deep/b.txt", "b");
+    bench.file("src/left.out", "x");
+    bench.file("one.conf", "1");
+    bench.file("two.conf", "2");
+    bench.file(".dockerignore", "**/*.out\n");
+    let dockerfile = "# a comment\nARG BASE=scratch\nFROM ${BASE} AS first\nARG WHO=world\nENV GREETING=\"hello $WHO\"\n\
+        RUN echo one && \\\n    # why\n    echo two\nCOPY src/ /app/src/\n\n\
+        FROM scratch\nWORKDIR /srv\nCOPY --from=first --chown=7:8 --chmod=600 /app/src/deep/b.txt data/\n\
+        COPY *.conf ./etc/\nADD one.conf renamed\nENV A=1 B=${A:-none}\nEXPOSE 80\nCMD [\"/run\", \"me\"]\n\
+        COPY <<EOF /motd\nhi $A\nEOF\nONBUILD ENV LATE=1\n";
+    let options = || BuildOptions { tags: vec!["made:1".parse().unwrap()], ..BuildOptions::default() };
+    let (result, said) = bench.build(dockerfile, options());
+    let id = result.unwrap_or_else(|e| panic!("{e}\n{said}"));
+    assert!(said.contains("Step 1/16 : ARG BASE=scratch\n"), "{said}");
+    assert!(said.contains("Step 5/16 : RUN echo one &&     echo two\n ---> Running in "), "{said}");
+    assert!(said.ends_with(&format!("Successfully built {}\nSuccessfully tagged made:1\n", id.short())), "{said}");
+    bench.show(&id, |root| {
+        assert_eq!(fs::read_to_string(root.join("srv/data/b.txt")).unwrap(), "b");
+        let b = fs::metadata(root.join("srv/data/b.txt")).unwrap();
+        assert_eq!((b.uid(), b.gid(), b.permissions().mode() & 0o777), (7, 8, 0o600));
+        assert_eq!(fs::read_to_string(root.join("srv/etc/two.conf")).unwrap(), "2");
+        assert_eq!(fs::read_to_string(root.join("srv/renamed")).unwrap(), "1");
+        assert_eq!(fs::read_to_string(root.join("motd")).unwrap(), "hi 1\n");
+        assert!(!root.join("ran").exists());
+    });
+    let run = bench.store.inspect("made:1").unwrap().config.run();
+    assert_eq!(run.env, ["A=1", "B=none"]);
+    assert_eq!(run.cmd.unwrap(), ["/run", "me"]);
+    assert_eq!(run.on_build, ["ENV LATE=1"]);
+    let ran = bench.runner.0.lock().unwrap().clone();
+    assert_eq!(ran.len(), 1);
+    assert_eq!(ran[0].command, ["/bin/sh", "-c", "echo one &&     echo two"]);
+    assert!(ran[0].env.contains(&"GREETING=hello world".to_owned()) && ran[0].env.contains(&"WHO=world".to_owned()));
+
+    let (again, said) = bench.build(dockerfile, options());
+    assert_eq!(again.unwrap(), id);
+    assert!(said.contains("Using cache"), "{said}");
+    assert_eq!(bench.runner.0.lock().unwrap().len(), 1);
+    bench.file("src/left.out", "ignored files do not matter");
+    assert_eq!(bench.build(dockerfile, options()).0.unwrap(), id);
+    bench.file("src/deep/b.txt", "changed");
+    assert_ne!(bench.build(dockerfile, options()).0.unwrap(), id);
+    let args = [("WHO".to_owned(), Some("you".to_owned())), ("NOBODY".to_owned(), None)].into();
+    let (other, said) = bench.build(dockerfile, BuildOptions { args, target: Some("first".into()), ..options() });
+    let other = other.unwrap();
+    assert!(said.contains("NOBODY") && said.contains("were not consumed"), "{said}");
+    bench.show(&other, |root| {
+        assert!(root.join("ran").exists() && root.join("app/src/a.txt").exists());
+        assert!(!root.join("app/src/left.out").exists());
+    });
+    let (child, said) = bench.build("FROM made:1\nLABEL x=y\n", BuildOptions::default());
+    let child = bench.store.inspect(&child.unwrap().to_string()).unwrap().config.run();
+    assert!(child.env.contains(&"LATE=1".to_owned()) && child.on_build.is_empty(), "{said}");
+}
+
+#[test]
+fn a_failing_step_and_a_wrong_dockerfile_say_so_and_leave_no_snapshot() {
+    let Some(bench) = Bench::new() else { return };
+    bench.file("a", "a");
+    let fails = |dockerfile: &str| bench.build(dockerfile, BuildOptions::default()).0.unwrap_err().to_string();
+    let error = fails("FROM scratch\nCOPY a /\nRUN false\n");
+    assert_eq!(error, "The command '/bin/sh -c false' returned a non-zero code: 3");
+    assert!(fails("FROM scratch\nCOPY missing /\n").contains("missing"));
+    assert!(fails("FROM scratch\nCOPY ../../etc/passwd /\n").contains("outside the build context"));
+    assert!(fails("FROM nowhere:1\n").contains("nowhere:1"));
+    assert!(fails("FROM scratch\nADD https://example.test/x /\n").contains("not fetched"));
+    assert!(fails("FROM scratch\nNONSENSE\n").contains("Dockerfile"));
+    assert!(fails("FROM scratch\nCOPY --from=9 a /\n").contains('9'));
+    assert!(bench.store.snapshots().is_empty());
+    let squash = BuildOptions { squash: true, ..BuildOptions::default() };
+    assert!(matches!(bench.build("FROM scratch\n", squash).0, Err(Error::Unsupported(_))));
+}
+
+#[test]
+fn an_archive_is_unpacked_by_add_and_a_link_does_not_lead_a_copy_out() {
+    let Some(bench) = Bench::new() else { return };
+    let mut tar = image::layer::tar::TarWriter::new(Vec::new());
+    tar.file("inner/file", 0o644, b"packed").unwrap();
+    let packed = zstd::encode_all(&tar.finish().unwrap()[..], 1).unwrap();
+    let context = bench.directory.path().join("context");
+    fs::write(context.join("x.tar.zst"), packed).unwrap();
+    fs::write(bench.directory.path().join("secret"), "outside").unwrap();
+    std::os::unix::fs::symlink("../secret", context.join("leak")).unwrap();
+    let (id, said) = bench.build("FROM scratch\nADD x.tar.zst /opt/\n", BuildOptions::default());
+    let id = id.unwrap_or_else(|e| panic!("{e}\n{said}"));
+    bench.show(&id, |root| assert_eq!(fs::read(root.join("opt/inner/file")).unwrap(), b"packed"));
+    assert!(bench.build("FROM scratch\nCOPY leak /leak\n", BuildOptions::default()).0.is_err());
+}
