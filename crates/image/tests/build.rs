@@ -142,7 +142,7 @@ fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
     bench.file("src/deep/b.txt", "changed");
     assert_ne!(bench.build(dockerfile, options()).0.unwrap(), id);
     let args = [("WHO".to_owned(), Some("you".to_owned())), ("NOBODY".to_owned(), None)].into();
-    let (other, said) = bench.build(dockerfile, BuildOptions { args, target: Some("first".into()), ..options() });
+    let (other, said) = bench.build(dockerfile, BuildOptions { args, target: Some("first".into()), ..BuildOptions::default() });
     let other = other.unwrap();
     assert!(said.contains("NOBODY") && said.contains("were not consumed"), "{said}");
     bench.show(&other, |root| {
