@@ -44,7 +44,12 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::NoSuchImage`], [`Error::NoSuchPlatform`], and those of `sink`.
-    pub fn save(&self, names: &[String], platform: Option<&Platform>, sink: impl Write) -> Result<()> {
+    pub fn save(
+        &self,
+        names: &[String],
+        platform: Option<&Platform>,
+        sink: impl Write,
+    ) -> Result<()> {
         let lease = self.lease();
         let mut docker: Vec<(ImageId, DockerImage)> = Vec::new();
         let mut manifests: Vec<Descriptor> = Vec::new();
@@ -63,16 +68,33 @@ impl Store {
             }
             // An id saves the image without names, as docker does.
             let by_name = Reference::parse(name).map(Reference::or_latest).ok();
-            let tag = by_name.filter(|r| r.tag().is_some() && image.repo_tags.contains(&r.familiar()));
+            let tag =
+                by_name.filter(|r| r.tag().is_some() && image.repo_tags.contains(&r.familiar()));
             let record = &image.record;
-            for digest in [image.id, record.manifest.digest].into_iter().chain(record.layers.iter().map(|l| l.blob.digest)) {
+            for digest in [image.id, record.manifest.digest]
+                .into_iter()
+                .chain(record.layers.iter().map(|l| l.blob.digest))
+            {
                 lease.hold(digest);
-                blobs.insert(digest, self.content().size(&digest).ok_or(Error::NoSuchBlob(digest))?);
+                blobs.insert(
+                    digest,
+                    self.content()
+                        .size(&digest)
+                        .ok_or(Error::NoSuchBlob(digest))?,
+                );
             }
-            let mut descriptor = Descriptor { platform: Some(image.platform.clone()), ..record.manifest.clone() };
+            let mut descriptor = Descriptor {
+                platform: Some(image.platform.clone()),
+                ..record.manifest.clone()
+            };
             if let Some(tag) = &tag {
-                descriptor.annotations.insert(NAME.to_owned(), tag.to_string());
-                descriptor.annotations.insert(REF_NAME.to_owned(), tag.tag().unwrap_or_default().to_owned());
+                descriptor
+                    .annotations
+                    .insert(NAME.to_owned(), tag.to_string());
+                descriptor.annotations.insert(
+                    REF_NAME.to_owned(),
+                    tag.tag().unwrap_or_default().to_owned(),
+                );
             }
             manifests.push(descriptor);
             let shown = tag.map(|t| t.familiar());
@@ -91,10 +113,14 @@ impl Store {
         let mut tar = TarWriter::new(BufWriter::with_capacity(256 << 10, sink));
         let doing = || "writing the archive".to_owned();
         for folder in ["blobs", "blobs/sha256"] {
-            tar.entry(&Entry::new(EntryKind::Directory, folder, 0o755)).doing(doing)?;
+            tar.entry(&Entry::new(EntryKind::Directory, folder, 0o755))
+                .doing(doing)?;
         }
         for (digest, size) in blobs {
-            let entry = Entry { size, ..Entry::new(EntryKind::File, path(&digest), 0o444) };
+            let entry = Entry {
+                size,
+                ..Entry::new(EntryKind::File, path(&digest), 0o444)
+            };
             tar.entry(&entry).doing(doing)?;
             std::io::copy(&mut self.content().reader(&digest)?, &mut tar).doing(doing)?;
         }
@@ -106,9 +132,20 @@ impl Store {
         };
         let images: Vec<DockerImage> = docker.into_iter().map(|(_, image)| image).collect();
         let json = |e: serde_json::Error| Error::malformed("the archive's index", e);
-        tar.file("index.json", 0o444, &serde_json::to_vec(&index).map_err(json)?).doing(doing)?;
-        tar.file("manifest.json", 0o444, &serde_json::to_vec(&images).map_err(json)?).doing(doing)?;
-        tar.file("oci-layout", 0o444, br#"{"imageLayoutVersion":"1.0.0"}"#).doing(doing)?;
+        tar.file(
+            "index.json",
+            0o444,
+            &serde_json::to_vec(&index).map_err(json)?,
+        )
+        .doing(doing)?;
+        tar.file(
+            "manifest.json",
+            0o444,
+            &serde_json::to_vec(&images).map_err(json)?,
+        )
+        .doing(doing)?;
+        tar.file("oci-layout", 0o444, br#"{"imageLayoutVersion":"1.0.0"}"#)
+            .doing(doing)?;
         tar.finish().doing(doing)?.flush().doing(doing)
     }
 
@@ -165,31 +202,50 @@ impl Store {
             }
             loaded.push(one);
         }
-        if loaded.is_empty() { Err(Error::malformed("the archive", "it holds no image")) } else { Ok(loaded) }
+        if loaded.is_empty() {
+            Err(Error::malformed("the archive", "it holds no image"))
+        } else {
+            Ok(loaded)
+        }
     }
 
-    fn read_archive(&self, source: impl Read + Send, cancel: &Cancel, lease: &Lease) -> Result<Archive> {
+    fn read_archive(
+        &self,
+        source: impl Read + Send,
+        cancel: &Cancel,
+        lease: &Lease,
+    ) -> Result<Archive> {
         let (_, reader) = compression::reader(BufReader::with_capacity(256 << 10, source))?;
         let mut tar = TarReader::new(reader);
         let mut archive = Archive::default();
         while let Some(entry) = tar.next_entry().map_err(damaged)? {
             cancel.check()?;
-            let hostile = |why: &str| Error::HostileEntry { entry: lossy(&entry.path), why: why.to_owned() };
-            let path = tree::clean(&entry.path).ok_or_else(|| hostile("its name holds \"..\" or a NUL byte"))?;
+            let hostile = |why: &str| Error::HostileEntry {
+                entry: lossy(&entry.path),
+                why: why.to_owned(),
+            };
+            let path = tree::clean(&entry.path)
+                .ok_or_else(|| hostile("its name holds \"..\" or a NUL byte"))?;
             let path = String::from_utf8(path).map_err(|_| hostile("its name is not UTF-8"))?;
             if archive.files.len() + archive.links.len() > 100_000 {
-                return Err(Error::LayerLimit("the archive holds more than 100000 files".to_owned()));
+                return Err(Error::LayerLimit(
+                    "the archive holds more than 100000 files".to_owned(),
+                ));
             }
             match entry.kind {
                 EntryKind::File if entry.sparse.is_none() => {
-                    let expected = path.strip_prefix("blobs/sha256/").map(Digest::from_hex).transpose()?;
+                    let expected = path
+                        .strip_prefix("blobs/sha256/")
+                        .map(Digest::from_hex)
+                        .transpose()?;
                     let (digest, size) = self.put_stream(&mut tar, expected, lease)?;
                     archive.files.insert(path, (digest, size));
                 }
                 EntryKind::Symlink | EntryKind::HardLink => {
                     let target = String::from_utf8_lossy(&entry.link).into_owned();
                     let target = if entry.kind == EntryKind::Symlink {
-                        resolve_link(&path, &target).ok_or_else(|| hostile("a link out of the archive"))?
+                        resolve_link(&path, &target)
+                            .ok_or_else(|| hostile("a link out of the archive"))?
                     } else {
                         target
                     };
@@ -203,7 +259,13 @@ impl Store {
         Ok(archive)
     }
 
-    fn load_one(&self, plan: Plan, progress: &dyn Progress, cancel: &Cancel, lease: &Lease) -> Result<Loaded> {
+    fn load_one(
+        &self,
+        plan: Plan,
+        progress: &dyn Progress,
+        cancel: &Cancel,
+        lease: &Lease,
+    ) -> Result<Loaded> {
         let config = self.content().read(&plan.config)?;
         let parsed = ImageConfig::parse(&config)?;
         let diffs = &parsed.rootfs.diff_ids;
@@ -226,18 +288,24 @@ impl Store {
                 let threads: Vec<_> = group
                     .iter()
                     .map(|&i| {
-                        let (digest, diff, here) = (plan.layers[i].0, diffs[i], self.layer(&chains[i]).is_some());
+                        let (digest, diff, here) =
+                            (plan.layers[i].0, diffs[i], self.layer(&chains[i]).is_some());
                         scope.spawn(move || {
                             if here {
                                 return Ok(None);
                             }
-                            self.stage(self.content().reader(&digest)?, i == 0, Some(diff), cancel).map(Some)
+                            self.stage(self.content().reader(&digest)?, i == 0, Some(diff), cancel)
+                                .map(Some)
                         })
                     })
                     .collect();
                 threads
                     .into_iter()
-                    .map(|t| t.join().unwrap_or_else(|_| Err(Error::DamagedLayer("a thread failed".to_owned()))))
+                    .map(|t| {
+                        t.join().unwrap_or_else(|_| {
+                            Err(Error::DamagedLayer("a thread failed".to_owned()))
+                        })
+                    })
                     .collect()
             });
             for (&i, staged) in group.iter().zip(staged) {
@@ -245,7 +313,12 @@ impl Store {
                 if let Some(staged) = staged? {
                     self.place(staged, parent, lease)?;
                 }
-                progress.report(Event::counted(diffs[i].short(), "Loading layer", size, size));
+                progress.report(Event::counted(
+                    diffs[i].short(),
+                    "Loading layer",
+                    size,
+                    size,
+                ));
                 blobs.push(Descriptor::new(self.layer_type(&digest)?, digest, size));
                 parent = Some(chains[i]);
             }
@@ -257,19 +330,33 @@ impl Store {
             }
             None => {
                 let made = Manifest::new(Descriptor::of(media::OCI_CONFIG, &config), blobs.clone());
-                let bytes = serde_json::to_vec(&made).map_err(|e| Error::malformed("a manifest made here", e))?;
+                let bytes = serde_json::to_vec(&made)
+                    .map_err(|e| Error::malformed("a manifest made here", e))?;
                 (bytes, media::OCI_MANIFEST.to_owned())
             }
         };
-        let new = NewImage { config, manifest, manifest_type, blobs, parent: None };
+        let new = NewImage {
+            config,
+            manifest,
+            manifest_type,
+            blobs,
+            parent: None,
+        };
         let id = self.register(new, &plan.names)?;
-        Ok(Loaded { id, names: plan.names.iter().map(Reference::familiar).collect() })
+        Ok(Loaded {
+            id,
+            names: plan.names.iter().map(Reference::familiar).collect(),
+        })
     }
 
     fn layer_type(&self, digest: &Digest) -> Result<&'static str> {
         let mut head = Vec::new();
         let path = self.content().path(digest);
-        self.content().reader(digest)?.take(6).read_to_end(&mut head).at(&path)?;
+        self.content()
+            .reader(digest)?
+            .take(6)
+            .read_to_end(&mut head)
+            .at(&path)?;
         Ok(match compression::detect(&head)? {
             Compression::None => media::OCI_LAYER,
             Compression::Gzip => media::OCI_LAYER_GZIP,
@@ -280,7 +367,11 @@ impl Store {
 
 /// Where a relative link in an archive leads.
 fn resolve_link(path: &str, target: &str) -> Option<String> {
-    let mut components: Vec<&str> = if target.starts_with('/') { Vec::new() } else { path.split('/').collect() };
+    let mut components: Vec<&str> = if target.starts_with('/') {
+        Vec::new()
+    } else {
+        path.split('/').collect()
+    };
     components.pop();
     for component in target.split('/') {
         match component {
@@ -322,7 +413,10 @@ impl Archive {
                 None => break,
             }
         }
-        Err(Error::malformed("the archive", format!("{path:?} is named in it and not there")))
+        Err(Error::malformed(
+            "the archive",
+            format!("{path:?} is named in it and not there"),
+        ))
     }
 
     fn document(&self, store: &Store, path: &str) -> Result<Vec<u8>> {
@@ -338,14 +432,19 @@ impl Archive {
     }
 
     fn docker_images(&self, store: &Store) -> Result<Vec<Plan>> {
-        let images: Vec<DockerImage> = serde_json::from_slice(&self.document(store, "manifest.json")?)
-            .map_err(|e| Error::malformed("manifest.json", e))?;
+        let images: Vec<DockerImage> =
+            serde_json::from_slice(&self.document(store, "manifest.json")?)
+                .map_err(|e| Error::malformed("manifest.json", e))?;
         // The OCI half, if there is one, has the manifests with their own digests.
         let manifests = self.manifests(store).unwrap_or_default();
         let mut plans = Vec::new();
         for image in images {
             let (config, _) = self.file(&image.config)?;
-            let layers = image.layers.iter().map(|path| self.file(path)).collect::<Result<Vec<_>>>()?;
+            let layers = image
+                .layers
+                .iter()
+                .map(|path| self.file(path))
+                .collect::<Result<Vec<_>>>()?;
             let names = image
                 .repo_tags
                 .unwrap_or_default()
@@ -356,10 +455,18 @@ impl Archive {
                 .iter()
                 .find(|(m, ..)| {
                     m.config.digest == config
-                        && m.layers.iter().map(|l| l.digest).eq(layers.iter().map(|(digest, _)| *digest))
+                        && m.layers
+                            .iter()
+                            .map(|l| l.digest)
+                            .eq(layers.iter().map(|(digest, _)| *digest))
                 })
                 .map(|(m, bytes, kind)| (bytes.clone(), kind.clone(), m.layers.clone()));
-            plans.push(Plan { config, layers, names, manifest });
+            plans.push(Plan {
+                config,
+                layers,
+                names,
+                manifest,
+            });
         }
         Ok(plans)
     }
@@ -370,7 +477,9 @@ impl Archive {
         };
         let mut found = Vec::new();
         for descriptor in &index.manifests {
-            let Ok((digest, _)) = self.has(descriptor) else { continue };
+            let Ok((digest, _)) = self.has(descriptor) else {
+                continue;
+            };
             let bytes = store.content().read(&digest)?;
             if let Ok(Document::Manifest(manifest)) = Document::parse(&bytes) {
                 found.push((manifest, bytes, descriptor.media_type.clone()));
@@ -402,7 +511,9 @@ impl Archive {
             let mut document = Document::parse(&bytes)?;
             if let Document::Index(inner) = &document {
                 let chosen = inner.select(&wanted).ok_or_else(|| Error::NoSuchPlatform {
-                    reference: names.first().map_or("the archive".to_owned(), Reference::familiar),
+                    reference: names
+                        .first()
+                        .map_or("the archive".to_owned(), Reference::familiar),
                     wanted: wanted.to_string(),
                     available: inner.platforms(),
                 })?;
@@ -411,11 +522,23 @@ impl Archive {
                 document = Document::parse(&bytes)?;
             }
             let Document::Manifest(manifest) = document else {
-                return Err(Error::malformed("the archive", "an index points to another index"));
+                return Err(Error::malformed(
+                    "the archive",
+                    "an index points to another index",
+                ));
             };
             let (config, _) = self.has(&manifest.config)?;
-            let layers = manifest.layers.iter().map(|l| self.has(l)).collect::<Result<Vec<_>>>()?;
-            plans.push(Plan { config, layers, names, manifest: Some((bytes, kind, manifest.layers)) });
+            let layers = manifest
+                .layers
+                .iter()
+                .map(|l| self.has(l))
+                .collect::<Result<Vec<_>>>()?;
+            plans.push(Plan {
+                config,
+                layers,
+                names,
+                manifest: Some((bytes, kind, manifest.layers)),
+            });
         }
         Ok(plans)
     }

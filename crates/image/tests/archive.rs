@@ -19,8 +19,13 @@ fn store(directory: &Path, name: &str) -> Store {
 }
 
 fn import(store: &Store, file: &str, name: &str) -> Digest {
-    let options = ImportOptions { reference: Some(name.parse().unwrap()), ..ImportOptions::default() };
-    store.import(&layer(file)[..], &options, &Cancel::default()).unwrap()
+    let options = ImportOptions {
+        reference: Some(name.parse().unwrap()),
+        ..ImportOptions::default()
+    };
+    store
+        .import(&layer(file)[..], &options, &Cancel::default())
+        .unwrap()
 }
 
 fn load(store: &Store, bytes: &[u8]) -> image::Result<Vec<image::Loaded>> {
@@ -32,7 +37,8 @@ fn what_is_saved_is_loaded_again_under_its_names() {
     let directory = tempfile::tempdir().unwrap();
     let here = store(directory.path(), "here");
     let (a, b) = (import(&here, "a", "a:1"), import(&here, "b", "b:2"));
-    here.tag("a:1", &"localhost:5000/other:3".parse().unwrap()).unwrap();
+    here.tag("a:1", &"localhost:5000/other:3".parse().unwrap())
+        .unwrap();
     let mut archive = Vec::new();
     let names = ["a:1", "b:2", "localhost:5000/other:3"].map(str::to_owned);
     here.save(&names, None, &mut archive).unwrap();
@@ -60,7 +66,10 @@ fn what_is_saved_is_loaded_again_under_its_names() {
     let third = store(directory.path(), "third");
     load(&third, &without.finish().unwrap()).unwrap();
     assert_eq!(third.resolve("localhost:5000/other:3").unwrap(), a);
-    assert!(here.save(&["nothing".to_owned()], None, &mut Vec::new()).is_err());
+    assert!(
+        here.save(&["nothing".to_owned()], None, &mut Vec::new())
+            .is_err()
+    );
 }
 
 #[test]
@@ -68,18 +77,25 @@ fn an_archive_of_an_older_docker_is_loaded() {
     let directory = tempfile::tempdir().unwrap();
     let layer = layer("old");
     let diff = Digest::of(&layer);
-    let config = format!(r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{diff}","{diff}"]}}}}"#);
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{diff}","{diff}"]}}}}"#
+    );
     let id = Digest::of(config.as_bytes());
     let mut tar = TarWriter::new(Vec::new());
     tar.file("one/layer.tar", 0o644, &layer).unwrap();
-    let link = Entry { link: b"../one/layer.tar".to_vec(), ..Entry::new(EntryKind::Symlink, "two/layer.tar", 0o777) };
+    let link = Entry {
+        link: b"../one/layer.tar".to_vec(),
+        ..Entry::new(EntryKind::Symlink, "two/layer.tar", 0o777)
+    };
     tar.entry(&link).unwrap();
-    tar.file(&format!("{}.json", id.hex()), 0o644, config.as_bytes()).unwrap();
+    tar.file(&format!("{}.json", id.hex()), 0o644, config.as_bytes())
+        .unwrap();
     let manifest = format!(
         r#"[{{"Config":"{}.json","RepoTags":["old:1"],"Layers":["one/layer.tar","two/layer.tar"]}}]"#,
         id.hex()
     );
-    tar.file("manifest.json", 0o644, manifest.as_bytes()).unwrap();
+    tar.file("manifest.json", 0o644, manifest.as_bytes())
+        .unwrap();
     let store = store(directory.path(), "store");
     load(&store, &tar.finish().unwrap()).unwrap();
     assert_eq!(store.resolve("old:1").unwrap(), id);
@@ -105,29 +121,49 @@ fn archives_that_lie_are_refused_and_leave_nothing() {
     let blob = format!("blobs/sha256/{}", Digest::of(b"another").hex());
     let cases: Vec<(&str, Vec<u8>)> = vec![
         ("not its digest", archive(&[(&blob, b"content")])),
-        ("wrong diff", archive(&[
-            ("l.tar", &layer),
-            ("c.json", wrong.as_bytes()),
-            ("manifest.json", br#"[{"Config":"c.json","RepoTags":["x:1"],"Layers":["l.tar"]}]"#),
-        ])),
-        ("missing layer", archive(&[
-            ("c.json", wrong.as_bytes()),
-            ("manifest.json", br#"[{"Config":"c.json","RepoTags":null,"Layers":["../../etc/passwd"]}]"#),
-        ])),
+        (
+            "wrong diff",
+            archive(&[
+                ("l.tar", &layer),
+                ("c.json", wrong.as_bytes()),
+                (
+                    "manifest.json",
+                    br#"[{"Config":"c.json","RepoTags":["x:1"],"Layers":["l.tar"]}]"#,
+                ),
+            ]),
+        ),
+        (
+            "missing layer",
+            archive(&[
+                ("c.json", wrong.as_bytes()),
+                (
+                    "manifest.json",
+                    br#"[{"Config":"c.json","RepoTags":null,"Layers":["../../etc/passwd"]}]"#,
+                ),
+            ]),
+        ),
         ("no json", archive(&[("manifest.json", b"{")])),
         ("nothing", archive(&[("a", b"b")])),
         ("empty", archive(&[("manifest.json", b"[]")])),
         ("..", archive(&[("../x", b"b")])),
-        ("bad name", archive(&[
-            ("l.tar", &layer),
-            ("c.json", wrong.as_bytes()),
-            ("manifest.json", br#"[{"Config":"c.json","RepoTags":["../x:1"],"Layers":["l.tar"]}]"#),
-        ])),
+        (
+            "bad name",
+            archive(&[
+                ("l.tar", &layer),
+                ("c.json", wrong.as_bytes()),
+                (
+                    "manifest.json",
+                    br#"[{"Config":"c.json","RepoTags":["../x:1"],"Layers":["l.tar"]}]"#,
+                ),
+            ]),
+        ),
     ];
     for (name, bytes) in cases {
         assert!(load(&store, &bytes).is_err(), "{name} was taken");
         for sub in ["blobs/sha256", "layers", "images", "ingest"] {
-            let left = fs::read_dir(directory.path().join("store").join(sub)).unwrap().count();
+            let left = fs::read_dir(directory.path().join("store").join(sub))
+                .unwrap()
+                .count();
             assert_eq!(left, 0, "{name} left something in {sub}");
         }
     }
@@ -139,7 +175,8 @@ fn other_tools_read_what_is_saved_and_are_read() {
     let here = store(directory.path(), "here");
     let id = import(&here, "a", "a:1");
     let path = directory.path().join("a.tar");
-    here.save(&["a:1".to_owned()], None, fs::File::create(&path).unwrap()).unwrap();
+    here.save(&["a:1".to_owned()], None, fs::File::create(&path).unwrap())
+        .unwrap();
     let copy = |from: String, to: String| {
         let output = Command::new("skopeo")
             .args(["copy", "--insecure-policy", &from, &to])
@@ -150,12 +187,22 @@ fn other_tools_read_what_is_saved_and_are_read() {
             eprintln!("SKIPPED: skopeo is not installed");
             return false;
         };
-        assert!(output.status.success(), "{from} {to}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{from} {to}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         true
     };
     let (from, out) = (path.display(), directory.path().display());
-    if copy(format!("docker-archive:{from}"), format!("oci-archive:{out}/oci.tar:a:1")) {
-        copy(format!("oci-archive:{from}"), format!("docker-archive:{out}/docker.tar:a:1"));
+    if copy(
+        format!("docker-archive:{from}"),
+        format!("oci-archive:{out}/oci.tar:a:1"),
+    ) {
+        copy(
+            format!("oci-archive:{from}"),
+            format!("docker-archive:{out}/docker.tar:a:1"),
+        );
         for name in ["oci.tar", "docker.tar"] {
             let there = store(directory.path(), &format!("there-{name}"));
             let bytes = fs::read(directory.path().join(name)).unwrap();

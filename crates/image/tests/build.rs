@@ -68,7 +68,11 @@ impl Bench {
         }
         let store = Store::open(&directory.path().join("store")).unwrap();
         fs::create_dir(directory.path().join("context")).unwrap();
-        Some(Bench { directory, store, runner: Pretender::default() })
+        Some(Bench {
+            directory,
+            store,
+            runner: Pretender::default(),
+        })
     }
 
     fn file(&self, name: &str, text: &str) {
@@ -81,7 +85,14 @@ impl Bench {
         self.file("Dockerfile", dockerfile);
         let said = Said(Mutex::default());
         let context = Context::folder(&self.directory.path().join("context"));
-        let result = build(&self.store, &context, &options, &self.runner, &said, &Cancel::default());
+        let result = build(
+            &self.store,
+            &context,
+            &options,
+            &self.runner,
+            &said,
+            &Cancel::default(),
+        );
         (result, said.0.into_inner().unwrap())
     }
 
@@ -109,17 +120,38 @@ fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
         FROM scratch\nWORKDIR /srv\nCOPY --from=first --chown=7:8 --chmod=600 /app/src/deep/b.txt data/\n\
         COPY *.conf ./etc/\nADD one.conf renamed\nENV A=1 B=${A:-none}\nEXPOSE 80\nCMD [\"/run\", \"me\"]\n\
         COPY <<EOF /motd\nhi $A\nEOF\nONBUILD ENV LATE=1\n";
-    let options = || BuildOptions { tags: vec!["made:1".parse().unwrap()], ..BuildOptions::default() };
+    let options = || BuildOptions {
+        tags: vec!["made:1".parse().unwrap()],
+        ..BuildOptions::default()
+    };
     let (result, said) = bench.build(dockerfile, options());
     let id = result.unwrap_or_else(|e| panic!("{e}\n{said}"));
     assert!(said.contains("Step 1/16 : ARG BASE=scratch\n"), "{said}");
-    assert!(said.contains("Step 5/16 : RUN echo one &&     echo two\n ---> Running in "), "{said}");
-    assert!(said.ends_with(&format!("Successfully built {}\nSuccessfully tagged made:1\n", id.short())), "{said}");
+    assert!(
+        said.contains("Step 5/16 : RUN echo one &&     echo two\n ---> Running in "),
+        "{said}"
+    );
+    assert!(
+        said.ends_with(&format!(
+            "Successfully built {}\nSuccessfully tagged made:1\n",
+            id.short()
+        )),
+        "{said}"
+    );
     bench.show(&id, |root| {
-        assert_eq!(fs::read_to_string(root.join("srv/data/b.txt")).unwrap(), "b");
+        assert_eq!(
+            fs::read_to_string(root.join("srv/data/b.txt")).unwrap(),
+            "b"
+        );
         let b = fs::metadata(root.join("srv/data/b.txt")).unwrap();
-        assert_eq!((b.uid(), b.gid(), b.permissions().mode() & 0o777), (7, 8, 0o600));
-        assert_eq!(fs::read_to_string(root.join("srv/etc/two.conf")).unwrap(), "2");
+        assert_eq!(
+            (b.uid(), b.gid(), b.permissions().mode() & 0o777),
+            (7, 8, 0o600)
+        );
+        assert_eq!(
+            fs::read_to_string(root.join("srv/etc/two.conf")).unwrap(),
+            "2"
+        );
         assert_eq!(fs::read_to_string(root.join("srv/renamed")).unwrap(), "1");
         assert_eq!(fs::read_to_string(root.join("motd")).unwrap(), "hi 1\n");
         assert!(!root.join("ran").exists());
@@ -130,8 +162,14 @@ fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
     assert_eq!(run.on_build, ["ENV LATE=1"]);
     let ran = bench.runner.0.lock().unwrap().clone();
     assert_eq!(ran.len(), 1);
-    assert_eq!(ran[0].command, ["/bin/sh", "-c", "echo one &&     echo two"]);
-    assert!(ran[0].env.contains(&"GREETING=hello world".to_owned()) && ran[0].env.contains(&"WHO=world".to_owned()));
+    assert_eq!(
+        ran[0].command,
+        ["/bin/sh", "-c", "echo one &&     echo two"]
+    );
+    assert!(
+        ran[0].env.contains(&"GREETING=hello world".to_owned())
+            && ran[0].env.contains(&"WHO=world".to_owned())
+    );
 
     let (again, said) = bench.build(dockerfile, options());
     assert_eq!(again.unwrap(), id);
@@ -141,26 +179,57 @@ fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
     assert_eq!(bench.build(dockerfile, options()).0.unwrap(), id);
     bench.file("src/deep/b.txt", "changed");
     assert_ne!(bench.build(dockerfile, options()).0.unwrap(), id);
-    let args = [("WHO".to_owned(), Some("you".to_owned())), ("NOBODY".to_owned(), None)].into();
-    let (other, said) = bench.build(dockerfile, BuildOptions { args, target: Some("first".into()), ..BuildOptions::default() });
+    let args = [
+        ("WHO".to_owned(), Some("you".to_owned())),
+        ("NOBODY".to_owned(), None),
+    ]
+    .into();
+    let (other, said) = bench.build(
+        dockerfile,
+        BuildOptions {
+            args,
+            target: Some("first".into()),
+            ..BuildOptions::default()
+        },
+    );
     let other = other.unwrap();
-    assert!(said.contains("NOBODY") && said.contains("were not consumed"), "{said}");
+    assert!(
+        said.contains("NOBODY") && said.contains("were not consumed"),
+        "{said}"
+    );
     bench.show(&other, |root| {
         assert!(root.join("ran").exists() && root.join("app/src/a.txt").exists());
         assert!(!root.join("app/src/left.out").exists());
     });
     let (child, said) = bench.build("FROM made:1\nLABEL x=y\n", BuildOptions::default());
-    let child = bench.store.inspect(&child.unwrap().to_string()).unwrap().config.run();
-    assert!(child.env.contains(&"LATE=1".to_owned()) && child.on_build.is_empty(), "{said}");
+    let child = bench
+        .store
+        .inspect(&child.unwrap().to_string())
+        .unwrap()
+        .config
+        .run();
+    assert!(
+        child.env.contains(&"LATE=1".to_owned()) && child.on_build.is_empty(),
+        "{said}"
+    );
 }
 
 #[test]
 fn a_failing_step_and_a_wrong_dockerfile_say_so_and_leave_no_snapshot() {
     let Some(bench) = Bench::new() else { return };
     bench.file("a", "a");
-    let fails = |dockerfile: &str| bench.build(dockerfile, BuildOptions::default()).0.unwrap_err().to_string();
+    let fails = |dockerfile: &str| {
+        bench
+            .build(dockerfile, BuildOptions::default())
+            .0
+            .unwrap_err()
+            .to_string()
+    };
     let error = fails("FROM scratch\nCOPY a /\nRUN false\n");
-    assert_eq!(error, "The command '/bin/sh -c false' returned a non-zero code: 3");
+    assert_eq!(
+        error,
+        "The command '/bin/sh -c false' returned a non-zero code: 3"
+    );
     assert!(fails("FROM scratch\nCOPY missing /\n").contains("missing"));
     assert!(fails("FROM scratch\nCOPY ../../etc/passwd /\n").contains("outside the build context"));
     assert!(fails("FROM nowhere:1\n").contains("nowhere:1"));
@@ -168,8 +237,14 @@ fn a_failing_step_and_a_wrong_dockerfile_say_so_and_leave_no_snapshot() {
     assert!(fails("FROM scratch\nNONSENSE\n").contains("Dockerfile"));
     assert!(fails("FROM scratch\nCOPY --from=9 a /\n").contains('9'));
     assert!(bench.store.snapshots().is_empty());
-    let squash = BuildOptions { squash: true, ..BuildOptions::default() };
-    assert!(matches!(bench.build("FROM scratch\n", squash).0, Err(Error::Unsupported(_))));
+    let squash = BuildOptions {
+        squash: true,
+        ..BuildOptions::default()
+    };
+    assert!(matches!(
+        bench.build("FROM scratch\n", squash).0,
+        Err(Error::Unsupported(_))
+    ));
 }
 
 #[test]
@@ -182,8 +257,18 @@ fn an_archive_is_unpacked_by_add_and_a_link_does_not_lead_a_copy_out() {
     fs::write(context.join("x.tar.zst"), packed).unwrap();
     fs::write(bench.directory.path().join("secret"), "outside").unwrap();
     std::os::unix::fs::symlink("../secret", context.join("leak")).unwrap();
-    let (id, said) = bench.build("FROM scratch\nADD x.tar.zst /opt/\n", BuildOptions::default());
+    let (id, said) = bench.build(
+        "FROM scratch\nADD x.tar.zst /opt/\n",
+        BuildOptions::default(),
+    );
     let id = id.unwrap_or_else(|e| panic!("{e}\n{said}"));
-    bench.show(&id, |root| assert_eq!(fs::read(root.join("opt/inner/file")).unwrap(), b"packed"));
-    assert!(bench.build("FROM scratch\nCOPY leak /leak\n", BuildOptions::default()).0.is_err());
+    bench.show(&id, |root| {
+        assert_eq!(fs::read(root.join("opt/inner/file")).unwrap(), b"packed")
+    });
+    assert!(
+        bench
+            .build("FROM scratch\nCOPY leak /leak\n", BuildOptions::default())
+            .0
+            .is_err()
+    );
 }

@@ -14,12 +14,15 @@ use crate::{Error, Result};
 pub fn apply_changes(run: &mut RunConfig, changes: &[String]) -> Result<()> {
     for change in changes {
         let text = format!("FROM scratch\n{change}\n");
-        let file = parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(format!("{change:?}: {e}")))?;
+        let file = parse_dockerfile::parse(&text)
+            .map_err(|e| Error::Dockerfile(format!("{change:?}: {e}")))?;
         for instruction in file.instructions.iter().skip(1) {
             let env = run.env.clone();
             let lookup = |name: &str| variable(&env, name);
             if !apply(run, instruction, &text, '\\', &lookup)? {
-                return Err(Error::Dockerfile(format!("{change:?} is not a valid change command")));
+                return Err(Error::Dockerfile(format!(
+                    "{change:?} is not a valid change command"
+                )));
             }
         }
     }
@@ -28,13 +31,20 @@ pub fn apply_changes(run: &mut RunConfig, changes: &[String]) -> Result<()> {
 
 /// The value of a variable in a list of `NAME=VALUE`.
 pub(super) fn variable(env: &[String], name: &str) -> Option<String> {
-    env.iter().rev().find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v.to_owned()))
+    env.iter().rev().find_map(|pair| {
+        pair.split_once('=')
+            .filter(|(n, _)| *n == name)
+            .map(|(_, v)| v.to_owned())
+    })
 }
 
 /// Sets a variable in a list of `NAME=VALUE`, in its place where it is there.
 pub(super) fn set_variable(env: &mut Vec<String>, name: &str, value: &str) {
     let pair = format!("{name}={value}");
-    match env.iter_mut().find(|p| p.split_once('=').is_some_and(|(n, _)| n == name)) {
+    match env
+        .iter_mut()
+        .find(|p| p.split_once('=').is_some_and(|(n, _)| n == name))
+    {
         Some(place) => *place = pair,
         None => env.push(pair),
     }
@@ -42,13 +52,19 @@ pub(super) fn set_variable(env: &mut Vec<String>, name: &str, value: &str) {
 
 /// The shell of shell-form commands.
 pub(super) fn shell(run: &RunConfig) -> Vec<String> {
-    run.shell.clone().unwrap_or_else(|| vec!["/bin/sh".to_owned(), "-c".to_owned()])
+    run.shell
+        .clone()
+        .unwrap_or_else(|| vec!["/bin/sh".to_owned(), "-c".to_owned()])
 }
 
 /// A command as it will be executed.
 pub(super) fn command(run: &RunConfig, command: &Command<'_>, escape: char) -> Vec<String> {
     match command {
-        Command::Exec(words) => words.value.iter().map(|w| w.value.clone().into_owned()).collect(),
+        Command::Exec(words) => words
+            .value
+            .iter()
+            .map(|w| w.value.clone().into_owned())
+            .collect(),
         Command::Shell(text) => {
             let mut words = shell(run);
             words.push(join_lines(text.value, escape));
@@ -97,26 +113,40 @@ pub(super) fn apply(
                     let (number, protocol) = port.split_once('/').unwrap_or((&port, "tcp"));
                     let protocol = protocol.to_ascii_lowercase();
                     let (first, last) = number.split_once('-').unwrap_or((number, number));
-                    let range = first.parse::<u16>().ok().zip(last.parse::<u16>().ok()).filter(|(a, b)| a <= b);
-                    let Some((first, last)) = range.filter(|_| ["tcp", "udp", "sctp"].contains(&protocol.as_str()))
+                    let range = first
+                        .parse::<u16>()
+                        .ok()
+                        .zip(last.parse::<u16>().ok())
+                        .filter(|(a, b)| a <= b);
+                    let Some((first, last)) =
+                        range.filter(|_| ["tcp", "udp", "sctp"].contains(&protocol.as_str()))
                     else {
                         return Err(Error::Dockerfile(format!("invalid containerPort: {port}")));
                     };
                     for number in first..=last {
-                        run.exposed_ports.insert(format!("{number}/{protocol}"), empty());
+                        run.exposed_ports
+                            .insert(format!("{number}/{protocol}"), empty());
                     }
                 }
             }
         }
         Instruction::Volume(volume) => {
             let paths: Vec<String> = match &volume.arguments {
-                JsonOrStringArray::Json(words) => words.value.iter().map(|w| w.value.clone().into_owned()).collect(),
-                JsonOrStringArray::String(words) => words.iter().map(|w| w.value.clone().into_owned()).collect(),
+                JsonOrStringArray::Json(words) => words
+                    .value
+                    .iter()
+                    .map(|w| w.value.clone().into_owned())
+                    .collect(),
+                JsonOrStringArray::String(words) => {
+                    words.iter().map(|w| w.value.clone().into_owned()).collect()
+                }
             };
             for path in paths {
                 let path = expand(&path, escape, lookup)?;
                 if path.is_empty() {
-                    return Err(Error::Dockerfile("VOLUME specified can not be an empty string".to_owned()));
+                    return Err(Error::Dockerfile(
+                        "VOLUME specified can not be an empty string".to_owned(),
+                    ));
                 }
                 run.volumes.insert(path, empty());
             }
@@ -135,31 +165,44 @@ pub(super) fn apply(
             run.stop_signal = Some(name);
         }
         Instruction::Shell(shell) => {
-            run.shell = Some(shell.arguments.iter().map(|w| w.value.clone().into_owned()).collect());
+            run.shell = Some(
+                shell
+                    .arguments
+                    .iter()
+                    .map(|w| w.value.clone().into_owned())
+                    .collect(),
+            );
         }
         Instruction::Onbuild(onbuild) => {
             let trigger = text[onbuild.onbuild.span.end..].trim_start();
-            if matches!(*onbuild.instruction, Instruction::Onbuild(_) | Instruction::From(_) | Instruction::Maintainer(_))
-            {
-                return Err(Error::Dockerfile("Chaining ONBUILD, FROM and MAINTAINER is not allowed".to_owned()));
+            if matches!(
+                *onbuild.instruction,
+                Instruction::Onbuild(_) | Instruction::From(_) | Instruction::Maintainer(_)
+            ) {
+                return Err(Error::Dockerfile(
+                    "Chaining ONBUILD, FROM and MAINTAINER is not allowed".to_owned(),
+                ));
             }
             run.on_build.push(join_lines(trigger, escape));
         }
         Instruction::Healthcheck(check) => {
             let mut health = Healthcheck::default();
             for option in &check.options {
-                let value = option.value.as_ref().map(|v| v.value.clone().into_owned()).unwrap_or_default();
+                let value = option
+                    .value
+                    .as_ref()
+                    .map(|v| v.value.clone().into_owned())
+                    .unwrap_or_default();
                 match &*option.name.value {
                     "interval" => health.interval = nanoseconds(&value)?,
                     "timeout" => health.timeout = nanoseconds(&value)?,
                     "start-period" => health.start_period = nanoseconds(&value)?,
                     "start-interval" => health.start_interval = nanoseconds(&value)?,
                     "retries" => {
-                        health.retries = value
-                            .parse()
-                            .ok()
-                            .filter(|n| *n >= 0)
-                            .ok_or_else(|| Error::Dockerfile(format!("--retries: {value:?} is not a number")))?;
+                        health.retries =
+                            value.parse().ok().filter(|n| *n >= 0).ok_or_else(|| {
+                                Error::Dockerfile(format!("--retries: {value:?} is not a number"))
+                            })?;
                     }
                     other => return Err(Error::Dockerfile(format!("Unknown flag: {other}"))),
                 }
@@ -167,11 +210,18 @@ pub(super) fn apply(
             match &check.arguments {
                 HealthcheckArguments::Cmd { arguments, .. } => {
                     health.test = match arguments {
-                        Command::Shell(text) => vec!["CMD-SHELL".to_owned(), join_lines(text.value, escape)],
+                        Command::Shell(text) => {
+                            vec!["CMD-SHELL".to_owned(), join_lines(text.value, escape)]
+                        }
                         exec => [vec!["CMD".to_owned()], command(run, exec, escape)].concat(),
                     };
                 }
-                _ => health = Healthcheck { test: vec!["NONE".to_owned()], ..Healthcheck::default() },
+                _ => {
+                    health = Healthcheck {
+                        test: vec!["NONE".to_owned()],
+                        ..Healthcheck::default()
+                    }
+                }
             }
             run.healthcheck = Some(health);
         }
@@ -182,7 +232,11 @@ pub(super) fn apply(
 
 /// `path` from the folder `from`, without `.` and `..`.
 pub(super) fn absolute(from: &str, path: &str) -> String {
-    let joined = if path.starts_with('/') { path.to_owned() } else { format!("{from}/{path}") };
+    let joined = if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("{from}/{path}")
+    };
     let mut components: Vec<&str> = Vec::new();
     for component in joined.split('/') {
         match component {
@@ -202,18 +256,38 @@ mod tests {
 
     #[test]
     fn changes_are_applied_as_instructions() {
-        let mut run = RunConfig { env: vec!["A=1".to_owned()], ..RunConfig::default() };
+        let mut run = RunConfig {
+            env: vec!["A=1".to_owned()],
+            ..RunConfig::default()
+        };
         let changes = [
-            "ENV B=$A C=\"x y\"", "CMD [\"run\", \"it\"]", "ENTRYPOINT echo hi", "EXPOSE 80 90-91/udp", "VOLUME /data",
-            "USER me:us", "WORKDIR /a", "WORKDIR b/../c", "LABEL k=v", "STOPSIGNAL SIGINT",
+            "ENV B=$A C=\"x y\"",
+            "CMD [\"run\", \"it\"]",
+            "ENTRYPOINT echo hi",
+            "EXPOSE 80 90-91/udp",
+            "VOLUME /data",
+            "USER me:us",
+            "WORKDIR /a",
+            "WORKDIR b/../c",
+            "LABEL k=v",
+            "STOPSIGNAL SIGINT",
             "HEALTHCHECK --interval=5s --retries=2 CMD true",
         ]
         .map(str::to_owned);
         apply_changes(&mut run, &changes).unwrap();
         assert_eq!(run.env, ["A=1", "B=1", "C=x y"]);
-        assert_eq!(run.entrypoint.as_deref().unwrap(), ["/bin/sh", "-c", "echo hi"]);
-        assert_eq!(run.exposed_ports.keys().collect::<Vec<_>>(), ["80/tcp", "90/udp", "91/udp"]);
-        assert_eq!((run.user.as_str(), run.working_dir.as_str()), ("me:us", "/a/c"));
+        assert_eq!(
+            run.entrypoint.as_deref().unwrap(),
+            ["/bin/sh", "-c", "echo hi"]
+        );
+        assert_eq!(
+            run.exposed_ports.keys().collect::<Vec<_>>(),
+            ["80/tcp", "90/udp", "91/udp"]
+        );
+        assert_eq!(
+            (run.user.as_str(), run.working_dir.as_str()),
+            ("me:us", "/a/c")
+        );
         let health = run.healthcheck.unwrap();
         assert_eq!((health.interval, health.retries), (5_000_000_000, 2));
         assert_eq!(health.test, ["CMD-SHELL", "true"]);

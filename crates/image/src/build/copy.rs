@@ -38,9 +38,17 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], ignore: &Ignore) -> Resul
     for (number, source) in sources.iter().enumerate() {
         let path = tree::clean(source.as_bytes())
             .or_else(|| lexical(source))
-            .ok_or_else(|| Error::Dockerfile(format!("Forbidden path outside the build context: {source}")))?;
+            .ok_or_else(|| {
+                Error::Dockerfile(format!(
+                    "Forbidden path outside the build context: {source}"
+                ))
+            })?;
         let text = String::from_utf8_lossy(&path).into_owned();
-        let matches = if text.contains(['*', '?', '[', '\\']) { expand(root, &text, ignore)? } else { vec![path] };
+        let matches = if text.contains(['*', '?', '[', '\\']) {
+            expand(root, &text, ignore)?
+        } else {
+            vec![path]
+        };
         let mut found = false;
         for path in matches {
             let shown = lossy(&path);
@@ -50,17 +58,34 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], ignore: &Ignore) -> Resul
             let fd = match tree::open_in(root, &path, OFlags::PATH) {
                 Ok(fd) => fd,
                 Err(Errno::NOENT | Errno::NOTDIR) => continue,
-                Err(errno) => return Err(Error::Io { what: shown, source: errno.into() }),
+                Err(errno) => {
+                    return Err(Error::Io {
+                        what: shown,
+                        source: errno.into(),
+                    });
+                }
             };
             found = true;
             let kind = tree::file_type(&rustix::fs::fstat(&fd).at(shown.as_ref())?);
             if kind == FileType::Directory {
-                let top = Item { from: path.clone(), to: Vec::new(), kind, source: number, of_folder: true };
+                let top = Item {
+                    from: path.clone(),
+                    to: Vec::new(),
+                    kind,
+                    source: number,
+                    of_folder: true,
+                };
                 items.push(top);
                 walk(root, &path, number, ignore, &mut items)?;
             } else {
                 let (_, name) = tree::split(&path);
-                items.push(Item { from: path.clone(), to: name.to_vec(), kind, source: number, of_folder: false });
+                items.push(Item {
+                    from: path.clone(),
+                    to: name.to_vec(),
+                    kind,
+                    source: number,
+                    of_folder: false,
+                });
             }
         }
         if !found {
@@ -93,7 +118,10 @@ fn expand(root: &OwnedFd, pattern: &str, ignore: &Ignore) -> Result<Vec<Vec<u8>>
     for component in pattern.split('/') {
         let mut next = Vec::new();
         for folder in found {
-            let Ok(directory) = tree::open_in(root, &folder, OFlags::RDONLY | OFlags::DIRECTORY) else { continue };
+            let Ok(directory) = tree::open_in(root, &folder, OFlags::RDONLY | OFlags::DIRECTORY)
+            else {
+                continue;
+            };
             for name in tree::names(&directory).doing(|| pattern.to_owned())? {
                 if wildcard(component.as_bytes(), name.as_bytes()) {
                     next.push(pack::join(&folder, name.as_bytes()));
@@ -106,21 +134,44 @@ fn expand(root: &OwnedFd, pattern: &str, ignore: &Ignore) -> Result<Vec<Vec<u8>>
     Ok(found)
 }
 
-fn walk(root: &OwnedFd, top: &[u8], source: usize, ignore: &Ignore, items: &mut Vec<Item>) -> Result<()> {
+fn walk(
+    root: &OwnedFd,
+    top: &[u8],
+    source: usize,
+    ignore: &Ignore,
+    items: &mut Vec<Item>,
+) -> Result<()> {
     let mut pending = vec![(top.to_vec(), Vec::new())];
     while let Some((from, to)) = pending.pop() {
-        let directory = tree::open_in(root, &from, OFlags::RDONLY | OFlags::DIRECTORY)
-            .map_err(|errno| Error::Io { what: lossy(&from), source: errno.into() })?;
+        let directory =
+            tree::open_in(root, &from, OFlags::RDONLY | OFlags::DIRECTORY).map_err(|errno| {
+                Error::Io {
+                    what: lossy(&from),
+                    source: errno.into(),
+                }
+            })?;
         for name in tree::names(&directory).doing(|| lossy(&from))? {
-            let (from, to) = (pack::join(&from, name.as_bytes()), pack::join(&to, name.as_bytes()));
-            let Some(stat) = tree::stat_at(&directory, name.as_bytes()).doing(|| lossy(&from))? else { continue };
+            let (from, to) = (
+                pack::join(&from, name.as_bytes()),
+                pack::join(&to, name.as_bytes()),
+            );
+            let Some(stat) = tree::stat_at(&directory, name.as_bytes()).doing(|| lossy(&from))?
+            else {
+                continue;
+            };
             let kind = tree::file_type(&stat);
             let excluded = ignore.excludes(&lossy(&from));
             if kind == FileType::Directory && (!excluded || ignore.has_exceptions()) {
                 pending.push((from.clone(), to.clone()));
             }
             if !excluded {
-                items.push(Item { from, to, kind, source, of_folder: true });
+                items.push(Item {
+                    from,
+                    to,
+                    kind,
+                    source,
+                    of_folder: true,
+                });
             }
         }
     }
@@ -138,7 +189,9 @@ pub(super) fn hash(root: &OwnedFd, items: &[Item]) -> Result<Digest> {
         hasher.update(&(item.to.len() as u64).to_le_bytes());
         hasher.update(&item.to);
         let (parent, name) = opened(root, item)?;
-        let Some(stat) = tree::stat_at(&parent, name.as_bytes()).doing(at)? else { continue };
+        let Some(stat) = tree::stat_at(&parent, name.as_bytes()).doing(at)? else {
+            continue;
+        };
         hasher.update(&stat.st_mode.to_le_bytes());
         match tree::file_type(&stat) {
             FileType::RegularFile => {
@@ -153,7 +206,11 @@ pub(super) fn hash(root: &OwnedFd, items: &[Item]) -> Result<Digest> {
                 }
             }
             FileType::Symlink => {
-                hasher.update(rustix::fs::readlinkat(&parent, &*name, Vec::new()).doing(at)?.as_bytes());
+                hasher.update(
+                    rustix::fs::readlinkat(&parent, &*name, Vec::new())
+                        .doing(at)?
+                        .as_bytes(),
+                );
             }
             _ => {}
         }
@@ -170,18 +227,30 @@ fn opened(root: &OwnedFd, item: &Item) -> Result<(OwnedFd, CString)> {
         for _ in 0..40 {
             let (folder, name) = tree::split(&path);
             let parent = tree::open_in(root, folder, OFlags::PATH | OFlags::DIRECTORY).doing(at)?;
-            let Some(stat) = tree::stat_at(&parent, name).doing(at)? else { break };
+            let Some(stat) = tree::stat_at(&parent, name).doing(at)? else {
+                break;
+            };
             if tree::file_type(&stat) != FileType::Symlink {
                 break;
             }
-            let target = rustix::fs::readlinkat(&parent, name, Vec::new()).doing(at)?.into_bytes();
-            let joined = if target.starts_with(b"/") { target } else { pack::join(folder, &target) };
+            let target = rustix::fs::readlinkat(&parent, name, Vec::new())
+                .doing(at)?
+                .into_bytes();
+            let joined = if target.starts_with(b"/") {
+                target
+            } else {
+                pack::join(folder, &target)
+            };
             path = lexical_in(&joined);
         }
     }
     let (folder, name) = tree::split(&path);
     let parent = tree::open_in(root, folder, OFlags::PATH | OFlags::DIRECTORY).doing(at)?;
-    let name = if name.is_empty() { c".".to_owned() } else { CString::new(name).unwrap_or_default() };
+    let name = if name.is_empty() {
+        c".".to_owned()
+    } else {
+        CString::new(name).unwrap_or_default()
+    };
     Ok((parent, name))
 }
 
@@ -220,7 +289,13 @@ pub(super) struct Manner {
 
 /// Copies the items into `target` (a path in the tree `into`): a folder where it ends with a slash, is one already,
 /// or more than one thing is copied.
-pub(super) fn copy(root: &OwnedFd, items: &[Item], into: &OwnedFd, target: &str, manner: &Manner) -> Result<()> {
+pub(super) fn copy(
+    root: &OwnedFd,
+    items: &[Item],
+    into: &OwnedFd,
+    target: &str,
+    manner: &Manner,
+) -> Result<()> {
     let cleaned = lexical_in(target.as_bytes());
     let files = items.iter().filter(|i| !i.of_folder).count();
     let is_folder = target.ends_with('/')
@@ -233,10 +308,18 @@ pub(super) fn copy(root: &OwnedFd, items: &[Item], into: &OwnedFd, target: &str,
     for item in items {
         if manner.extract && !item.of_folder && item.kind == FileType::RegularFile {
             let (parent, name) = opened(root, item)?;
-            let file = || open_file(&parent, &name).map(tree::file).doing(|| lossy(&item.from));
+            let file = || {
+                open_file(&parent, &name)
+                    .map(tree::file)
+                    .doing(|| lossy(&item.from))
+            };
             if let Some(tar) = archive(file()?, file()?)? {
                 make_folder(into, &cleaned)?;
-                let copy = CopyInto { folder: cleaned.clone(), keep_folders: true, ..CopyInto::default() };
+                let copy = CopyInto {
+                    folder: cleaned.clone(),
+                    keep_folders: true,
+                    ..CopyInto::default()
+                };
                 crate::copy::unpack_into(into.try_clone().doing(|| target.to_owned())?, copy, tar)?;
                 continue;
             }
@@ -254,8 +337,13 @@ pub(super) fn copy(root: &OwnedFd, items: &[Item], into: &OwnedFd, target: &str,
     };
     make_folder(into, &folder)?;
     let (reader, writer) = io::pipe().doing(|| "a pipe".to_owned())?;
-    let copy =
-        CopyInto { folder, owner: Some(manner.owner), mode: manner.mode, keep_folders: true, ..CopyInto::default() };
+    let copy = CopyInto {
+        folder,
+        owner: Some(manner.owner),
+        mode: manner.mode,
+        keep_folders: true,
+        ..CopyInto::default()
+    };
     let into = into.try_clone().doing(|| target.to_owned())?;
     std::thread::scope(|scope| {
         let writing = scope.spawn(move || -> Result<()> {
@@ -271,13 +359,20 @@ pub(super) fn copy(root: &OwnedFd, items: &[Item], into: &OwnedFd, target: &str,
     })
 }
 
-fn write_item(root: &OwnedFd, item: &Item, rename: Option<&[u8]>, tar: &mut TarWriter<impl Write>) -> Result<()> {
+fn write_item(
+    root: &OwnedFd,
+    item: &Item,
+    rename: Option<&[u8]>,
+    tar: &mut TarWriter<impl Write>,
+) -> Result<()> {
     let at = || lossy(&item.from);
     if item.to.is_empty() {
         return Ok(());
     }
     let (parent, name) = opened(root, item)?;
-    let Some(stat) = tree::stat_at(&parent, name.as_bytes()).doing(at)? else { return Ok(()) };
+    let Some(stat) = tree::stat_at(&parent, name.as_bytes()).doing(at)? else {
+        return Ok(());
+    };
     let kind = match tree::file_type(&stat) {
         FileType::RegularFile => EntryKind::File,
         FileType::Directory => EntryKind::Directory,
@@ -296,10 +391,14 @@ fn write_item(root: &OwnedFd, item: &Item, rename: Option<&[u8]>, tar: &mut TarW
             tar.entry(&entry).doing(at)?;
             let copied = io::copy(&mut tree::file(file).take(entry.size), tar).doing(at)?;
             // A file that shrank meanwhile is filled up, so that the stream stays whole.
-            io::copy(&mut io::repeat(0).take(entry.size - copied), tar).map(drop).doing(at)
+            io::copy(&mut io::repeat(0).take(entry.size - copied), tar)
+                .map(drop)
+                .doing(at)
         }
         EntryKind::Symlink => {
-            entry.link = rustix::fs::readlinkat(&parent, &*name, Vec::new()).doing(at)?.into_bytes();
+            entry.link = rustix::fs::readlinkat(&parent, &*name, Vec::new())
+                .doing(at)?
+                .into_bytes();
             tar.entry(&entry).doing(at)
         }
         _ => tar.entry(&entry).doing(at),
@@ -310,19 +409,30 @@ fn write_item(root: &OwnedFd, item: &Item, rename: Option<&[u8]>, tar: &mut TarW
 pub(super) fn make_folder(root: &OwnedFd, path: &[u8]) -> Result<()> {
     let mut end = 0;
     for component in path.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
-        let parent = tree::open_in(root, &path[..end], OFlags::PATH | OFlags::DIRECTORY).doing(|| lossy(path))?;
+        let parent = tree::open_in(root, &path[..end], OFlags::PATH | OFlags::DIRECTORY)
+            .doing(|| lossy(path))?;
         end += component.len() + usize::from(end > 0);
         match rustix::fs::mkdirat(&parent, component, Mode::RWXU) {
             Ok(()) => {
-                rustix::fs::chmodat(&parent, component, Mode::from_raw_mode(0o755), rustix::fs::AtFlags::empty())
-                    .doing(|| lossy(path))?;
+                rustix::fs::chmodat(
+                    &parent,
+                    component,
+                    Mode::from_raw_mode(0o755),
+                    rustix::fs::AtFlags::empty(),
+                )
+                .doing(|| lossy(path))?;
             }
             Err(Errno::EXIST) => {
-                tree::open_in(root, &path[..end], OFlags::PATH | OFlags::DIRECTORY).map_err(|_| {
-                    Error::Dockerfile(format!("{:?} is not a folder", lossy(&path[..end])))
-                })?;
+                tree::open_in(root, &path[..end], OFlags::PATH | OFlags::DIRECTORY).map_err(
+                    |_| Error::Dockerfile(format!("{:?} is not a folder", lossy(&path[..end]))),
+                )?;
             }
-            Err(errno) => return Err(Error::Io { what: lossy(path), source: errno.into() }),
+            Err(errno) => {
+                return Err(Error::Io {
+                    what: lossy(path),
+                    source: errno.into(),
+                });
+            }
         }
     }
     Ok(())
@@ -333,7 +443,9 @@ fn archive(mut probe: std::fs::File, file: std::fs::File) -> Result<Option<Box<d
     let mut head = [0u8; 6];
     let read = probe.read(&mut head).doing(|| "an archive".to_owned())?;
     let program = match &head[..read] {
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => Some(("xz", "unpack a .xz archive", "apt-get install xz-utils")),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
+            Some(("xz", "unpack a .xz archive", "apt-get install xz-utils"))
+        }
         [b'B', b'Z', b'h', ..] => Some(("bzip2", "unpack a .bz2 archive", "apt-get install bzip2")),
         _ => None,
     };
@@ -344,7 +456,11 @@ fn archive(mut probe: std::fs::File, file: std::fs::File) -> Result<Option<Box<d
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .map_err(|_| Error::MissingProgram { program, purpose, fix })?;
+            .map_err(|_| Error::MissingProgram {
+                program,
+                purpose,
+                fix,
+            })?;
         return Ok(Some(Box::new(Piped(output))));
     }
     use std::io::Seek;
@@ -352,7 +468,10 @@ fn archive(mut probe: std::fs::File, file: std::fs::File) -> Result<Option<Box<d
     let (_, mut reader) = compression::reader(BufReader::new(probe))?;
     let mut block = Vec::new();
     // What cannot be read is no archive, and is copied as it is.
-    if reader.by_ref().take(512).read_to_end(&mut block).is_err() || block.len() < 512 || &block[257..262] != b"ustar" {
+    if reader.by_ref().take(512).read_to_end(&mut block).is_err()
+        || block.len() < 512
+        || &block[257..262] != b"ustar"
+    {
         return Ok(None);
     }
     Ok(Some(Box::new(BufReader::new(file))))
@@ -378,7 +497,11 @@ impl Drop for Piped {
 pub(super) fn owner(tree_root: &OwnedFd, text: &str) -> Result<(u32, u32)> {
     let table = |path: &str| -> BTreeMap<String, (Option<u32>, Option<u32>)> {
         let mut text = String::new();
-        if let Ok(fd) = tree::open_in(tree_root, path.as_bytes(), OFlags::RDONLY | OFlags::NONBLOCK) {
+        if let Ok(fd) = tree::open_in(
+            tree_root,
+            path.as_bytes(),
+            OFlags::RDONLY | OFlags::NONBLOCK,
+        ) {
             let _ = tree::file(fd).take(1 << 20).read_to_string(&mut text);
         }
         text.lines()
@@ -390,7 +513,9 @@ pub(super) fn owner(tree_root: &OwnedFd, text: &str) -> Result<(u32, u32)> {
             })
             .collect()
     };
-    let missing = |what: &str, name: &str| Error::Dockerfile(format!("unable to find {what} {name}: no matching entries"));
+    let missing = |what: &str, name: &str| {
+        Error::Dockerfile(format!("unable to find {what} {name}: no matching entries"))
+    };
     let (user, group) = match text.split_once(':') {
         Some((user, group)) => (user, Some(group)),
         None => (text, None),

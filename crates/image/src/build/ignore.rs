@@ -44,7 +44,8 @@ impl Ignore {
         for (back, pattern) in &self.0 {
             if *back == excluded {
                 // A pattern that fits a folder fits all beneath it.
-                let fits = (1..=components.len()).any(|end| fits(pattern, &components[..end], &mut 10_000));
+                let fits = (1..=components.len())
+                    .any(|end| fits(pattern, &components[..end], &mut 10_000));
                 if fits {
                     excluded = !*back;
                 }
@@ -98,11 +99,22 @@ mod tests {
 
     #[test]
     fn patterns_fit_as_docker_fits_them() {
-        let ignore = Ignore::parse("# no\n*.log\n**/*.tmp\nnode_modules\n/docs/**\n!docs/keep.md\nsecret*\n!secret.ok\n");
+        let ignore = Ignore::parse(
+            "# no\n*.log\n**/*.tmp\nnode_modules\n/docs/**\n!docs/keep.md\nsecret*\n!secret.ok\n",
+        );
         for (path, excluded) in [
-            ("a.log", true), ("d/a.log", false), ("d/e/a.tmp", true), ("a.tmp", true), ("node_modules/x/y", true),
-            ("sub/node_modules", false), ("docs/a", true), ("docs/keep.md", false), ("docs", false),
-            ("secret.txt", true), ("secret.ok", false), ("src/main.rs", false),
+            ("a.log", true),
+            ("d/a.log", false),
+            ("d/e/a.tmp", true),
+            ("a.tmp", true),
+            ("node_modules/x/y", true),
+            ("sub/node_modules", false),
+            ("docs/a", true),
+            ("docs/keep.md", false),
+            ("docs", false),
+            ("secret.txt", true),
+            ("secret.ok", false),
+            ("src/main.rs", false),
         ] {
             assert_eq!(ignore.excludes(path), excluded, "{path}");
         }

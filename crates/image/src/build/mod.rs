@@ -100,7 +100,12 @@ pub trait StepRunner: Send + Sync {
     ///
     /// # Errors
     /// Those of pulling.
-    fn pull(&self, reference: &Reference, platform: Option<&Platform>, output: &dyn Output) -> Result<ImageId>;
+    fn pull(
+        &self,
+        reference: &Reference,
+        platform: Option<&Platform>,
+        output: &dyn Output,
+    ) -> Result<ImageId>;
 }
 
 /// Where the build's words go: text with its line ends, the stream of `docker build`.
@@ -125,7 +130,10 @@ pub struct Context {
 impl Context {
     /// A folder of this host.
     pub fn folder(path: &Path) -> Context {
-        Context { path: path.to_owned(), _scratch: None }
+        Context {
+            path: path.to_owned(),
+            _scratch: None,
+        }
     }
 
     /// A tar, compressed or not, as `docker build` sends it. Unpacked as hostile; removed with the context.
@@ -137,7 +145,10 @@ impl Context {
         let scratch = Scratch::create(path.clone()).at(&path)?;
         let root = tree::open_root(&path).at(&path)?;
         crate::copy::unpack_into(root, crate::layer::unpack::CopyInto::default(), tar)?;
-        Ok(Context { path, _scratch: Some(scratch) })
+        Ok(Context {
+            path,
+            _scratch: Some(scratch),
+        })
     }
 
     /// Where it is.
@@ -153,10 +164,18 @@ impl Context {
         let fd = match tree::open_in(&root, name.as_bytes(), OFlags::RDONLY | OFlags::NONBLOCK) {
             Ok(fd) => fd,
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-            Err(errno) => return Err(Error::Io { what: name.to_owned(), source: errno.into() }),
+            Err(errno) => {
+                return Err(Error::Io {
+                    what: name.to_owned(),
+                    source: errno.into(),
+                });
+            }
         };
         let mut bytes = Vec::new();
-        tree::file(fd).take(4 << 20).read_to_end(&mut bytes).doing(|| name.to_owned())?;
+        tree::file(fd)
+            .take(4 << 20)
+            .read_to_end(&mut bytes)
+            .doing(|| name.to_owned())?;
         String::from_utf8(bytes)
             .map(|text| Some(text.replace("\r\n", "\n")))
             .map_err(|_| Error::Dockerfile(format!("{name} is not UTF-8 text")))
@@ -165,8 +184,16 @@ impl Context {
 
 /// Variables every build knows without an ARG, and that do not count for the cache.
 const PROXIES: [&str; 10] = [
-    "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy", "NO_PROXY", "no_proxy",
-    "ALL_PROXY", "all_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "FTP_PROXY",
+    "ftp_proxy",
+    "NO_PROXY",
+    "no_proxy",
+    "ALL_PROXY",
+    "all_proxy",
 ];
 
 /// One build on its way.
@@ -206,26 +233,40 @@ pub fn build(
 ) -> Result<ImageId> {
     if options.squash {
         return Err(Error::Unsupported(
-            "--squash is not supported: build in a stage and COPY --from it into a small one".to_owned(),
+            "--squash is not supported: build in a stage and COPY --from it into a small one"
+                .to_owned(),
         ));
     }
-    let name = if options.dockerfile.is_empty() { "Dockerfile" } else { &options.dockerfile };
+    let name = if options.dockerfile.is_empty() {
+        "Dockerfile"
+    } else {
+        &options.dockerfile
+    };
     let text = match &options.text {
         Some(text) => text.clone(),
         None => context.read(name)?.ok_or_else(|| {
             Error::Dockerfile(format!("Cannot locate specified Dockerfile: {name}"))
         })?,
     };
-    let file = parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(format!("{name}: {e}")))?;
+    let file =
+        parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(format!("{name}: {e}")))?;
     let ignored = match context.read(&format!("{name}.dockerignore"))? {
         Some(text) => Some(text),
         None => context.read(".dockerignore")?,
     };
-    let escape = file.parser_directives.escape.as_ref().map_or('\\', |d| d.value.value);
+    let escape = file
+        .parser_directives
+        .escape
+        .as_ref()
+        .map_or('\\', |d| d.value.value);
     let last = target(&file, options.target.as_deref())?;
     let extra = usize::from(!options.labels.is_empty());
     let steps = file.global_args().len()
-        + file.stages().take(last + 1).map(|stage| 1 + stage.instructions.len()).sum::<usize>()
+        + file
+            .stages()
+            .take(last + 1)
+            .map(|stage| 1 + stage.instructions.len())
+            .sum::<usize>()
         + extra;
     let mut build = Build {
         store,
@@ -251,12 +292,17 @@ pub fn build(
         .filter(|name| !build.consumed.contains(*name) && !PROXIES.contains(&name.as_str()))
         .collect();
     if !unused.is_empty() {
-        output.write(&format!("[Warning] One or more build-args {unused:?} were not consumed\n"));
+        output.write(&format!(
+            "[Warning] One or more build-args {unused:?} were not consumed\n"
+        ));
     }
     output.write(&format!("Successfully built {}\n", id.short()));
     for tag in &options.tags {
         store.tag(&id.to_string(), tag)?;
-        output.write(&format!("Successfully tagged {}\n", tag.clone().or_latest().familiar()));
+        output.write(&format!(
+            "Successfully tagged {}\n",
+            tag.clone().or_latest().familiar()
+        ));
     }
     Ok(id)
 }
@@ -264,9 +310,15 @@ pub fn build(
 /// The number of the stage to build.
 fn target(file: &Dockerfile<'_>, wanted: Option<&str>) -> Result<usize> {
     let count = file.stages().len();
-    let Some(wanted) = wanted.filter(|w| !w.is_empty()) else { return Ok(count - 1) };
+    let Some(wanted) = wanted.filter(|w| !w.is_empty()) else {
+        return Ok(count - 1);
+    };
     let by_name = file.stages().position(|stage| {
-        stage.from.as_.as_ref().is_some_and(|(_, name)| name.value.eq_ignore_ascii_case(wanted))
+        stage
+            .from
+            .as_
+            .as_ref()
+            .is_some_and(|(_, name)| name.value.eq_ignore_ascii_case(wanted))
     });
     by_name
         .or_else(|| wanted.parse().ok().filter(|n| *n < count))
@@ -278,17 +330,32 @@ impl Build<'_> {
         let starts: Vec<usize> = file.instructions.iter().map(|i| start(i)).collect();
         let shown = |instruction: &Instruction<'_>| {
             let begin = start(instruction);
-            let end = starts.iter().copied().filter(|s| *s > begin).min().unwrap_or(self.text.len());
+            let end = starts
+                .iter()
+                .copied()
+                .filter(|s| *s > begin)
+                .min()
+                .unwrap_or(self.text.len());
             words::join_lines(&self.text[begin..end], self.escape)
         };
-        let text_of: BTreeMap<usize, String> =
-            file.instructions.iter().map(|i| (start(i), shown(i))).collect();
-        let text = |instruction: &Instruction<'_>| text_of.get(&start(instruction)).cloned().unwrap_or_default();
+        let text_of: BTreeMap<usize, String> = file
+            .instructions
+            .iter()
+            .map(|i| (start(i), shown(i)))
+            .collect();
+        let text = |instruction: &Instruction<'_>| {
+            text_of
+                .get(&start(instruction))
+                .cloned()
+                .unwrap_or_default()
+        };
         self.predefine();
         for (argument, instruction) in file.global_args().zip(&file.instructions) {
             self.announce(&text(instruction));
             let globals = self.globals.clone();
-            let declared = self.declare(&argument.arguments.value, &|name| globals.get(name).cloned())?;
+            let declared = self.declare(&argument.arguments.value, &|name| {
+                globals.get(name).cloned()
+            })?;
             for (name, value) in declared {
                 if let Some(value) = value {
                     self.globals.insert(name, value);
@@ -297,7 +364,11 @@ impl Build<'_> {
         }
         let mut id = None;
         for (number, stage) in file.stages().take(last + 1).enumerate() {
-            let name = stage.from.as_.as_ref().map(|(_, name)| name.value.to_ascii_lowercase());
+            let name = stage
+                .from
+                .as_
+                .as_ref()
+                .map(|(_, name)| name.value.to_ascii_lowercase());
             let begin = start_of_from(stage.from);
             let header = text_of.get(&begin).cloned().unwrap_or_default();
             let instructions: Vec<(&Instruction<'_>, String)> =
@@ -306,26 +377,41 @@ impl Build<'_> {
             self.stages.push((name, built));
             id = built;
         }
-        id.ok_or_else(|| Error::Dockerfile("No image was generated. Is your Dockerfile empty?".to_owned()))
+        id.ok_or_else(|| {
+            Error::Dockerfile("No image was generated. Is your Dockerfile empty?".to_owned())
+        })
     }
 
     fn predefine(&mut self) {
         let host = Platform::host();
         let target = self.options.platform.clone().unwrap_or_else(Platform::host);
         for (prefix, platform) in [("BUILD", host), ("TARGET", target)] {
-            self.globals.insert(format!("{prefix}PLATFORM"), platform.to_string());
-            self.globals.insert(format!("{prefix}OS"), platform.os.clone());
-            self.globals.insert(format!("{prefix}ARCH"), platform.architecture.clone());
-            self.globals.insert(format!("{prefix}VARIANT"), platform.variant.clone().unwrap_or_default());
+            self.globals
+                .insert(format!("{prefix}PLATFORM"), platform.to_string());
+            self.globals
+                .insert(format!("{prefix}OS"), platform.os.clone());
+            self.globals
+                .insert(format!("{prefix}ARCH"), platform.architecture.clone());
+            self.globals.insert(
+                format!("{prefix}VARIANT"),
+                platform.variant.clone().unwrap_or_default(),
+            );
         }
     }
 
     /// The names an ARG declares, with their values where they have one.
-    fn declare(&mut self, text: &str, lookup: words::Lookup<'_>) -> Result<Vec<(String, Option<String>)>> {
+    fn declare(
+        &mut self,
+        text: &str,
+        lookup: words::Lookup<'_>,
+    ) -> Result<Vec<(String, Option<String>)>> {
         let mut declared = Vec::new();
         for word in words::split(text, self.escape) {
             let (name, default) = match word.split_once('=') {
-                Some((name, value)) => (name.to_owned(), Some(words::expand(value, self.escape, lookup)?)),
+                Some((name, value)) => (
+                    name.to_owned(),
+                    Some(words::expand(value, self.escape, lookup)?),
+                ),
                 None => (word.clone(), None),
             };
             let given = self.options.args.get(&name);
@@ -339,7 +425,8 @@ impl Build<'_> {
 
     fn announce(&mut self, text: &str) {
         self.step += 1;
-        self.output.write(&format!("Step {}/{} : {text}\n", self.step, self.steps));
+        self.output
+            .write(&format!("Step {}/{} : {text}\n", self.step, self.steps));
     }
 
     /// The image that an earlier build made by the same step.
@@ -349,17 +436,28 @@ impl Build<'_> {
         }
         let text = fs::read_to_string(self.cache_path(key)).ok()?;
         let id: ImageId = text.trim().parse().ok()?;
-        self.store.inspect(&id.to_string()).ok().map(|image| image.id)
+        self.store
+            .inspect(&id.to_string())
+            .ok()
+            .map(|image| image.id)
     }
 
     fn remember(&self, key: &Digest, id: &ImageId) -> Result<()> {
         let path = self.cache_path(key);
         fs::create_dir_all(path.parent().unwrap_or(&path)).at(&path)?;
-        base::file::write_atomic(&path, id.to_string().as_bytes(), base::file::Durability::Process).at(&path)
+        base::file::write_atomic(
+            &path,
+            id.to_string().as_bytes(),
+            base::file::Durability::Process,
+        )
+        .at(&path)
     }
 
     fn cache_path(&self, key: &Digest) -> PathBuf {
-        self.store.directory().join("build-cache/steps").join(key.hex())
+        self.store
+            .directory()
+            .join("build-cache/steps")
+            .join(key.hex())
     }
 }
 

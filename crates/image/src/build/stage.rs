@@ -69,7 +69,10 @@ impl Build<'_> {
         let triggers = std::mem::take(&mut stage.config.config.get_or_insert_default().on_build);
         if !triggers.is_empty() {
             let s = if triggers.len() == 1 { "" } else { "s" };
-            self.output.write(&format!("# Executing {} build trigger{s}\n", triggers.len()));
+            self.output.write(&format!(
+                "# Executing {} build trigger{s}\n",
+                triggers.len()
+            ));
             let text = format!("FROM scratch\n{}\n", triggers.join("\n"));
             let file = parse_dockerfile::parse(&text)
                 .map_err(|e| Error::Dockerfile(format!("an ONBUILD of the base image: {e}")))?;
@@ -84,11 +87,21 @@ impl Build<'_> {
             self.instruction(&mut stage, instruction, shown, text)?;
         }
         if last && !self.options.labels.is_empty() {
-            let labels: Vec<String> = self.options.labels.iter().map(|(k, v)| format!("{k}={v:?}")).collect();
+            let labels: Vec<String> = self
+                .options
+                .labels
+                .iter()
+                .map(|(k, v)| format!("{k}={v:?}"))
+                .collect();
             let shown = format!("LABEL {}", labels.join(" "));
             self.announce(&shown);
             let labels = self.options.labels.clone();
-            stage.config.config.get_or_insert_default().labels.extend(labels);
+            stage
+                .config
+                .config
+                .get_or_insert_default()
+                .labels
+                .extend(labels);
             self.finish_cheap(&mut stage, &shown)?;
         }
         Ok(stage.id)
@@ -99,13 +112,22 @@ impl Build<'_> {
         let lookup = |name: &str| globals.get(name).cloned();
         let name = expand(&from.image.value, self.escape, &lookup)?;
         if name.is_empty() {
-            return Err(Error::Dockerfile(format!("base name ({}) should not be blank", from.image.value)));
+            return Err(Error::Dockerfile(format!(
+                "base name ({}) should not be blank",
+                from.image.value
+            )));
         }
         let mut platform = self.options.platform.clone();
         for option in &from.options {
-            let value = option.value.as_ref().map(|v| v.value.as_ref()).unwrap_or_default();
+            let value = option
+                .value
+                .as_ref()
+                .map(|v| v.value.as_ref())
+                .unwrap_or_default();
             match &*option.name.value {
-                "platform" => platform = Some(Platform::parse(&expand(value, self.escape, &lookup)?)?),
+                "platform" => {
+                    platform = Some(Platform::parse(&expand(value, self.escape, &lookup)?)?)
+                }
                 other => return Err(Error::Dockerfile(format!("FROM: Unknown flag: {other}"))),
             }
         }
@@ -132,8 +154,15 @@ impl Build<'_> {
 
     /// The image of an earlier stage of this name or number.
     fn stage_image(&self, name: &str) -> Result<Option<ImageId>> {
-        let by_name = self.stages.iter().rposition(|(n, _)| n.as_deref() == Some(&*name.to_ascii_lowercase()));
-        let number = by_name.or_else(|| name.parse::<usize>().ok().filter(|n| *n < self.stages.len()));
+        let by_name = self
+            .stages
+            .iter()
+            .rposition(|(n, _)| n.as_deref() == Some(&*name.to_ascii_lowercase()));
+        let number = by_name.or_else(|| {
+            name.parse::<usize>()
+                .ok()
+                .filter(|n| *n < self.stages.len())
+        });
         match number {
             None => Ok(None),
             Some(number) => match self.stages[number].1 {
@@ -148,7 +177,9 @@ impl Build<'_> {
             let found = self.store.resolve(name).ok();
             let fits = |id: &ImageId| {
                 platform.is_none_or(|wanted| {
-                    self.store.inspect(&id.to_string()).is_ok_and(|i| wanted.accepts(&i.platform).is_some())
+                    self.store
+                        .inspect(&id.to_string())
+                        .is_ok_and(|i| wanted.accepts(&i.platform).is_some())
                 })
             };
             if let Some(id) = found.filter(fits) {
@@ -199,15 +230,31 @@ impl Build<'_> {
                 };
                 self.run_step(stage, command, &run.options, &lookup)
             }
-            Instruction::Copy(i) => {
-                self.copy_step(stage, shown, &i.options, &i.src, &i.dest.value, false, &lookup)
-            }
-            Instruction::Add(i) => self.copy_step(stage, shown, &i.options, &i.src, &i.dest.value, true, &lookup),
+            Instruction::Copy(i) => self.copy_step(
+                stage,
+                shown,
+                &i.options,
+                &i.src,
+                &i.dest.value,
+                false,
+                &lookup,
+            ),
+            Instruction::Add(i) => self.copy_step(
+                stage,
+                shown,
+                &i.options,
+                &i.src,
+                &i.dest.value,
+                true,
+                &lookup,
+            ),
             other => {
                 let run = stage.config.config.get_or_insert_default();
                 let cmd = run.cmd.clone();
                 if !change::apply(run, other, text, escape, &lookup)? {
-                    return Err(Error::Unsupported(format!("the instruction {shown:?} is not supported")));
+                    return Err(Error::Unsupported(format!(
+                        "the instruction {shown:?} is not supported"
+                    )));
                 }
                 match other {
                     Instruction::Cmd(_) => stage.own_cmd = true,
@@ -244,11 +291,20 @@ impl Build<'_> {
         if self.reuse(stage, &key)? {
             return Ok(());
         }
-        self.finish(stage, Made { text: format!("/bin/sh -c #(nop)  {shown}"), layer: None, key: Some(&key) })
+        self.finish(
+            stage,
+            Made {
+                text: format!("/bin/sh -c #(nop)  {shown}"),
+                layer: None,
+                key: Some(&key),
+            },
+        )
     }
 
     fn key(&self, stage: &Stage, shown: &str, extra: &str) -> Digest {
-        let parent = stage.id.map_or_else(|| stage.config.architecture.clone(), |id| id.to_string());
+        let parent = stage
+            .id
+            .map_or_else(|| stage.config.architecture.clone(), |id| id.to_string());
         Digest::of(format!("1\0{parent}\0{shown}\0{extra}").as_bytes())
     }
 
@@ -262,7 +318,8 @@ impl Build<'_> {
         stage.id = Some(id);
         stage.config = ImageConfig::clone(&image.config);
         stage.blobs = image.record.layers.iter().map(|l| l.blob.clone()).collect();
-        self.output.write(&format!(" ---> Using cache\n ---> {}\n", id.short()));
+        self.output
+            .write(&format!(" ---> Using cache\n ---> {}\n", id.short()));
         Ok(true)
     }
 
@@ -280,7 +337,9 @@ impl Build<'_> {
             stage.config.rootfs.diff_ids.push(diff);
             stage.blobs.push(blob);
         }
-        let id = self.store.assemble(&stage.config, stage.blobs.clone(), stage.id, &[])?;
+        let id = self
+            .store
+            .assemble(&stage.config, stage.blobs.clone(), stage.id, &[])?;
         if let Some(key) = made.key {
             self.remember(key, &id)?;
         }
@@ -298,7 +357,9 @@ impl Build<'_> {
     }
 
     fn layer_of(&self, snapshot: &Temporary<'_>, lease: &Lease) -> Result<(Digest, Descriptor)> {
-        let (layer, blob) = self.store.layer_from_snapshot(&snapshot.key, lease, self.cancel)?;
+        let (layer, blob) = self
+            .store
+            .layer_from_snapshot(&snapshot.key, lease, self.cancel)?;
         Ok((layer.diff_id, blob))
     }
 
@@ -321,7 +382,14 @@ impl Build<'_> {
                 Some(self.layer_of(&snapshot, &lease)?)
             }
         };
-        self.finish(stage, Made { text: format!("/bin/sh -c #(nop) {shown}"), layer, key: Some(&key) })
+        self.finish(
+            stage,
+            Made {
+                text: format!("/bin/sh -c #(nop) {shown}"),
+                layer,
+                key: Some(&key),
+            },
+        )
     }
 
     fn run_step(
@@ -334,12 +402,20 @@ impl Build<'_> {
         let mut mounts = Vec::new();
         let mut network = None;
         for option in options {
-            let value = option.value.as_ref().map(|v| v.value.as_ref()).unwrap_or_default();
+            let value = option
+                .value
+                .as_ref()
+                .map(|v| v.value.as_ref())
+                .unwrap_or_default();
             match &*option.name.value {
-                "mount" => mounts.push(self.mount(&expand(value, self.escape, lookup)?, &stage.run())?),
+                "mount" => {
+                    mounts.push(self.mount(&expand(value, self.escape, lookup)?, &stage.run())?)
+                }
                 "network" => network = Some(value.to_owned()),
                 other => {
-                    return Err(Error::Unsupported(format!("RUN --{other} is not supported")));
+                    return Err(Error::Unsupported(format!(
+                        "RUN --{other} is not supported"
+                    )));
                 }
             }
         }
@@ -347,12 +423,19 @@ impl Build<'_> {
         let visible: Vec<String> = stage
             .args
             .iter()
-            .filter(|(name, _)| !PROXIES.contains(&name.as_str()) && change::variable(&run.env, name).is_none())
+            .filter(|(name, _)| {
+                !PROXIES.contains(&name.as_str()) && change::variable(&run.env, name).is_none()
+            })
             .map(|(name, value)| format!("{name}={value}"))
             .collect();
         let line = command.join(" ");
-        let text = if visible.is_empty() { line } else { format!("|{} {} {line}", visible.len(), visible.join(" ")) };
-        let identity = serde_json::to_string(&(&command, &run.env, &run.user, &run.working_dir)).unwrap_or_default();
+        let text = if visible.is_empty() {
+            line
+        } else {
+            format!("|{} {} {line}", visible.len(), visible.join(" "))
+        };
+        let identity = serde_json::to_string(&(&command, &run.env, &run.user, &run.working_dir))
+            .unwrap_or_default();
         let key = self.key(stage, &text, &identity);
         if self.reuse(stage, &key)? {
             return Ok(());
@@ -372,7 +455,11 @@ impl Build<'_> {
                 command: command.clone(),
                 env,
                 user: run.user.clone(),
-                working_dir: if run.working_dir.is_empty() { "/".to_owned() } else { run.working_dir.clone() },
+                working_dir: if run.working_dir.is_empty() {
+                    "/".to_owned()
+                } else {
+                    run.working_dir.clone()
+                },
                 mounts,
                 network,
                 config: run,
@@ -382,13 +469,24 @@ impl Build<'_> {
             let code = self.runner.run(&layers, &step, self.output)?;
             self.cancel.check()?;
             if code != 0 {
-                return Err(Error::Step { command: command.join(" "), code });
+                return Err(Error::Step {
+                    command: command.join(" "),
+                    code,
+                });
             }
             let layer = self.layer_of(&snapshot, &lease)?;
-            self.output.write(&format!(" ---> Removed intermediate container {short}\n"));
+            self.output
+                .write(&format!(" ---> Removed intermediate container {short}\n"));
             layer
         };
-        self.finish(stage, Made { text, layer: Some(layer), key: Some(&key) })
+        self.finish(
+            stage,
+            Made {
+                text,
+                layer: Some(layer),
+                key: Some(&key),
+            },
+        )
     }
 
     fn mount(&self, text: &str, run: &RunConfig) -> Result<StepMount> {
@@ -405,32 +503,59 @@ impl Build<'_> {
         let read_only = on(&["ro", "readonly"]);
         match fields.get("type").copied().unwrap_or("bind") {
             "tmpfs" => {
-                let size = fields.get("size").map_or(Ok(0), |v| base::units::parse_size(v));
+                let size = fields
+                    .get("size")
+                    .map_or(Ok(0), |v| base::units::parse_size(v));
                 let size = size.map_err(|e| Error::Dockerfile(e.to_string()))?;
-                Ok(StepMount { kind: StepMountKind::Tmpfs(size), target, read_only: false })
+                Ok(StepMount {
+                    kind: StepMountKind::Tmpfs(size),
+                    target,
+                    read_only: false,
+                })
             }
             "cache" => {
                 let id = fields.get("id").copied().unwrap_or(&target);
-                let folder = self.store.directory().join("build-cache/mounts").join(Digest::of(id.as_bytes()).hex());
+                let folder = self
+                    .store
+                    .directory()
+                    .join("build-cache/mounts")
+                    .join(Digest::of(id.as_bytes()).hex());
                 std::fs::create_dir_all(&folder).at(&folder)?;
-                Ok(StepMount { kind: StepMountKind::Cache(folder), target, read_only })
+                Ok(StepMount {
+                    kind: StepMountKind::Cache(folder),
+                    target,
+                    read_only,
+                })
             }
             "bind" if fields.contains_key("from") => Err(Error::Unsupported(
                 "RUN --mount=type=bind,from=… is not supported: COPY --from it instead".to_owned(),
             )),
             "bind" => {
                 let source = first(&["source", "src"]).unwrap_or(".");
-                let outside = || Error::Dockerfile(format!("--mount={text}: its source is not in the build context"));
+                let outside = || {
+                    Error::Dockerfile(format!(
+                        "--mount={text}: its source is not in the build context"
+                    ))
+                };
                 let clean = tree::clean(source.as_bytes()).ok_or_else(outside)?;
                 let top = self.context.path().canonicalize().at(self.context.path())?;
-                let path = top.join(tree::os(&clean)).canonicalize().map_err(|_| outside())?;
+                let path = top
+                    .join(tree::os(&clean))
+                    .canonicalize()
+                    .map_err(|_| outside())?;
                 if !path.starts_with(&top) {
                     return Err(outside());
                 }
                 let read_only = !on(&["rw", "readwrite"]);
-                Ok(StepMount { kind: StepMountKind::Bind(path), target, read_only })
+                Ok(StepMount {
+                    kind: StepMountKind::Bind(path),
+                    target,
+                    read_only,
+                })
             }
-            other => Err(Error::Unsupported(format!("RUN --mount=type={other} is not supported"))),
+            other => Err(Error::Unsupported(format!(
+                "RUN --mount=type={other} is not supported"
+            ))),
         }
     }
 
@@ -448,7 +573,11 @@ impl Build<'_> {
         let word = if add { "ADD" } else { "COPY" };
         let (mut from, mut chown, mut mode) = (None, None, None);
         for option in options {
-            let value = option.value.as_ref().map(|v| v.value.as_ref()).unwrap_or_default();
+            let value = option
+                .value
+                .as_ref()
+                .map(|v| v.value.as_ref())
+                .unwrap_or_default();
             let value = expand(value, self.escape, lookup)?;
             match &*option.name.value {
                 "from" if !add => from = Some(value),
@@ -456,12 +585,18 @@ impl Build<'_> {
                 "chmod" => {
                     let bits = u32::from_str_radix(&value, 8).ok().filter(|m| *m <= 0o7777);
                     mode = Some(bits.ok_or_else(|| {
-                        Error::Dockerfile(format!("invalid chmod parameter: {value:?}. it should be octal string"))
+                        Error::Dockerfile(format!(
+                            "invalid chmod parameter: {value:?}. it should be octal string"
+                        ))
                     })?);
                 }
                 // Every copy is a layer of its own already.
                 "link" => {}
-                other => return Err(Error::Unsupported(format!("{word} --{other} is not supported"))),
+                other => {
+                    return Err(Error::Unsupported(format!(
+                        "{word} --{other} is not supported"
+                    )));
+                }
             }
         }
         let mut paths = Vec::new();
@@ -479,13 +614,18 @@ impl Build<'_> {
                 }
                 Source::HereDoc(document) => {
                     let text = document.value.clone().into_owned();
-                    inline = Some(if document.expand { expand_document(&text, lookup) } else { text });
+                    inline = Some(if document.expand {
+                        expand_document(&text, lookup)
+                    } else {
+                        text
+                    });
                 }
                 _ => return Err(Error::Dockerfile(format!("{word} with an unknown source"))),
             }
         }
         let dest = expand(dest, self.escape, lookup)?;
-        let ends_with_slash = dest.ends_with('/') || dest.ends_with("/.") || dest == "." || dest == "..";
+        let ends_with_slash =
+            dest.ends_with('/') || dest.ends_with("/.") || dest == "." || dest == "..";
         if paths.len() > 1 && !ends_with_slash {
             return Err(Error::Dockerfile(format!(
                 "When using {word} with more than one source file, the destination must be a directory and end with a /"
@@ -502,9 +642,14 @@ impl Build<'_> {
         let (root, ignore) = if let Some(text) = inline {
             let path = self.store.content().scratch_path("heredoc");
             let scratch = Scratch::create(path.clone()).at(&path)?;
-            let name = target.rsplit('/').find(|part| !part.is_empty()).unwrap_or("EOF").to_owned();
+            let name = target
+                .rsplit('/')
+                .find(|part| !part.is_empty())
+                .unwrap_or("EOF")
+                .to_owned();
             std::fs::write(path.join(&name), text).at(&path)?;
-            rustix::fs::chmod(path.join(&name), rustix::fs::Mode::from_raw_mode(0o644)).at(&path)?;
+            rustix::fs::chmod(path.join(&name), rustix::fs::Mode::from_raw_mode(0o644))
+                .at(&path)?;
             paths.push(name);
             written = Some(scratch);
             (tree::open_root(&path).at(&path)?, &none)
@@ -531,8 +676,16 @@ impl Build<'_> {
         };
         let items: Vec<Item> = copy::find(&root, &paths, ignore)?;
         let hash = copy::hash(&root, &items)?;
-        let kind = if from.is_some() || sources.len() > 1 { "multi" } else { "file" };
-        let key = self.key(stage, shown, &format!("{kind}:{hash}\0{target}\0{chown:?}\0{mode:?}"));
+        let kind = if from.is_some() || sources.len() > 1 {
+            "multi"
+        } else {
+            "file"
+        };
+        let key = self.key(
+            stage,
+            shown,
+            &format!("{kind}:{hash}\0{target}\0{chown:?}\0{mode:?}"),
+        );
         let found = self.lookup(&key);
         let lease = self.store.lease();
         let layer = if found.is_some() {
@@ -540,8 +693,22 @@ impl Build<'_> {
         } else {
             let (snapshot, layers) = self.temporary(stage)?;
             let into = mount_detached(&layers, true)?;
-            let owner = chown.as_deref().map(|text| copy::owner(&into, text)).transpose()?.unwrap_or((0, 0));
-            copy::copy(&root, &items, &into, &target, &Manner { owner, mode, extract: add })?;
+            let owner = chown
+                .as_deref()
+                .map(|text| copy::owner(&into, text))
+                .transpose()?
+                .unwrap_or((0, 0));
+            copy::copy(
+                &root,
+                &items,
+                &into,
+                &target,
+                &Manner {
+                    owner,
+                    mode,
+                    extract: add,
+                },
+            )?;
             // The overlay must be gone before its upper folder is read as it is.
             drop(into);
             Some(self.layer_of(&snapshot, &lease)?)
@@ -555,8 +722,18 @@ impl Build<'_> {
             return Ok(());
         }
         self.cached = false;
-        let text = format!("/bin/sh -c #(nop) {word} {kind}:{} in {target} ", hash.hex());
-        self.finish(stage, Made { text, layer, key: Some(&key) })
+        let text = format!(
+            "/bin/sh -c #(nop) {word} {kind}:{} in {target} ",
+            hash.hex()
+        );
+        self.finish(
+            stage,
+            Made {
+                text,
+                layer,
+                key: Some(&key),
+            },
+        )
     }
 }
 
@@ -568,11 +745,21 @@ impl Stage {
 
 /// A here-document as a command: through the shell, or through the interpreter its first line names.
 fn script_command(run: &RunConfig, script: &str) -> Vec<String> {
-    if let Some(line) = script.strip_prefix("#!").and_then(|rest| rest.lines().next()) {
+    if let Some(line) = script
+        .strip_prefix("#!")
+        .and_then(|rest| rest.lines().next())
+    {
         let mut words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        let program = words.last().map(|w| w.rsplit('/').next().unwrap_or(w).to_owned()).unwrap_or_default();
+        let program = words
+            .last()
+            .map(|w| w.rsplit('/').next().unwrap_or(w).to_owned())
+            .unwrap_or_default();
         if !words.is_empty() {
-            let flag = if ["perl", "ruby", "node"].contains(&program.as_str()) { "-e" } else { "-c" };
+            let flag = if ["perl", "ruby", "node"].contains(&program.as_str()) {
+                "-e"
+            } else {
+                "-c"
+            };
             words.extend([flag.to_owned(), script.to_owned()]);
             return words;
         }

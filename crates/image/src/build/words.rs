@@ -63,7 +63,13 @@ pub fn split(text: &str, escape: char) -> Vec<String> {
 /// # Errors
 /// [`Error::Dockerfile`] for a quote or brace that is not closed, an unknown modifier, and what `${x:?why}` demands.
 pub fn expand(word: &str, escape: char, lookup: Lookup<'_>) -> Result<String> {
-    let mut expander = Expander { characters: word.chars().collect(), at: 0, escape, lookup, depth: 0 };
+    let mut expander = Expander {
+        characters: word.chars().collect(),
+        at: 0,
+        escape,
+        lookup,
+        depth: 0,
+    };
     let text = expander.until(None)?;
     Ok(text)
 }
@@ -98,7 +104,11 @@ impl Expander<'_> {
                     match self.next() {
                         Some('\'') => break,
                         Some(c) => text.push(c),
-                        None => return Err(Error::Dockerfile("a single quote is not closed".to_owned())),
+                        None => {
+                            return Err(Error::Dockerfile(
+                                "a single quote is not closed".to_owned(),
+                            ));
+                        }
                     }
                 },
                 '"' => loop {
@@ -109,10 +119,16 @@ impl Expander<'_> {
                             Some(c @ ('"' | '$')) => text.push(c),
                             Some(c) if c == self.escape => text.push(c),
                             Some(other) => text.extend([c, other]),
-                            None => return Err(Error::Dockerfile("a quote is not closed".to_owned())),
+                            None => {
+                                return Err(Error::Dockerfile("a quote is not closed".to_owned()));
+                            }
                         },
                         Some(c) => text.push(c),
-                        None => return Err(Error::Dockerfile("a double quote is not closed".to_owned())),
+                        None => {
+                            return Err(Error::Dockerfile(
+                                "a double quote is not closed".to_owned(),
+                            ));
+                        }
                     }
                 },
                 '$' => text.push_str(&self.variable()?),
@@ -122,7 +138,9 @@ impl Expander<'_> {
         }
         match end {
             None => Ok(text),
-            Some(_) => Err(Error::Dockerfile("a brace of ${…} is not closed".to_owned())),
+            Some(_) => Err(Error::Dockerfile(
+                "a brace of ${…} is not closed".to_owned(),
+            )),
         }
     }
 
@@ -132,7 +150,10 @@ impl Expander<'_> {
             self.at += 1;
             return c.to_string();
         }
-        while let Some(c) = self.peek().filter(|c| c.is_ascii_alphanumeric() || *c == '_') {
+        while let Some(c) = self
+            .peek()
+            .filter(|c| c.is_ascii_alphanumeric() || *c == '_')
+        {
             name.push(c);
             self.at += 1;
         }
@@ -142,7 +163,11 @@ impl Expander<'_> {
     fn variable(&mut self) -> Result<String> {
         if self.peek() != Some('{') {
             let name = self.name();
-            return Ok(if name.is_empty() { "$".to_owned() } else { (self.lookup)(&name).unwrap_or_default() });
+            return Ok(if name.is_empty() {
+                "$".to_owned()
+            } else {
+                (self.lookup)(&name).unwrap_or_default()
+            });
         }
         self.at += 1;
         self.depth += 1;
@@ -151,14 +176,20 @@ impl Expander<'_> {
         }
         let name = self.name();
         let value = (self.lookup)(&name);
-        let bad = |what: String| Error::Dockerfile(format!("unsupported modifier {what:?} in ${{{name}…}}"));
+        let bad = |what: String| {
+            Error::Dockerfile(format!("unsupported modifier {what:?} in ${{{name}…}}"))
+        };
         if name.is_empty() {
             return Err(Error::Dockerfile("${} without a name".to_owned()));
         }
         let result = match self.next() {
             Some('}') => Ok(value.unwrap_or_default()),
             Some(first @ (':' | '-' | '+' | '?')) => {
-                let operator = if first == ':' { self.next().unwrap_or(' ') } else { first };
+                let operator = if first == ':' {
+                    self.next().unwrap_or(' ')
+                } else {
+                    first
+                };
                 let word = self.until(Some('}'))?;
                 let set = value.filter(|v| first != ':' || !v.is_empty());
                 match (operator, set) {
@@ -167,7 +198,11 @@ impl Expander<'_> {
                     ('?', Some(value)) => Ok(value),
                     ('?', None) => Err(Error::Dockerfile(format!(
                         "{name}: {}",
-                        if word.is_empty() { "not allowed to be unset" } else { &word }
+                        if word.is_empty() {
+                            "not allowed to be unset"
+                        } else {
+                            &word
+                        }
                     ))),
                     (other, _) => Err(bad(format!(":{other}"))),
                 }
@@ -178,10 +213,17 @@ impl Expander<'_> {
                     self.at += 1;
                 }
                 let pattern = self.until(Some('}'))?;
-                Ok(trim(&value.unwrap_or_default(), &pattern, side == '#', longest))
+                Ok(trim(
+                    &value.unwrap_or_default(),
+                    &pattern,
+                    side == '#',
+                    longest,
+                ))
             }
             Some(other) => Err(bad(other.to_string())),
-            None => Err(Error::Dockerfile("a brace of ${…} is not closed".to_owned())),
+            None => Err(Error::Dockerfile(
+                "a brace of ${…} is not closed".to_owned(),
+            )),
         };
         self.depth -= 1;
         result
@@ -190,7 +232,11 @@ impl Expander<'_> {
 
 /// `${value#pattern}` and its three like.
 fn trim(value: &str, pattern: &str, front: bool, longest: bool) -> String {
-    let mut cuts: Vec<usize> = value.char_indices().map(|(i, _)| i).chain([value.len()]).collect();
+    let mut cuts: Vec<usize> = value
+        .char_indices()
+        .map(|(i, _)| i)
+        .chain([value.len()])
+        .collect();
     if front == longest {
         cuts.reverse();
     }
@@ -210,21 +256,37 @@ fn trim(value: &str, pattern: &str, front: bool, longest: bool) -> String {
 ///
 /// # Errors
 /// [`Error::Dockerfile`] where it is neither.
-pub fn pairs(text: &str, escape: char, lookup: Lookup<'_>, what: &str) -> Result<Vec<(String, String)>> {
+pub fn pairs(
+    text: &str,
+    escape: char,
+    lookup: Lookup<'_>,
+    what: &str,
+) -> Result<Vec<(String, String)>> {
     let words = split(text, escape);
-    let first = words.first().ok_or_else(|| Error::Dockerfile(format!("{what} requires at least one argument")))?;
+    let first = words
+        .first()
+        .ok_or_else(|| Error::Dockerfile(format!("{what} requires at least one argument")))?;
     if !first.contains('=') {
-        let rest = text.trim().strip_prefix(first.as_str()).unwrap_or_default().trim();
+        let rest = text
+            .trim()
+            .strip_prefix(first.as_str())
+            .unwrap_or_default()
+            .trim();
         if rest.is_empty() {
             return Err(Error::Dockerfile(format!("{what} must have two arguments")));
         }
-        return Ok(vec![(expand(first, escape, lookup)?, expand(rest, escape, lookup)?)]);
+        return Ok(vec![(
+            expand(first, escape, lookup)?,
+            expand(rest, escape, lookup)?,
+        )]);
     }
     words
         .iter()
         .map(|word| {
             let (key, value) = word.split_once('=').ok_or_else(|| {
-                Error::Dockerfile(format!("Syntax error - can't find = in {word:?}. Must be of the form: name=value"))
+                Error::Dockerfile(format!(
+                    "Syntax error - can't find = in {word:?}. Must be of the form: name=value"
+                ))
             })?;
             if key.is_empty() {
                 return Err(Error::Dockerfile(format!("{what} names can not be blank")));
@@ -261,10 +323,26 @@ mod tests {
     #[test]
     fn variables_are_put_in_as_the_reference_says() {
         for (word, expected) in [
-            ("$x", "value"), ("${x}s", "values"), ("$none", ""), ("${none:-y}", "y"), ("${empty:-y}", "y"),
-            ("${empty-y}", ""), ("${x:+y}", "y"), ("${none:+y}", ""), ("${none:-${x}}", "value"), ("'$x'", "$x"),
-            ("\"$x\"", "value"), ("\\$x", "$x"), ("\"\\$x\"", "$x"), ("a\\ b", "a b"), ("$", "$"), ("$$x", "$value"),
-            ("${path##*/}", "c.tar.gz"), ("${path%.*}", "a/b/c.tar"), ("${path%%.*}", "a/b/c"), ("${path#*/}", "b/c.tar.gz"),
+            ("$x", "value"),
+            ("${x}s", "values"),
+            ("$none", ""),
+            ("${none:-y}", "y"),
+            ("${empty:-y}", "y"),
+            ("${empty-y}", ""),
+            ("${x:+y}", "y"),
+            ("${none:+y}", ""),
+            ("${none:-${x}}", "value"),
+            ("'$x'", "$x"),
+            ("\"$x\"", "value"),
+            ("\\$x", "$x"),
+            ("\"\\$x\"", "$x"),
+            ("a\\ b", "a b"),
+            ("$", "$"),
+            ("$$x", "$value"),
+            ("${path##*/}", "c.tar.gz"),
+            ("${path%.*}", "a/b/c.tar"),
+            ("${path%%.*}", "a/b/c"),
+            ("${path#*/}", "b/c.tar.gz"),
         ] {
             assert_eq!(with(word).unwrap(), expected, "{word}");
         }
@@ -277,14 +355,23 @@ mod tests {
     fn pairs_are_read_in_both_forms() {
         let read = |text: &str| pairs(text, '\\', &|_| None, "ENV").unwrap();
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-        assert_eq!(read(r#"a=1 b="two words" c=x\ y"#), [pair("a", "1"), pair("b", "two words"), pair("c", "x y")]);
-        assert_eq!(read("name the whole rest"), [pair("name", "the whole rest")]);
+        assert_eq!(
+            read(r#"a=1 b="two words" c=x\ y"#),
+            [pair("a", "1"), pair("b", "two words"), pair("c", "x y")]
+        );
+        assert_eq!(
+            read("name the whole rest"),
+            [pair("name", "the whole rest")]
+        );
         assert!(pairs("a=1 b", '\\', &|_| None, "ENV").is_err());
     }
 
     #[test]
     fn continued_lines_are_joined_and_comments_between_left_out() {
-        assert_eq!(join_lines("a && \\\n  # why\n  b \\\n && c\nnext", '\\'), "a &&   b  && c");
+        assert_eq!(
+            join_lines("a && \\\n  # why\n  b \\\n && c\nnext", '\\'),
+            "a &&   b  && c"
+        );
     }
 
     proptest! {

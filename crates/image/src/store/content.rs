@@ -203,7 +203,11 @@ impl BlobWriter<'_> {
     ///
     /// # Errors
     /// [`Error::DigestMismatch`]; then nothing is kept.
-    pub fn commit(mut self, expected: Option<Digest>, lease: &super::Lease) -> Result<(Digest, u64)> {
+    pub fn commit(
+        mut self,
+        expected: Option<Digest>,
+        lease: &super::Lease,
+    ) -> Result<(Digest, u64)> {
         self.file.flush().at(&self.path)?;
         let actual = std::mem::take(&mut self.hasher).finish();
         if let Some(expected) = expected

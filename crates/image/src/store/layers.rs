@@ -228,7 +228,9 @@ impl Store {
                 until_check = 256;
                 let directory = fs::File::open(&self.0.directory).at(&self.0.directory)?;
                 if tree::free_bytes(&directory).is_ok_and(|free| free < self.0.limits.keep_free) {
-                    return Err(Error::NoRoom("the disk of the image store is nearly full".to_owned()));
+                    return Err(Error::NoRoom(
+                        "the disk of the image store is nearly full".to_owned(),
+                    ));
                 }
             }
             until_check -= 1;
