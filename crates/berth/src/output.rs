@@ -187,7 +187,7 @@ mod tests {
         table.row(vec!["b".into(), "exited".into()]);
         assert_eq!(
             table.render(),
-            "NAME        STATE\na?[31mlong   running\nb           exited\n"
+            "NAME         STATE\na?[31mlong   running\nb            exited\n"
         );
     }
 
