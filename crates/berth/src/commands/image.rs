@@ -589,14 +589,14 @@ pub struct BootstrapArgs {
 
 pub async fn bootstrap(context: &Context, args: BootstrapArgs) -> Result<ExitCode, Failure> {
     let body = json!({
-        "image": args.image,
-        "arch": args.arch,
-        "packages": args.packages,
-        "mirror": args.mirror,
-        "keyring": args.keyring,
-        "components": args.components,
-        "kernel": args.kernel,
-        "tags": args.tag,
+        "Name": args.image,
+        "Arch": args.arch.unwrap_or_default(),
+        "Packages": args.packages,
+        "Mirror": args.mirror,
+        "Components": args.components,
+        "Keyring": args.keyring,
+        "WithKernel": args.kernel,
+        "Tags": args.tag,
     });
     let headers = [(CONTENT_TYPE.as_str(), "application/json".to_owned())];
     let response = context
