@@ -47,24 +47,20 @@ pub fn make(
     let tree = mount(folder, lower)?;
     let made = make_file_system(&tree, &folder.join(DISK), spec.disk);
     drop(tree);
-    let _ = fs::remove_dir_all(&own);
+    for scratch in [own, folder.join("upper"), folder.join("work")] {
+        let _ = fs::remove_dir_all(scratch);
+    }
     made?;
     Ok(boot)
 }
 
 /// The merged files, mounted nowhere.
 fn mount(folder: &Path, lower: Vec<PathBuf>) -> Result<OwnedFd> {
-    // A read-only overlay of one layer needs a second one.
-    let empty = folder.join("empty");
-    fs::create_dir_all(&empty).map_err(Error::io(format!("cannot make {}", empty.display())))?;
-    let mut lower = lower;
-    lower.push(empty);
-    let layers = Layers {
-        lower,
-        upper: folder.join("unused"),
-        work: folder.join("unused-work"),
-        userxattr: false,
-    };
+    let (upper, work) = (folder.join("upper"), folder.join("work"));
+    for path in [&upper, &work] {
+        fs::create_dir_all(path).map_err(Error::io(format!("cannot make {}", path.display())))?;
+    }
+    let layers = Layers { lower, upper, work, userxattr: false };
     image::mount_detached(&layers, false).map_err(Error::room)
 }
 

@@ -361,7 +361,7 @@ fn command(
             other => format!("linux-image-{other}"),
         };
         packages.push(kernel);
-        for package in ["systemd-sysv", "udev", "iproute2", "kmod"] {
+        for package in ["systemd-sysv", "dbus", "udev", "iproute2", "kmod"] {
             packages.push(package.to_owned());
         }
     }
