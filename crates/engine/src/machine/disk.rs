@@ -60,7 +60,12 @@ fn mount(folder: &Path, lower: Vec<PathBuf>) -> Result<OwnedFd> {
     for path in [&upper, &work] {
         fs::create_dir_all(path).map_err(Error::io(format!("cannot make {}", path.display())))?;
     }
-    let layers = Layers { lower, upper, work, userxattr: false };
+    let layers = Layers {
+        lower,
+        upper,
+        work,
+        userxattr: false,
+    };
     image::mount_detached(&layers, false).map_err(Error::room)
 }
 
