@@ -15,6 +15,7 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod transport;
+pub mod vsock;
 
 use std::os::fd::BorrowedFd;
 

@@ -235,6 +235,62 @@ fn a_console_carries_both_ways() {
 }
 
 #[test]
+fn a_host_program_talks_to_a_port_of_the_guest() {
+    use std::io::{BufRead, BufReader, Read};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vsock");
+    let vsock = super::vsock::Vsock::new(UnixListener::bind(&path).unwrap(), 3).unwrap();
+    let mut rig = made(Arc::new(vsock));
+    rig.start();
+    for buffer in 0..6 {
+        rig.offer(0, buffer, &[(DATA + u64::from(buffer) * 0x1000, 0x1000, true)]);
+    }
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.write_all(b"CONNECT 77\nhello").unwrap();
+    assert_eq!(rig.used(0), 44);
+    let request = rig.bytes(DATA, 44);
+    assert_eq!((request[30], request[20]), (1, 77));
+    let ours = request[16..20].to_vec();
+    let mut sent = 0u16;
+    let mut send = |rig: &mut Rig, operation: u8, flags: u8, data: &[u8]| {
+        let mut packet = vec![0; 44];
+        packet[0] = 3;
+        packet[8] = 2;
+        packet[16] = 77;
+        packet[20..24].copy_from_slice(&ours);
+        packet[24] = data.len() as u8;
+        packet[28] = 1;
+        packet[30] = operation;
+        packet[32] = flags;
+        packet[37] = 0x10;
+        packet.extend(data);
+        rig.dma.write(DATA + 0x8000, &packet).unwrap();
+        rig.offer(1, sent % 16, &[(DATA + 0x8000, packet.len() as u32, false)]);
+        rig.used(1);
+        sent += 1;
+    };
+    send(&mut rig, 2, 0, b"");
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line}");
+    assert_eq!(rig.used(0), 49);
+    assert_eq!(&rig.bytes(DATA + 0x1000 + 44, 5), b"hello");
+    send(&mut rig, 5, 0, b"world");
+    let mut word = [0; 5];
+    reader.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"world");
+    assert_eq!(rig.used(0), 44, "credit");
+    send(&mut rig, 4, 3, b"");
+    assert_eq!(reader.read(&mut word).unwrap(), 0);
+    // Connections of the guest's own are refused.
+    send(&mut rig, 1, 0, b"");
+    assert_eq!((rig.used(0), rig.bytes(DATA + 0x3000 + 30, 1)[0]), (44, 3));
+}
+
+#[test]
 fn ballooned_pages_are_dropped() {
     let balloon = Arc::new(Balloon::new());
     let mut rig = made(balloon.clone());
