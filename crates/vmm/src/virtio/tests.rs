@@ -245,7 +245,11 @@ fn a_host_program_talks_to_a_port_of_the_guest() {
     let mut rig = made(Arc::new(vsock));
     rig.start();
     for buffer in 0..6 {
-        rig.offer(0, buffer, &[(DATA + u64::from(buffer) * 0x1000, 0x1000, true)]);
+        rig.offer(
+            0,
+            buffer,
+            &[(DATA + u64::from(buffer) * 0x1000, 0x1000, true)],
+        );
     }
     let mut stream = UnixStream::connect(&path).unwrap();
     stream.write_all(b"CONNECT 77\nhello").unwrap();

@@ -93,7 +93,8 @@ pub struct Vsock {
 
 impl Connection {
     fn credit(&self) -> u32 {
-        self.guest_window.saturating_sub(self.sent.wrapping_sub(self.guest_taken))
+        self.guest_window
+            .saturating_sub(self.sent.wrapping_sub(self.guest_taken))
     }
 
     fn wanted(&self, starved: bool) -> EventFlags {
@@ -141,8 +142,18 @@ impl Vsock {
     pub fn new(listener: UnixListener, guest_cid: u64) -> std::io::Result<Vsock> {
         listener.set_nonblocking(true)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
-        Ok(Vsock { guest_cid, listener, epoll, inner: Mutex::default() })
+        epoll::add(
+            &epoll,
+            &listener,
+            EventData::new_u64(LISTENER),
+            EventFlags::IN,
+        )?;
+        Ok(Vsock {
+            guest_cid,
+            listener,
+            epoll,
+            inner: Mutex::default(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -186,14 +197,18 @@ impl Vsock {
         if let Some(connection) = inner.connections.remove(&port) {
             let _ = epoll::delete(&self.epoll, &connection.stream);
             if connection.phase != Phase::Greeting {
-                inner.control.push_back((port, connection.guest_port, RESET, 0));
+                inner
+                    .control
+                    .push_back((port, connection.guest_port, RESET, 0));
             }
         }
     }
 
     /// Reads the greeting; asks the guest once it is whole.
     fn greet(&self, inner: &mut Inner, port: u32) {
-        let Some(connection) = inner.connections.get_mut(&port) else { return };
+        let Some(connection) = inner.connections.get_mut(&port) else {
+            return;
+        };
         let mut byte = [0];
         // One byte at a time: what follows the line is the guest's.
         loop {
@@ -222,8 +237,15 @@ impl Vsock {
     /// Handles what came from the host's side.
     fn poll(&self, inner: &mut Inner, queue: &mut Queue, dma: &Dma) -> Result<(), QueueError> {
         let mut events = Vec::with_capacity(CONNECTIONS + 1);
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let _ = epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&now));
+        let now = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let _ = epoll::wait(
+            &self.epoll,
+            rustix::buffer::spare_capacity(&mut events),
+            Some(&now),
+        );
         for event in events {
             let token = event.data.u64();
             if token == LISTENER {
@@ -231,18 +253,24 @@ impl Vsock {
                 continue;
             }
             let port = token as u32;
-            let Some(connection) = inner.connections.get_mut(&port) else { continue };
+            let Some(connection) = inner.connections.get_mut(&port) else {
+                continue;
+            };
             let flags = event.flags;
             if flags.contains(EventFlags::OUT) {
                 if connection.drain() {
                     let guest_port = connection.guest_port;
-                    inner.control.push_back((port, guest_port, CREDIT_UPDATE, 0));
+                    inner
+                        .control
+                        .push_back((port, guest_port, CREDIT_UPDATE, 0));
                 } else {
                     self.drop_connection(inner, port);
                     continue;
                 }
             }
-            let Some(connection) = inner.connections.get(&port) else { continue };
+            let Some(connection) = inner.connections.get(&port) else {
+                continue;
+            };
             match connection.phase {
                 Phase::Greeting => self.greet(inner, port),
                 Phase::Asked => {}
@@ -252,7 +280,14 @@ impl Vsock {
         self.flush(inner, queue, dma)
     }
 
-    fn header(&self, ports: (u32, u32), len: u32, operation: u16, flags: u32, taken: u32) -> [u8; HEADER] {
+    fn header(
+        &self,
+        ports: (u32, u32),
+        len: u32,
+        operation: u16,
+        flags: u32,
+        taken: u32,
+    ) -> [u8; HEADER] {
         let mut header = [0; HEADER];
         header[0..8].copy_from_slice(&HOST_CID.to_le_bytes());
         header[8..16].copy_from_slice(&self.guest_cid.to_le_bytes());
@@ -268,9 +303,17 @@ impl Vsock {
     }
 
     /// Sends what the host program wrote, as far as the guest has room.
-    fn send(&self, inner: &mut Inner, port: u32, queue: &mut Queue, dma: &Dma) -> Result<(), QueueError> {
+    fn send(
+        &self,
+        inner: &mut Inner,
+        port: u32,
+        queue: &mut Queue,
+        dma: &Dma,
+    ) -> Result<(), QueueError> {
         loop {
-            let Some(connection) = inner.connections.get_mut(&port) else { return Ok(()) };
+            let Some(connection) = inner.connections.get_mut(&port) else {
+                return Ok(());
+            };
             if connection.host_done || connection.credit() == 0 {
                 return Ok(());
             }
@@ -278,7 +321,10 @@ impl Vsock {
                 inner.starved = true;
                 return Ok(());
             };
-            let room = chain.writable_len().saturating_sub(HEADER as u64).min(u64::from(connection.credit()));
+            let room = chain
+                .writable_len()
+                .saturating_sub(HEADER as u64)
+                .min(u64::from(connection.credit()));
             let mut packet = vec![0; HEADER + (room as usize).min(CHUNK)];
             let result = (&connection.stream).read(&mut packet[HEADER..]);
             match result {
@@ -323,7 +369,10 @@ impl Vsock {
                 inner.starved = true;
                 break;
             };
-            let taken = inner.connections.get(&port).map_or(0, |connection| connection.taken);
+            let taken = inner
+                .connections
+                .get(&port)
+                .map_or(0, |connection| connection.taken);
             let header = self.header((port, guest_port), 0, operation, flags, taken);
             let written = chain.write(dma, 0, &header)?;
             queue.push(dma, chain.head, written as u32)?;
@@ -338,7 +387,9 @@ impl Vsock {
             let _ = match (before.is_empty(), wanted.is_empty()) {
                 (true, false) => epoll::add(&self.epoll, &connection.stream, data, wanted),
                 (false, true) => epoll::delete(&self.epoll, &connection.stream),
-                (false, false) if wanted != before => epoll::modify(&self.epoll, &connection.stream, data, wanted),
+                (false, false) if wanted != before => {
+                    epoll::modify(&self.epoll, &connection.stream, data, wanted)
+                }
                 _ => Ok(()),
             };
         }
@@ -347,12 +398,15 @@ impl Vsock {
 
     /// One packet of the guest.
     fn receive(&self, inner: &mut Inner, packet: &[u8]) {
-        let word = |at: usize| u32::from_le_bytes(packet[at..at + 4].try_into().unwrap_or_default());
+        let word =
+            |at: usize| u32::from_le_bytes(packet[at..at + 4].try_into().unwrap_or_default());
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
         let (guest_port, port) = (word(16), word(20));
         let operation = (word(28) >> 16) as u16;
         let known = inner.connections.get_mut(&port).filter(|connection| {
-            connection.phase != Phase::Greeting && connection.guest_port == guest_port && word(28) as u16 == STREAM
+            connection.phase != Phase::Greeting
+                && connection.guest_port == guest_port
+                && word(28) as u16 == STREAM
         });
         let ours = long(0) == self.guest_cid && long(8) == HOST_CID;
         let Some(connection) = known.filter(|_| ours) else {
@@ -367,14 +421,18 @@ impl Vsock {
         let keep = match operation {
             RESPONSE if connection.phase == Phase::Asked => {
                 connection.phase = Phase::Open;
-                (&connection.stream).write_all(format!("OK {port}\n").as_bytes()).is_ok()
+                (&connection.stream)
+                    .write_all(format!("OK {port}\n").as_bytes())
+                    .is_ok()
             }
             DATA if connection.phase == Phase::Open => {
                 let fits = connection.backlog.len() + packet.len() - HEADER <= WINDOW as usize;
                 connection.backlog.extend(&packet[HEADER..]);
                 let drained = fits && connection.drain();
                 if drained && connection.backlog.is_empty() {
-                    inner.control.push_back((port, guest_port, CREDIT_UPDATE, 0));
+                    inner
+                        .control
+                        .push_back((port, guest_port, CREDIT_UPDATE, 0));
                 }
                 drained
             }
@@ -387,7 +445,9 @@ impl Vsock {
             }
             CREDIT_UPDATE => true,
             CREDIT_REQUEST => {
-                inner.control.push_back((port, guest_port, CREDIT_UPDATE, 0));
+                inner
+                    .control
+                    .push_back((port, guest_port, CREDIT_UPDATE, 0));
                 true
             }
             RESET => {
@@ -433,11 +493,14 @@ impl Backend for Vsock {
                     // Answers wait for buffers of the guest; one that gives none is not served on and on.
                     while inner.control.len() < CONNECTIONS * 4 {
                         let Some(chain) = queue.pop(dma)? else { break };
-                        let len = chain.readable_len().min((HEADER + WINDOW as usize) as u64) as usize;
+                        let len =
+                            chain.readable_len().min((HEADER + WINDOW as usize) as u64) as usize;
                         let mut packet = vec![0; len];
                         chain.read(dma, 0, &mut packet)?;
                         if len >= HEADER {
-                            let claimed = u32::from_le_bytes(packet[24..28].try_into().unwrap_or_default()) as usize;
+                            let claimed =
+                                u32::from_le_bytes(packet[24..28].try_into().unwrap_or_default())
+                                    as usize;
                             packet.truncate(HEADER.saturating_add(claimed));
                             self.receive(&mut inner, &packet);
                         }
