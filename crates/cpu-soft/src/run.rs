@@ -27,8 +27,10 @@ pub struct Engine {
     pub(crate) notes: Notes,
     /// Entries of the jump tables that are set, per level.
     jumps: [Vec<u16>; 2],
+    /// Guest addresses of the jump tables' entries, per level: what a flushed page must find.
+    jump_targets: [Vec<u64>; 2],
     /// Filter of the pages that jump table entries lead to.
-    jump_pages: [u64; 16],
+    jump_pages: [u64; 256],
     /// Entries of the supervisor's jump table from pages that are not global.
     supervisor_nonglobal: bool,
     /// Set when a Rust function makes translated code leave.
@@ -88,7 +90,8 @@ impl Engine {
             code: Code::new(0),
             notes: Notes::new(),
             jumps: [Vec::new(), Vec::new()],
-            jump_pages: [0; 16],
+            jump_targets: [vec![u64::MAX; JUMP_ENTRIES], vec![u64::MAX; JUMP_ENTRIES]],
+            jump_pages: [0; 256],
             supervisor_nonglobal: false,
             pending: None,
             single: false,
@@ -139,7 +142,7 @@ impl Engine {
 }
 
 fn page_bit(va: u64) -> usize {
-    ((va >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize
+    ((va >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize
 }
 
 /// Rights bits of a page fault are found by the walk; levels by privilege.
@@ -167,7 +170,7 @@ impl Cpu {
         let global = global || engine.supervisor_nonglobal;
         if global {
             engine.supervisor_nonglobal = false;
-            engine.jump_pages = [0; 16];
+            engine.jump_pages = [0; 256];
         }
         let mut lists = std::mem::take(&mut engine.jumps);
         for (n, list) in lists.iter_mut().enumerate() {
@@ -179,6 +182,22 @@ impl Cpu {
             }
         }
         self.engine().jumps = lists;
+    }
+
+    /// Forgets indirect jump targets in the page of `va`, and those that run into it from the page before.
+    pub(crate) fn flush_jumps_of(&mut self, va: u64) {
+        let page = va & !0xfff;
+        let miss = self.engine().stubs.jump_miss;
+        for level in 0..2 {
+            let first = jump_index(page);
+            for at in (first..first + 4096).chain(jump_index(page.wrapping_sub(15))..jump_index(page.wrapping_sub(1)) + 1) {
+                let target = self.engine().jump_targets[level][at];
+                if target & !0xfff == page || target.wrapping_sub(page.wrapping_sub(15)) < 15 {
+                    self.levels()[level].jump[at] = miss;
+                    self.engine().jump_targets[level][at] = u64::MAX;
+                }
+            }
+        }
     }
 
     /// A store to guest RAM by Rust code somewhere in the page of `gpa`: drops the page's translated code.
@@ -658,6 +677,7 @@ impl Cpu {
         let fresh = *slot == miss;
         *slot = indirect;
         let engine = self.engine();
+        engine.jump_targets[level][at] = rip;
         if fresh {
             engine.jumps[level].push(at as u16);
         }

@@ -262,8 +262,8 @@ pub struct TlbEntry {
 }
 
 pub const TLB_ENTRIES: usize = 1024;
-/// Entries of the table for indirect jumps.
-pub const JUMP_ENTRIES: usize = 16384;
+/// Entries of the table for indirect jumps: the low 16 bits of the target choose.
+pub const JUMP_ENTRIES: usize = 65536;
 
 /// Look-aside buffers of one privilege level.
 #[repr(C)]

@@ -171,8 +171,8 @@ impl Cpu {
                 known |= f.page == va & !0xfff;
                 *f = NO_FETCH;
             }
-            if known || engine.jumps_to(va) {
-                self.flush_jumps(true);
+            if known || engine.jumps_to(va) || engine.jumps_to(va.wrapping_sub(4096)) {
+                self.flush_jumps_of(va);
             }
         }
     }

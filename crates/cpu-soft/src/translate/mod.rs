@@ -541,8 +541,8 @@ impl Translator<'_> {
             self.code.jmp_to(self.request.stubs.jump_miss);
             return;
         }
-        self.code.mov32(R11, R10);
-        self.code.and32(R11, JUMP_ENTRIES as u32 - 1);
+        const { assert!(JUMP_ENTRIES == 1 << 16) };
+        self.code.with_reg(false, &[0x0f, 0xb7], R11, R10); // movzx r11d, r10w
         self.code.jmp_mem(Mem {
             base: None,
             index: Some((R11, 3)),
