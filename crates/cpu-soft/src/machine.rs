@@ -53,7 +53,7 @@ impl Machine {
         let mut pages = 0;
         for region in memory.iter() {
             let gpa = vm_memory::Address::raw_value(&region.start_addr());
-            if gpa % 4096 != 0 || region.len() % 4096 != 0 || region.as_ptr() as usize % 4096 != 0 {
+            if gpa % 4096 != 0 || region.len() % 4096 != 0 || !(region.as_ptr() as usize).is_multiple_of(4096) {
                 return false;
             }
             banks.push(Bank {
@@ -173,7 +173,7 @@ impl Machine {
             let mut spins = 0u32;
             while mailbox.inside.load(Ordering::SeqCst) && mailbox.forbids.load(Ordering::SeqCst) {
                 spins += 1;
-                if spins % 64 == 0 {
+                if spins.is_multiple_of(64) {
                     // It may be in a device, or its thread not running: raised again, as a poll may have come before.
                     mailbox.attention.raise();
                     std::thread::yield_now();

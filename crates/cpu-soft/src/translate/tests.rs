@@ -12,7 +12,7 @@ use super::emit::{Code, Mem};
 use super::kind::{self, Way};
 use super::{GPR, leave};
 use crate::host::Guard;
-use crate::state::{Cpu, flag};
+use crate::state::flag;
 use crate::stubs;
 use crate::vcpu::SoftVcpu;
 
@@ -123,7 +123,7 @@ fn generate(random: &mut Random) -> Option<(Vec<u8>, Instruction)> {
     if vex && bytes.is_empty() {
         bytes.extend([
             0xc4,
-            (random.next() as u8 & 0xe0) | 1 + random.below(3) as u8,
+            (random.next() as u8 & 0xe0) | (1 + random.below(3) as u8),
             random.next() as u8,
         ]);
     } else {
@@ -528,6 +528,3 @@ impl Rig {
         Some(self.natively(bytes, state))
     }
 }
-
-#[allow(dead_code)]
-fn _uses(_: &Cpu) {}

@@ -839,7 +839,7 @@ fn decimal(cpu: &mut Cpu, i: &Instruction) -> Result<(), Fault> {
             if base == 0 {
                 return Err(Fault::DE);
             }
-            write_register(cpu, Register::AX, (al / base) << 8 | al % base);
+            write_register(cpu, Register::AX, ((al / base) << 8) | (al % base));
             alu::logic(al % base, 1).set(cpu);
         }
         _ => {

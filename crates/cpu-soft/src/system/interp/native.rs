@@ -400,7 +400,7 @@ fn memory_len(i: &Instruction) -> usize {
 /// Legacy SSE operands of 16 bytes must be aligned, but for the unaligned moves; of VEX only the aligned moves.
 fn aligned_operand(i: &Instruction, len: usize) -> bool {
     use iced_x86::Mnemonic as M;
-    if len < 16 || len > 32 || !matches!(len, 16 | 32) {
+    if !matches!(len, 16 | 32) {
         return false;
     }
     let always = matches!(

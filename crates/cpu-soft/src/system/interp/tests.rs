@@ -284,7 +284,7 @@ fn compare(
             } else {
                 1
             };
-            if at.wrapping_sub(rest) % scale != 0 {
+            if !at.wrapping_sub(rest).is_multiple_of(scale) {
                 return Ok(None);
             }
             cpu.gpr[place.index] = at.wrapping_sub(rest) / scale;
