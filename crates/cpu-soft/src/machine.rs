@@ -53,7 +53,10 @@ impl Machine {
         let mut pages = 0;
         for region in memory.iter() {
             let gpa = vm_memory::Address::raw_value(&region.start_addr());
-            if gpa % 4096 != 0 || region.len() % 4096 != 0 || !(region.as_ptr() as usize).is_multiple_of(4096) {
+            if gpa % 4096 != 0
+                || region.len() % 4096 != 0
+                || !(region.as_ptr() as usize).is_multiple_of(4096)
+            {
                 return false;
             }
             banks.push(Bank {

@@ -190,7 +190,9 @@ impl Cpu {
         let miss = self.engine().stubs.jump_miss;
         for level in 0..2 {
             let first = jump_index(page);
-            for at in (first..first + 4096).chain(jump_index(page.wrapping_sub(15))..jump_index(page.wrapping_sub(1)) + 1) {
+            for at in (first..first + 4096)
+                .chain(jump_index(page.wrapping_sub(15))..jump_index(page.wrapping_sub(1)) + 1)
+            {
                 let target = self.engine().jump_targets[level][at];
                 if target & !0xfff == page || target.wrapping_sub(page.wrapping_sub(15)) < 15 {
                     self.levels()[level].jump[at] = miss;
