@@ -176,12 +176,13 @@ async fn create(
 async fn load(State(engine): State<Arc<Engine>>, params: Params, body: Body) -> Answer {
     let quiet = params.flag_or("quiet", false);
     let archive = reader(body);
+    let platform = platform(&params)?;
     progress::respond(move |lines, cancel| async move {
         let listener: Arc<dyn engine::progress::Progress> = match quiet {
             true => Arc::new(engine::progress::Silent),
             false => Arc::new(lines.clone()),
         };
-        for name in engine.load_images(archive, listener, cancel).await? {
+        for name in engine.load_images(archive, &platform, listener, cancel).await? {
             let text = match name.starts_with("sha256:") {
                 true => format!("Loaded image ID: {name}\n"),
                 false => format!("Loaded image: {name}\n"),
@@ -204,7 +205,7 @@ async fn save(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
     }
     Ok(streamed(
         "application/x-tar",
-        engine.save_images(names).await?,
+        engine.save_images(names, &platform(&params)?).await?,
     ))
 }
 
@@ -244,7 +245,7 @@ async fn one(
         (&Method::GET, "history") => Ok(Json(engine.image_history(name).await?).into_response()),
         (&Method::GET, "get") => Ok(streamed(
             "application/x-tar",
-            engine.save_images(vec![name.to_owned()]).await?,
+            engine.save_images(vec![name.to_owned()], &platform(&params)?).await?,
         )),
         (&Method::POST, "tag") => {
             engine

@@ -11,7 +11,7 @@ use ::image::{ImageId, Platform, Reference};
 use tokio::io::AsyncRead;
 
 use crate::Engine;
-use crate::bridge::BlockingReader;
+use crate::bridge::{BlockingReader, stream_from};
 use crate::container::inspect::GraphDriver;
 use crate::container::{ContainerConfig, ListOptions, TarStream};
 use crate::error::{Error, Result};
@@ -467,20 +467,56 @@ impl Engine {
     }
 
     /// Reads images of an archive, Docker's or OCI's; answers their names (or ids).
+    ///
+    /// # Errors
+    /// An archive that is broken or hostile.
     pub async fn load_images(
         self: &Arc<Self>,
         archive: ArchiveReader,
+        platform: &str,
         progress: Arc<dyn Progress>,
         cancel: Cancel,
     ) -> Result<Vec<String>> {
-        let _ = (archive, progress, cancel);
-        absent()
+        let platform = self::platform(platform)?;
+        let archive = BlockingReader::new(archive);
+        let store = self.images().clone();
+        let loaded = blocking(move || {
+            store.load(archive, platform.as_ref(), &*progress, &cancel).map_err(Error::room)
+        })
+        .await?;
+        let mut names = Vec::new();
+        for image in loaded {
+            let id = image.id.to_string();
+            self.image_event("load", &id, image.names.first().unwrap_or(&id));
+            match image.names.is_empty() {
+                true => names.push(id),
+                false => names.extend(image.names),
+            }
+        }
+        Ok(names)
     }
 
-    /// An archive of images.
-    pub async fn save_images(self: &Arc<Self>, names: Vec<String>) -> Result<TarStream> {
-        let _ = names;
-        absent()
+    /// An archive of images, which both Docker and OCI tools read.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchImage`].
+    pub async fn save_images(self: &Arc<Self>, names: Vec<String>, platform: &str) -> Result<TarStream> {
+        let platform = self::platform(platform)?;
+        let (store, asked) = (self.images().clone(), names.clone());
+        // Asked before anything is sent, so that an unknown name is an error and not half an archive.
+        let ids = blocking(move || {
+            let resolve = |name: &String| store.resolve(name).map_err(missing(name));
+            asked.iter().map(resolve).collect::<Result<Vec<ImageId>>>()
+        })
+        .await?;
+        for (id, name) in ids.iter().zip(&names) {
+            self.image_event("save", &id.to_string(), name);
+        }
+        let store = self.images().clone();
+        let stream = stream_from(move |writer| {
+            store.save(&names, platform.as_ref(), writer).map_err(std::io::Error::other)
+        });
+        Ok(Box::pin(stream))
     }
 
     /// Makes an image of an archive of a file system; answers its id.
