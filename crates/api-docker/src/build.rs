@@ -61,31 +61,19 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
     {
         return Err(ApiError::new(
             StatusCode::NOT_IMPLEMENTED,
-            format!(
-                "building from the remote context {remote} is not supported: fetch it first, then build from the folder"
-            ),
+            format!("building from the remote context {remote} is not supported: fetch it first, then build from the folder"),
         ));
     }
     if params.flag("squash") {
-        return Err(ApiError::bad_request(
-            "squash is only supported with experimental mode",
-        ));
+        return Err(ApiError::bad_request("squash is only supported with experimental mode"));
     }
-    let tags = params
-        .all("t")
-        .into_iter()
-        .filter(|tag| !tag.is_empty())
-        .collect();
+    let tags = params.all("t").into_iter().filter(|tag| !tag.is_empty()).collect();
     let credentials = registry_config(header_text(headers, "x-registry-config"))?;
     Ok(BuildOptions {
         dockerfile: params.get("dockerfile").unwrap_or("Dockerfile").to_owned(),
         tags,
-        arguments: params
-            .json::<BTreeMap<String, Option<String>>>("buildargs")?
-            .unwrap_or_default(),
-        labels: params
-            .json::<BTreeMap<String, String>>("labels")?
-            .unwrap_or_default(),
+        arguments: params.json::<BTreeMap<String, Option<String>>>("buildargs")?.unwrap_or_default(),
+        labels: params.json::<BTreeMap<String, String>>("labels")?.unwrap_or_default(),
         target: params.text("target"),
         no_cache: params.flag("nocache"),
         pull: params.flag("pull"),
@@ -97,15 +85,8 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
         cpu_shares: params.number("cpushares")?.unwrap_or(0),
         cpuset_cpus: params.text("cpusetcpus"),
         shm_size: params.number("shmsize")?.unwrap_or(0),
-        extra_hosts: params
-            .all("extrahosts")
-            .into_iter()
-            .filter(|host| !host.is_empty())
-            .collect(),
-        credentials: credentials
-            .into_iter()
-            .map(|(server, auth)| (server, auth.into()))
-            .collect(),
+        extra_hosts: params.all("extrahosts").into_iter().filter(|host| !host.is_empty()).collect(),
+        credentials: credentials.into_iter().map(|(server, auth)| (server, auth.into())).collect(),
     })
 }
 
@@ -119,34 +100,18 @@ async fn build(
     let quiet = params.flag("q");
     let context = reader(body);
     progress::respond(move |lines, cancel| async move {
-        let output = Arc::new(Output {
-            lines: lines.clone(),
-            quiet,
-        });
-        let tags = options.tags.clone();
+        let output = Arc::new(Output { lines: lines.clone(), quiet });
         let id = engine.build_image(context, options, output, cancel).await?;
         lines.aux(serde_json::json!({ "ID": id }));
         if quiet {
             lines.stream(format!("{id}\n"));
-            return Ok(());
-        }
-        let short = id
-            .trim_start_matches("sha256:")
-            .chars()
-            .take(12)
-            .collect::<String>();
-        lines.stream(format!("Successfully built {short}\n"));
-        for tag in tags {
-            let shown =
-                image::Reference::parse(&tag).map_or(tag, |name| name.or_latest().familiar());
-            lines.stream(format!("Successfully tagged {shown}\n"));
         }
         Ok(())
     })
     .await
 }
 
-async fn prune(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
-    let space = engine.prune_builds(params.flag("all")).await?;
+async fn prune(State(engine): State<Arc<Engine>>) -> Answer {
+    let space = engine.prune_builds().await?;
     Ok(Json(serde_json::json!({ "CachesDeleted": [], "SpaceReclaimed": space })).into_response())
 }

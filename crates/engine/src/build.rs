@@ -1,21 +1,30 @@
-//! Builds from a Dockerfile: the context comes in as an archive, each `RUN` is a container of this engine.
+//! Builds from a Dockerfile: the builder is the image room's, each `RUN` is a container of this engine.
+//!
+//! The builder gives a step a snapshot of its own. The container that runs it is an ordinary one, made of the same
+//! image; for the time of the step the two trade their upper folders, so that what the command writes is the step's.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+use ::image::build::{Context, Output, RunStep, StepMountKind, StepRunner};
+use ::image::{ImageId, Layers, Platform, Reference};
+use rustix::fs::RenameFlags;
+use tokio::io::AsyncReadExt;
+use tokio::runtime::Handle;
 
 use crate::Engine;
 use crate::bridge::BlockingReader;
+use crate::container::{
+    AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount, NetworkingConfig,
+    RemoveOptions, TmpfsOptions, WaitCondition,
+};
 use crate::error::{Error, Result};
 use crate::image::{ArchiveReader, Credentials};
-use crate::progress::{Cancel, Progress};
+use crate::progress::{Cancel, Event, Progress};
 use crate::volume::blocking;
-
-/// The most that a context may hold: files, and bytes when unpacked.
-const MOST_ENTRIES: u64 = 1_000_000;
-const MOST_BYTES: u64 = 64 << 30;
+use crate::wire::Words;
 
 /// Who listens to a build: its progress (pulls), and its words (steps, output of commands).
 pub trait BuildOutput: Progress {
@@ -53,49 +62,12 @@ pub struct BuildOptions {
     pub credentials: BTreeMap<String, Credentials>,
 }
 
-/// The folder of one build; removed with it.
-struct Workplace(PathBuf);
-
-impl Workplace {
-    fn create(parent: &Path) -> Result<Workplace> {
-        let path = parent.join(base::Id::random().short());
-        let context = path.join("context");
-        fs::create_dir_all(&context).map_err(Error::io(format!("making {}", context.display())))?;
-        Ok(Workplace(path))
-    }
-
-    fn context(&self) -> PathBuf {
-        self.0.join("context")
-    }
-}
-
-impl Drop for Workplace {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "a build's folder could not be removed");
-        }
-    }
-}
-
-fn builds(state: &Path) -> PathBuf {
-    state.join("builds")
-}
-
-/// Removes what builds of a killed daemon left.
-pub(crate) fn sweep(state: &Path) {
-    let builds = builds(state);
-    if builds.exists()
-        && let Err(error) = fs::remove_dir_all(&builds)
-    {
-        tracing::warn!(path = %builds.display(), %error, "leftovers of builds could not be removed");
-    }
-}
-
 impl Engine {
     /// Builds an image of `context`, a tar archive (plain, gzip or zstd); answers its id.
     ///
     /// # Errors
-    /// A context or Dockerfile that is none, a step that failed, what the store refuses. Nothing is left.
+    /// A context or Dockerfile that is none, a step that failed, what the store refuses. Nothing is left but what the
+    /// cache keeps of the steps that succeeded.
     pub async fn build_image(
         self: &Arc<Self>,
         context: ArchiveReader,
@@ -103,158 +75,315 @@ impl Engine {
         output: Arc<dyn BuildOutput>,
         cancel: Cancel,
     ) -> Result<String> {
+        let tags = options.tags.iter().map(|tag| Reference::parse(tag).map(Reference::or_latest));
+        let told: Vec<Reference> = tags.collect::<::image::Result<_>>().map_err(Error::room)?;
+        let build = ::image::build::BuildOptions {
+            dockerfile: options.dockerfile.clone(),
+            tags: told.clone(),
+            target: Some(options.target.clone()).filter(|target| !target.is_empty()),
+            args: options.arguments.clone(),
+            labels: options.labels.clone(),
+            no_cache: options.no_cache,
+            pull: options.pull,
+            platform: crate::image::platform(&options.platform)?,
+            ..Default::default()
+        };
         let archive = BlockingReader::new(context);
+        let runner = Runner {
+            engine: self.clone(),
+            options,
+            reactor: Handle::current(),
+            output: output.clone(),
+            cancel: cancel.clone(),
+        };
         let engine = self.clone();
-        blocking(move || {
-            let workplace = Workplace::create(&builds(&engine.config().paths.state))?;
-            unpack(archive, &workplace.context(), &cancel)?;
-            engine.build_in(&workplace.context(), options, output, cancel)
+        let id = blocking(move || {
+            let context = Context::from_tar(engine.images(), archive).map_err(Error::room)?;
+            let words = |text: &str| output.write(text);
+            ::image::build::build(engine.images(), &context, &build, &runner, &words, &cancel)
+                .map_err(Error::room)
         })
-        .await
-    }
-
-    fn build_in(
-        self: &Arc<Self>,
-        context: &Path,
-        options: BuildOptions,
-        output: Arc<dyn BuildOutput>,
-        cancel: Cancel,
-    ) -> Result<String> {
-        let _ = (context, options, output, cancel);
-        Err(Error::Unsupported(
-            "the builder is not in this build yet".into(),
-        ))
+        .await?
+        .to_string();
+        for name in told {
+            self.image_event("tag", &id, &name.familiar());
+        }
+        Ok(id)
     }
 
     /// Forgets what builds kept for the next ones; answers the bytes given back.
     ///
     /// # Errors
-    /// Where the store refuses.
-    pub async fn prune_builds(self: &Arc<Self>, all: bool) -> Result<u64> {
-        let _ = all;
-        Ok(0)
+    /// Where files cannot be removed.
+    pub async fn prune_builds(self: &Arc<Self>) -> Result<u64> {
+        let store = self.images().clone();
+        blocking(move || store.prune_build_cache().map_err(Error::room)).await
     }
 }
 
-/// Unpacks a build's context. Names that lead out of it, and devices, are refused.
-fn unpack(archive: impl Read + Send, context: &Path, cancel: &Cancel) -> Result<()> {
-    let bad = |error: io::Error| match error.raw_os_error() {
-        None => Error::Invalid(format!("the build context is no good archive: {error}")),
-        Some(_) => Error::Io {
-            what: "unpacking the build context".into(),
-            source: error,
-        },
-    };
-    let (_, reader) =
-        ::image::layer::compression::reader(BufReader::with_capacity(64 << 10, archive))
-            .map_err(Error::room)?;
-    let mut archive = tar::Archive::new(reader);
-    archive.set_preserve_permissions(true);
-    archive.set_preserve_mtime(true);
-    archive.set_overwrite(true);
-    let (mut entries, mut bytes) = (0u64, 0u64);
-    for entry in archive.entries().map_err(bad)? {
-        if cancel.is_cancelled() {
-            return Err(Error::Conflict("the build was cancelled".into()));
-        }
-        let mut entry = entry.map_err(bad)?;
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        entries += 1;
-        bytes = bytes.saturating_add(entry.size());
-        if entries > MOST_ENTRIES || bytes > MOST_BYTES {
-            return Err(Error::Capacity(format!(
-                "the build context is too large: more than {MOST_ENTRIES} files or {} unpacked; leave out what is not needed with .dockerignore",
-                base::units::format_size(MOST_BYTES)
-            )));
-        }
-        let kind = entry.header().entry_type();
-        if kind.is_block_special() || kind.is_character_special() || kind.is_fifo() {
-            return Err(Error::Invalid(format!(
-                "the build context holds a device or pipe: {name}"
-            )));
-        }
-        if kind.is_pax_global_extensions() {
-            continue;
-        }
-        if !entry.unpack_in(context).map_err(bad)? {
-            return Err(Error::Invalid(format!(
-                "the build context holds a name that leads out of it: {name}"
-            )));
+/// Runs the steps of one build. Called on the build's own thread.
+struct Runner {
+    engine: Arc<Engine>,
+    options: BuildOptions,
+    reactor: Handle,
+    output: Arc<dyn BuildOutput>,
+    cancel: Cancel,
+}
+
+/// Carries an engine's error through the image room; its text is what the user reads.
+fn carried(error: Error) -> ::image::Error {
+    use base::{Classified, Kind};
+    match error.kind() {
+        Kind::Invalid => ::image::Error::Invalid(error.to_string()),
+        Kind::Conflict => ::image::Error::Conflict(error.to_string()),
+        Kind::Unsupported => ::image::Error::Unsupported(error.to_string()),
+        _ => ::image::Error::Io { what: "RUN".into(), source: std::io::Error::other(error) },
+    }
+}
+
+impl StepRunner for Runner {
+    fn run(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> ::image::Result<i32> {
+        self.reactor.block_on(self.run_step(layers, step, output)).map_err(carried)
+    }
+
+    fn pull(
+        &self,
+        reference: &Reference,
+        platform: Option<&Platform>,
+        _: &dyn Output,
+    ) -> ::image::Result<ImageId> {
+        let platform = platform.map_or_else(String::new, ToString::to_string);
+        let credentials = self.credentials(reference.domain());
+        let listener: Arc<dyn Progress> = Arc::new(Listener(self.output.clone()));
+        let name = reference.to_string();
+        let pull = self.engine.pull_image(&name, &platform, credentials, listener, self.cancel.clone());
+        let id = self.reactor.block_on(pull).map_err(carried)?;
+        id.parse()
+    }
+}
+
+struct Listener(Arc<dyn BuildOutput>);
+
+impl Progress for Listener {
+    fn report(&self, event: Event) {
+        self.0.report(event);
+    }
+}
+
+impl Runner {
+    fn credentials(&self, domain: &str) -> Credentials {
+        // Clients name Docker Hub by the address of its index.
+        let names = match domain {
+            "docker.io" => vec!["docker.io", "https://index.docker.io/v1/"],
+            other => vec![other],
+        };
+        names.iter().find_map(|name| self.options.credentials.get(*name)).cloned().unwrap_or_default()
+    }
+
+    async fn run_step(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> Result<i32> {
+        let snapshots = self.engine.images().snapshots();
+        let image = snapshots.into_iter().find_map(|(key, image)| (key == step.key).then_some(image).flatten());
+        let image = image.ok_or_else(|| {
+            Error::Invalid("RUN needs files to run, and the image is still empty (FROM scratch)".into())
+        })?;
+        let (config, host) = self.definition(step, &image)?;
+        let created =
+            self.engine.create_container(None, config, host, NetworkingConfig::default()).await?;
+        let outcome = self.run_container(&created.id, layers, output).await;
+        let removal = RemoveOptions { force: true, volumes: true, link: false };
+        let removed = self.engine.remove(&created.id, removal).await;
+        let code = outcome?;
+        removed?;
+        Ok(code)
+    }
+
+    fn definition(&self, step: &RunStep, image: &ImageId) -> Result<(ContainerConfig, HostConfig)> {
+        let (program, arguments) =
+            step.command.split_first().ok_or_else(|| Error::Invalid("RUN has no command".into()))?;
+        let config = ContainerConfig {
+            image: image.to_string(),
+            entrypoint: Some(Words(vec![program.clone()])),
+            cmd: Some(Words(arguments.to_vec())),
+            env: step.env.clone(),
+            user: step.user.clone(),
+            working_dir: step.working_dir.clone(),
+            attach_stdout: true,
+            attach_stderr: true,
+            // A health check of the base image has no meaning in a step.
+            healthcheck: Some(HealthConfig { test: vec!["NONE".into()], ..HealthConfig::default() }),
+            ..ContainerConfig::default()
+        };
+        let mut host = HostConfig {
+            network_mode: match step.network.as_deref() {
+                None | Some("default") => self.options.network.clone(),
+                Some(other) => other.to_owned(),
+            },
+            extra_hosts: (!self.options.extra_hosts.is_empty()).then(|| self.options.extra_hosts.clone()),
+            shm_size: self.options.shm_size,
+            ..HostConfig::default()
+        };
+        host.log_config.kind = "none".into();
+        host.resources.memory = self.options.memory;
+        host.resources.cpu_quota = self.options.cpu_quota;
+        host.resources.cpu_period = self.options.cpu_period;
+        host.resources.cpu_shares = self.options.cpu_shares;
+        host.resources.cpuset_cpus.clone_from(&self.options.cpuset_cpus);
+        host.mounts = step
+            .mounts
+            .iter()
+            .map(|mount| {
+                let mut wanted = Mount {
+                    target: mount.target.clone(),
+                    read_only: mount.read_only,
+                    ..Mount::default()
+                };
+                match &mount.kind {
+                    StepMountKind::Bind(path) | StepMountKind::Cache(path) => {
+                        wanted.kind = "bind".into();
+                        wanted.source = path.display().to_string();
+                    }
+                    StepMountKind::Tmpfs(bytes) => {
+                        wanted.kind = "tmpfs".into();
+                        wanted.tmpfs_options = (*bytes > 0).then(|| TmpfsOptions {
+                            size_bytes: i64::try_from(*bytes).unwrap_or(i64::MAX),
+                            ..TmpfsOptions::default()
+                        });
+                    }
+                }
+                wanted
+            })
+            .collect();
+        Ok((config, host))
+    }
+
+    async fn run_container(&self, id: &str, layers: &Layers, output: &dyn Output) -> Result<i32> {
+        let own = self.engine.images().snapshot_layers(id).map_err(Error::room)?;
+        let options =
+            AttachOptions { stdout: true, stderr: true, stream: true, ..AttachOptions::default() };
+        let stream = self.engine.attach(id, options).await?;
+        let wait = self.engine.wait(id, WaitCondition::NextExit).await?;
+        let traded = Traded::trade(own.upper.clone(), layers.upper.clone())?;
+        self.engine.start(id).await?;
+        let cancelled = async {
+            while !self.cancel.is_cancelled() {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        let finished = async {
+            copy_output(stream, output).await;
+            wait.await
+        };
+        let result = tokio::select! {
+            result = finished => result,
+            () = cancelled => {
+                let _ = self.engine.kill(id, "KILL").await;
+                let _ = self.engine.wait(id, WaitCondition::NotRunning).await?.await;
+                return Err(Error::Conflict("the build was cancelled".into()));
+            }
+        };
+        traded.back()?;
+        i32::try_from(result.status_code).map_err(|_| Error::Conflict("the step has no exit code".into()))
+    }
+}
+
+/// Two upper folders that stand in each other's place, until this is dropped.
+struct Traded {
+    pair: Option<(PathBuf, PathBuf)>,
+}
+
+impl Traded {
+    fn trade(one: PathBuf, other: PathBuf) -> Result<Traded> {
+        exchange(&one, &other)?;
+        Ok(Traded { pair: Some((one, other)) })
+    }
+
+    fn back(mut self) -> Result<()> {
+        match self.pair.take() {
+            Some((one, other)) => exchange(&one, &other),
+            None => Ok(()),
         }
     }
-    Ok(())
+}
+
+impl Drop for Traded {
+    fn drop(&mut self) {
+        if let Some((one, other)) = self.pair.take()
+            && let Err(error) = exchange(&one, &other)
+        {
+            tracing::error!(%error, "a build step's folders could not be put back");
+        }
+    }
+}
+
+fn exchange(one: &Path, other: &Path) -> Result<()> {
+    rustix::fs::renameat_with(rustix::fs::CWD, one, rustix::fs::CWD, other, RenameFlags::EXCHANGE)
+        .map_err(|errno| Error::Io { what: format!("trading {}", one.display()), source: errno.into() })
+}
+
+/// Passes on what a container says, whole characters at a time.
+async fn copy_output(mut stream: AttachStream, output: &dyn Output) {
+    let mut held = Vec::new();
+    let mut head = [0u8; 8];
+    while stream.read_exact(&mut head).await.is_ok() {
+        let mut left = u32::from_be_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        while left > 0 {
+            let mut chunk = vec![0u8; left.min(64 * 1024)];
+            let Ok(count @ 1..) = stream.read(&mut chunk).await else { return };
+            left -= count;
+            held.extend_from_slice(&chunk[..count]);
+            let whole = whole_characters(&held);
+            if whole > 0 {
+                output.write(&String::from_utf8_lossy(&held[..whole]));
+                held.drain(..whole);
+            }
+        }
+    }
+    if !held.is_empty() {
+        output.write(&String::from_utf8_lossy(&held));
+    }
+}
+
+/// How many bytes can be shown without cutting a character of UTF-8 that has only begun.
+fn whole_characters(bytes: &[u8]) -> usize {
+    let mut rest = bytes;
+    loop {
+        match std::str::from_utf8(rest) {
+            Ok(_) => return bytes.len(),
+            Err(error) => match error.error_len() {
+                None => return bytes.len() - (rest.len() - error.valid_up_to()),
+                Some(bad) => rest = &rest[error.valid_up_to() + bad..],
+            },
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn archive(entries: &[(tar::EntryType, &str, &str)]) -> Vec<u8> {
-        let mut archive = tar::Builder::new(Vec::new());
-        for (kind, name, content) in entries {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(*kind);
-            header.set_mode(0o644);
-            // Written raw: the setters refuse what a hostile archive holds.
-            header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
-            if kind.is_symlink() || kind.is_hard_link() {
-                header.set_size(0);
-                header.as_mut_bytes()[157..157 + content.len()].copy_from_slice(content.as_bytes());
-                header.set_cksum();
-                archive.append(&header, io::empty()).unwrap();
-            } else {
-                header.set_size(content.len() as u64);
-                header.set_cksum();
-                archive.append(&header, content.as_bytes()).unwrap();
-            }
-        }
-        archive.into_inner().unwrap()
+    #[test]
+    fn characters_are_not_cut_and_garbage_is_not_held_back() {
+        assert_eq!(whole_characters("aé".as_bytes()), 3);
+        assert_eq!(whole_characters(&"aé".as_bytes()[..2]), 1);
+        assert_eq!(whole_characters(b"a\xffb"), 3);
+        assert_eq!(whole_characters(b"a\xff\xc3"), 2);
+        assert_eq!(whole_characters(b""), 0);
     }
 
     #[test]
-    fn a_context_stays_within_its_folder() {
-        use tar::EntryType as T;
+    fn traded_folders_go_back_however_the_step_ends() {
         let home = tempfile::tempdir().unwrap();
-        let outside = home.path().join("outside");
-        fs::create_dir(&outside).unwrap();
-        let target = outside.display().to_string();
-        for entries in [
-            vec![(T::Regular, "../outside/x", "evil")],
-            vec![
-                (T::Symlink, "link", target.as_str()),
-                (T::Regular, "link/x", "evil"),
-            ],
-            vec![
-                (T::Symlink, "link", "../outside"),
-                (T::Regular, "link/x", "evil"),
-            ],
-            vec![(T::Char, "null", "")],
-        ] {
-            let context = home.path().join(base::Id::random().short());
-            fs::create_dir(&context).unwrap();
-            assert!(
-                unpack(&archive(&entries)[..], &context, &Cancel::default()).is_err(),
-                "{entries:?}"
-            );
-            assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{entries:?}");
+        let path = |name: &str| home.path().join(name);
+        for name in ["one", "other"] {
+            std::fs::create_dir(path(name)).unwrap();
+            std::fs::write(path(name).join("name"), name).unwrap();
         }
-        let context = home.path().join("good");
-        fs::create_dir(&context).unwrap();
-        let good = archive(&[
-            (T::Regular, "Dockerfile", "FROM x"),
-            (T::Regular, "/a", "b"),
-        ]);
-        unpack(&good[..], &context, &Cancel::default()).unwrap();
-        assert_eq!(fs::read_to_string(context.join("a")).unwrap(), "b");
-        assert!(unpack(&good[..700], &context, &Cancel::default()).is_err());
-    }
-
-    #[test]
-    fn a_builds_folder_goes_with_it() {
-        let home = tempfile::tempdir().unwrap();
-        let workplace = Workplace::create(home.path()).unwrap();
-        assert!(workplace.context().is_dir());
-        drop(workplace);
-        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+        let name_in = |folder: &str| std::fs::read_to_string(path(folder).join("name")).unwrap();
+        let traded = Traded::trade(path("one"), path("other")).unwrap();
+        assert_eq!(name_in("one"), "other");
+        drop(traded);
+        assert_eq!(name_in("one"), "one");
+        Traded::trade(path("one"), path("other")).unwrap().back().unwrap();
+        assert_eq!(name_in("other"), "other");
     }
 }

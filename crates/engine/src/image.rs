@@ -665,7 +665,7 @@ fn reference(repository: &str, tag: &str) -> Result<Reference> {
 }
 
 /// `os/arch[/variant]`; empty is not given.
-fn platform(text: &str) -> Result<Option<Platform>> {
+pub(crate) fn platform(text: &str) -> Result<Option<Platform>> {
     match text {
         "" => Ok(None),
         text => Platform::parse(text).map(Some).map_err(Error::room),

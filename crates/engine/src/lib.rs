@@ -79,7 +79,6 @@ impl Engine {
         let paths = config.paths.clone();
         let (lock, volumes, images, networks) = container::create::blocking(move || {
             let lock = take_folders(&paths)?;
-            build::sweep(&paths.state);
             let volumes = Volumes::open(&paths.state.join("volumes"))?;
             let images = ::image::Store::open(&paths.state.join("images")).map_err(Error::room)?;
             let networks =
