@@ -61,19 +61,31 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
     {
         return Err(ApiError::new(
             StatusCode::NOT_IMPLEMENTED,
-            format!("building from the remote context {remote} is not supported: fetch it first, then build from the folder"),
+            format!(
+                "building from the remote context {remote} is not supported: fetch it first, then build from the folder"
+            ),
         ));
     }
     if params.flag("squash") {
-        return Err(ApiError::bad_request("squash is only supported with experimental mode"));
+        return Err(ApiError::bad_request(
+            "squash is only supported with experimental mode",
+        ));
     }
-    let tags = params.all("t").into_iter().filter(|tag| !tag.is_empty()).collect();
+    let tags = params
+        .all("t")
+        .into_iter()
+        .filter(|tag| !tag.is_empty())
+        .collect();
     let credentials = registry_config(header_text(headers, "x-registry-config"))?;
     Ok(BuildOptions {
         dockerfile: params.get("dockerfile").unwrap_or("Dockerfile").to_owned(),
         tags,
-        arguments: params.json::<BTreeMap<String, Option<String>>>("buildargs")?.unwrap_or_default(),
-        labels: params.json::<BTreeMap<String, String>>("labels")?.unwrap_or_default(),
+        arguments: params
+            .json::<BTreeMap<String, Option<String>>>("buildargs")?
+            .unwrap_or_default(),
+        labels: params
+            .json::<BTreeMap<String, String>>("labels")?
+            .unwrap_or_default(),
         target: params.text("target"),
         no_cache: params.flag("nocache"),
         pull: params.flag("pull"),
@@ -85,8 +97,15 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
         cpu_shares: params.number("cpushares")?.unwrap_or(0),
         cpuset_cpus: params.text("cpusetcpus"),
         shm_size: params.number("shmsize")?.unwrap_or(0),
-        extra_hosts: params.all("extrahosts").into_iter().filter(|host| !host.is_empty()).collect(),
-        credentials: credentials.into_iter().map(|(server, auth)| (server, auth.into())).collect(),
+        extra_hosts: params
+            .all("extrahosts")
+            .into_iter()
+            .filter(|host| !host.is_empty())
+            .collect(),
+        credentials: credentials
+            .into_iter()
+            .map(|(server, auth)| (server, auth.into()))
+            .collect(),
     })
 }
 
@@ -100,7 +119,10 @@ async fn build(
     let quiet = params.flag("q");
     let context = reader(body);
     progress::respond(move |lines, cancel| async move {
-        let output = Arc::new(Output { lines: lines.clone(), quiet });
+        let output = Arc::new(Output {
+            lines: lines.clone(),
+            quiet,
+        });
         let id = engine.build_image(context, options, output, cancel).await?;
         lines.aux(serde_json::json!({ "ID": id }));
         if quiet {

@@ -182,7 +182,10 @@ async fn load(State(engine): State<Arc<Engine>>, params: Params, body: Body) -> 
             true => Arc::new(engine::progress::Silent),
             false => Arc::new(lines.clone()),
         };
-        for name in engine.load_images(archive, &platform, listener, cancel).await? {
+        for name in engine
+            .load_images(archive, &platform, listener, cancel)
+            .await?
+        {
             let text = match name.starts_with("sha256:") {
                 true => format!("Loaded image ID: {name}\n"),
                 false => format!("Loaded image: {name}\n"),
@@ -245,7 +248,9 @@ async fn one(
         (&Method::GET, "history") => Ok(Json(engine.image_history(name).await?).into_response()),
         (&Method::GET, "get") => Ok(streamed(
             "application/x-tar",
-            engine.save_images(vec![name.to_owned()], &platform(&params)?).await?,
+            engine
+                .save_images(vec![name.to_owned()], &platform(&params)?)
+                .await?,
         )),
         (&Method::POST, "tag") => {
             engine

@@ -17,8 +17,8 @@ use tokio::runtime::Handle;
 use crate::Engine;
 use crate::bridge::BlockingReader;
 use crate::container::{
-    AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount, NetworkingConfig,
-    RemoveOptions, TmpfsOptions, WaitCondition,
+    AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount,
+    NetworkingConfig, RemoveOptions, TmpfsOptions, WaitCondition,
 };
 use crate::error::{Error, Result};
 use crate::image::{ArchiveReader, Credentials};
@@ -75,7 +75,10 @@ impl Engine {
         output: Arc<dyn BuildOutput>,
         cancel: Cancel,
     ) -> Result<String> {
-        let tags = options.tags.iter().map(|tag| Reference::parse(tag).map(Reference::or_latest));
+        let tags = options
+            .tags
+            .iter()
+            .map(|tag| Reference::parse(tag).map(Reference::or_latest));
         let told: Vec<Reference> = tags.collect::<::image::Result<_>>().map_err(Error::room)?;
         let build = ::image::build::BuildOptions {
             dockerfile: options.dockerfile.clone(),
@@ -137,13 +140,18 @@ fn carried(error: Error) -> ::image::Error {
         Kind::Invalid => ::image::Error::Invalid(error.to_string()),
         Kind::Conflict => ::image::Error::Conflict(error.to_string()),
         Kind::Unsupported => ::image::Error::Unsupported(error.to_string()),
-        _ => ::image::Error::Io { what: "RUN".into(), source: std::io::Error::other(error) },
+        _ => ::image::Error::Io {
+            what: "RUN".into(),
+            source: std::io::Error::other(error),
+        },
     }
 }
 
 impl StepRunner for Runner {
     fn run(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> ::image::Result<i32> {
-        self.reactor.block_on(self.run_step(layers, step, output)).map_err(carried)
+        self.reactor
+            .block_on(self.run_step(layers, step, output))
+            .map_err(carried)
     }
 
     fn pull(
@@ -156,7 +164,9 @@ impl StepRunner for Runner {
         let credentials = self.credentials(reference.domain());
         let listener: Arc<dyn Progress> = Arc::new(Listener(self.output.clone()));
         let name = reference.to_string();
-        let pull = self.engine.pull_image(&name, &platform, credentials, listener, self.cancel.clone());
+        let pull =
+            self.engine
+                .pull_image(&name, &platform, credentials, listener, self.cancel.clone());
         let id = self.reactor.block_on(pull).map_err(carried)?;
         id.parse()
     }
@@ -177,20 +187,34 @@ impl Runner {
             "docker.io" => vec!["docker.io", "https://index.docker.io/v1/"],
             other => vec![other],
         };
-        names.iter().find_map(|name| self.options.credentials.get(*name)).cloned().unwrap_or_default()
+        names
+            .iter()
+            .find_map(|name| self.options.credentials.get(*name))
+            .cloned()
+            .unwrap_or_default()
     }
 
     async fn run_step(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> Result<i32> {
         let snapshots = self.engine.images().snapshots();
-        let image = snapshots.into_iter().find_map(|(key, image)| (key == step.key).then_some(image).flatten());
+        let image = snapshots
+            .into_iter()
+            .find_map(|(key, image)| (key == step.key).then_some(image).flatten());
         let image = image.ok_or_else(|| {
-            Error::Invalid("RUN needs files to run, and the image is still empty (FROM scratch)".into())
+            Error::Invalid(
+                "RUN needs files to run, and the image is still empty (FROM scratch)".into(),
+            )
         })?;
         let (config, host) = self.definition(step, &image)?;
-        let created =
-            self.engine.create_container(None, config, host, NetworkingConfig::default()).await?;
+        let created = self
+            .engine
+            .create_container(None, config, host, NetworkingConfig::default())
+            .await?;
         let outcome = self.run_container(&created.id, layers, output).await;
-        let removal = RemoveOptions { force: true, volumes: true, link: false };
+        let removal = RemoveOptions {
+            force: true,
+            volumes: true,
+            link: false,
+        };
         let removed = self.engine.remove(&created.id, removal).await;
         let code = outcome?;
         removed?;
@@ -198,8 +222,10 @@ impl Runner {
     }
 
     fn definition(&self, step: &RunStep, image: &ImageId) -> Result<(ContainerConfig, HostConfig)> {
-        let (program, arguments) =
-            step.command.split_first().ok_or_else(|| Error::Invalid("RUN has no command".into()))?;
+        let (program, arguments) = step
+            .command
+            .split_first()
+            .ok_or_else(|| Error::Invalid("RUN has no command".into()))?;
         let config = ContainerConfig {
             image: image.to_string(),
             entrypoint: Some(Words(vec![program.clone()])),
@@ -210,7 +236,10 @@ impl Runner {
             attach_stdout: true,
             attach_stderr: true,
             // A health check of the base image has no meaning in a step.
-            healthcheck: Some(HealthConfig { test: vec!["NONE".into()], ..HealthConfig::default() }),
+            healthcheck: Some(HealthConfig {
+                test: vec!["NONE".into()],
+                ..HealthConfig::default()
+            }),
             ..ContainerConfig::default()
         };
         let mut host = HostConfig {
@@ -218,7 +247,8 @@ impl Runner {
                 None | Some("default") => self.options.network.clone(),
                 Some(other) => other.to_owned(),
             },
-            extra_hosts: (!self.options.extra_hosts.is_empty()).then(|| self.options.extra_hosts.clone()),
+            extra_hosts: (!self.options.extra_hosts.is_empty())
+                .then(|| self.options.extra_hosts.clone()),
             shm_size: self.options.shm_size,
             ..HostConfig::default()
         };
@@ -227,7 +257,9 @@ impl Runner {
         host.resources.cpu_quota = self.options.cpu_quota;
         host.resources.cpu_period = self.options.cpu_period;
         host.resources.cpu_shares = self.options.cpu_shares;
-        host.resources.cpuset_cpus.clone_from(&self.options.cpuset_cpus);
+        host.resources
+            .cpuset_cpus
+            .clone_from(&self.options.cpuset_cpus);
         host.mounts = step
             .mounts
             .iter()
@@ -257,9 +289,17 @@ impl Runner {
     }
 
     async fn run_container(&self, id: &str, layers: &Layers, output: &dyn Output) -> Result<i32> {
-        let own = self.engine.images().snapshot_layers(id).map_err(Error::room)?;
-        let options =
-            AttachOptions { stdout: true, stderr: true, stream: true, ..AttachOptions::default() };
+        let own = self
+            .engine
+            .images()
+            .snapshot_layers(id)
+            .map_err(Error::room)?;
+        let options = AttachOptions {
+            stdout: true,
+            stderr: true,
+            stream: true,
+            ..AttachOptions::default()
+        };
         let stream = self.engine.attach(id, options).await?;
         let wait = self.engine.wait(id, WaitCondition::NextExit).await?;
         let traded = Traded::trade(own.upper.clone(), layers.upper.clone())?;
@@ -282,7 +322,8 @@ impl Runner {
             }
         };
         traded.back()?;
-        i32::try_from(result.status_code).map_err(|_| Error::Conflict("the step has no exit code".into()))
+        i32::try_from(result.status_code)
+            .map_err(|_| Error::Conflict("the step has no exit code".into()))
     }
 }
 
@@ -294,7 +335,9 @@ struct Traded {
 impl Traded {
     fn trade(one: PathBuf, other: PathBuf) -> Result<Traded> {
         exchange(&one, &other)?;
-        Ok(Traded { pair: Some((one, other)) })
+        Ok(Traded {
+            pair: Some((one, other)),
+        })
     }
 
     fn back(mut self) -> Result<()> {
@@ -316,8 +359,17 @@ impl Drop for Traded {
 }
 
 fn exchange(one: &Path, other: &Path) -> Result<()> {
-    rustix::fs::renameat_with(rustix::fs::CWD, one, rustix::fs::CWD, other, RenameFlags::EXCHANGE)
-        .map_err(|errno| Error::Io { what: format!("trading {}", one.display()), source: errno.into() })
+    rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        one,
+        rustix::fs::CWD,
+        other,
+        RenameFlags::EXCHANGE,
+    )
+    .map_err(|errno| Error::Io {
+        what: format!("trading {}", one.display()),
+        source: errno.into(),
+    })
 }
 
 /// Passes on what a container says, whole characters at a time.
@@ -328,7 +380,9 @@ async fn copy_output(mut stream: AttachStream, output: &dyn Output) {
         let mut left = u32::from_be_bytes([head[4], head[5], head[6], head[7]]) as usize;
         while left > 0 {
             let mut chunk = vec![0u8; left.min(64 * 1024)];
-            let Ok(count @ 1..) = stream.read(&mut chunk).await else { return };
+            let Ok(count @ 1..) = stream.read(&mut chunk).await else {
+                return;
+            };
             left -= count;
             held.extend_from_slice(&chunk[..count]);
             let whole = whole_characters(&held);
@@ -383,7 +437,10 @@ mod tests {
         assert_eq!(name_in("one"), "other");
         drop(traded);
         assert_eq!(name_in("one"), "one");
-        Traded::trade(path("one"), path("other")).unwrap().back().unwrap();
+        Traded::trade(path("one"), path("other"))
+            .unwrap()
+            .back()
+            .unwrap();
         assert_eq!(name_in("other"), "other");
     }
 }

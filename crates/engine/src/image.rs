@@ -481,7 +481,9 @@ impl Engine {
         let archive = BlockingReader::new(archive);
         let store = self.images().clone();
         let loaded = blocking(move || {
-            store.load(archive, platform.as_ref(), &*progress, &cancel).map_err(Error::room)
+            store
+                .load(archive, platform.as_ref(), &*progress, &cancel)
+                .map_err(Error::room)
         })
         .await?;
         let mut names = Vec::new();
@@ -500,7 +502,11 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::NoSuchImage`].
-    pub async fn save_images(self: &Arc<Self>, names: Vec<String>, platform: &str) -> Result<TarStream> {
+    pub async fn save_images(
+        self: &Arc<Self>,
+        names: Vec<String>,
+        platform: &str,
+    ) -> Result<TarStream> {
         let platform = self::platform(platform)?;
         let (store, asked) = (self.images().clone(), names.clone());
         // Asked before anything is sent, so that an unknown name is an error and not half an archive.
@@ -514,7 +520,9 @@ impl Engine {
         }
         let store = self.images().clone();
         let stream = stream_from(move |writer| {
-            store.save(&names, platform.as_ref(), writer).map_err(std::io::Error::other)
+            store
+                .save(&names, platform.as_ref(), writer)
+                .map_err(std::io::Error::other)
         });
         Ok(Box::pin(stream))
     }
