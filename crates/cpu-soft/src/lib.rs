@@ -4,8 +4,9 @@
 //! how guest state lies in host registers.
 //!
 //! Debugging: `BERTH_SOFT_MODE=single` translates one instruction at a time and never chains (the reference
-//! interpreter); `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters. Both may be given,
-//! with a comma.
+//! interpreter); `BERTH_SOFT_MODE=profile` says at each return to the machine what left translated code;
+//! `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters. Several may be given,
+//! with commas.
 
 pub mod cache;
 pub mod clock;
