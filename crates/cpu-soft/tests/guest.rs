@@ -48,7 +48,12 @@ impl CpuIo for Bus {
 /// A CPU at `CODE` in ring 0 of long mode, the first gigabyte mapped one to one by large pages (the page after RAM is a device).
 fn guest(program: impl FnOnce(&mut CodeAssembler)) -> (Box<dyn Vcpu>, Arc<GuestMemory>) {
     let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 8 << 20)]).expect("memory"));
-    let vm = SoftVm::new(&VmConfig { vcpus: 1, model: CpuModel::Max, code_cache: 8 << 20 }).expect("vm");
+    let vm = SoftVm::new(&VmConfig {
+        vcpus: 1,
+        model: CpuModel::Max,
+        code_cache: 8 << 20,
+    })
+    .expect("vm");
     vm.set_memory(memory.clone()).expect("memory is set once");
     let put = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("in RAM");
     put(TABLES, (TABLES + 0x1000) | 7);
@@ -59,10 +64,27 @@ fn guest(program: impl FnOnce(&mut CodeAssembler)) -> (Box<dyn Vcpu>, Arc<GuestM
     let mut a = CodeAssembler::new(64).expect("64 bits");
     program(&mut a);
     let code = a.assemble(CODE).expect("assembles");
-    memory.write_slice(&code, GuestAddress(CODE)).expect("in RAM");
+    memory
+        .write_slice(&code, GuestAddress(CODE))
+        .expect("in RAM");
     let mut vcpu = vm.create_vcpu(0).expect("vcpu");
-    let flat = |selector, attributes| Segment { base: 0, limit: 0xffff_ffff, selector, attributes, unusable: false };
-    let mut state = CpuState { version: 1, rip: CODE, rflags: 2, cr0: 0x8000_0033, cr3: TABLES, cr4: 0x6a0, efer: 0x500, ..CpuState::default() };
+    let flat = |selector, attributes| Segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        attributes,
+        unusable: false,
+    };
+    let mut state = CpuState {
+        version: 1,
+        rip: CODE,
+        rflags: 2,
+        cr0: 0x8000_0033,
+        cr3: TABLES,
+        cr4: 0x6a0,
+        efer: 0x500,
+        ..CpuState::default()
+    };
     state.gpr[4] = STACK;
     state.segments = [flat(0x10, 0xc093); 6];
     state.segments[1] = flat(8, 0xa09b);
@@ -160,7 +182,12 @@ fn devices_and_pages_borders_are_reached_by_any_instruction() {
     let bus = run(&mut *vcpu);
     assert_eq!(bus.mmio, [(0x1000_0010, vec![0xcd, 0xab, 0, 0])]);
     assert_eq!(bus.written, [0x10]);
-    assert_eq!(memory.read_obj::<u64>(GuestAddress(0x30_0ffc)).expect("in RAM"), 0x1122_3344_5566_7789);
+    assert_eq!(
+        memory
+            .read_obj::<u64>(GuestAddress(0x30_0ffc))
+            .expect("in RAM"),
+        0x1122_3344_5566_7789
+    );
 }
 
 #[test]
@@ -190,5 +217,8 @@ fn a_kick_gets_out_of_an_endless_loop_and_the_loop_can_go_on() {
 #[test]
 fn a_fault_without_handlers_is_a_triple_fault() {
     let (mut vcpu, _) = guest(|a| a.ud2().expect("assembles"));
-    assert_eq!(vcpu.run(&mut Bus::default()).expect("runs"), Exit::TripleFault);
+    assert_eq!(
+        vcpu.run(&mut Bus::default()).expect("runs"),
+        Exit::TripleFault
+    );
 }
