@@ -697,10 +697,10 @@ impl Cpu {
             leave::INDIRECT => self.flags_from_slot(),
             leave::START => {
                 // A jump chained to a block that died: from now on it leads to the one in its place.
-                if let Some(dead) = self.settle(descriptor, word) {
-                    let at = self.engine().cache.blocks[dead as usize].direct;
-                    self.chain(descriptor, at, true);
-                }
+                let block = &self.engine().cache.blocks[payload as usize];
+                let (at, rip) = (block.direct, block.key.rip);
+                self.rip = rip;
+                self.chain(payload, at, true);
             }
             leave::TARGET => {
                 if word & leave::SLOT != 0 {
@@ -714,7 +714,7 @@ impl Cpu {
                 }
                 let exit = self.engine().lists.exits[payload as usize];
                 self.rip = exit.target;
-                self.chain(descriptor, exit.site, false);
+                self.chain(exit.block, exit.site, false);
             }
             other => {
                 return Err(CpuError::Broken(format!(
@@ -726,10 +726,7 @@ impl Cpu {
     }
 
     /// Joins the exit at `site` (`entry`: the entry of a dead block) to the block at rip, where that is of the same page.
-    fn chain(&mut self, descriptor: u64, site: u64, entry: bool) {
-        let Some(from) = self.engine().cache.block_at(descriptor) else {
-            return;
-        };
+    fn chain(&mut self, from: u32, site: u64, entry: bool) {
         if self.attention.load(Ordering::Relaxed) != 0 {
             return;
         }

@@ -57,7 +57,7 @@ pub mod leave {
     pub const TARGET: u32 = 4;
     /// Guest target in r10.
     pub const INDIRECT: u32 = 5;
-    /// At the start of the block itself.
+    /// At the start of the block itself. Second word: the block's number.
     pub const START: u32 = 6;
 
     /// Flags are in the slot.
@@ -119,6 +119,8 @@ pub struct Exit {
     pub target: u64,
     /// Host address of the displacement to patch; 0: never chained.
     pub site: u64,
+    /// Number of the block it belongs to.
+    pub block: u32,
 }
 
 /// An instruction that may trap on the host: where, and which.
@@ -303,7 +305,7 @@ impl Workshop {
         };
         // The way out at the start, for polls and for blocks that died.
         let leave = t.code.here();
-        t.leave(leave::START, 0);
+        t.leave(leave::START, request.number);
         let indirect = t.code.here();
         t.indirect_entry(flags_live);
         let direct = t.code.here();
@@ -489,7 +491,11 @@ impl Translator<'_> {
     fn exit_to(&mut self, target: u64, live: bool) {
         if self.single {
             let exit = self.lists.exits.len() as u32;
-            self.lists.exits.push(Exit { target, site: 0 });
+            self.lists.exits.push(Exit {
+                target,
+                site: 0,
+                block: self.request.number,
+            });
             self.leave(leave::TARGET, exit);
             return;
         }
@@ -505,7 +511,11 @@ impl Translator<'_> {
             self.want_flags();
         }
         let exit = self.lists.exits.len() as u32;
-        self.lists.exits.push(Exit { target, site: 0 });
+        self.lists.exits.push(Exit {
+                target,
+                site: 0,
+                block: self.request.number,
+            });
         if target <= self.at.ip() {
             // A back edge polls.
             let attention = Mem::gs(offset_of!(Cpu, attention));
