@@ -512,10 +512,10 @@ impl Translator<'_> {
         }
         let exit = self.lists.exits.len() as u32;
         self.lists.exits.push(Exit {
-                target,
-                site: 0,
-                block: self.request.number,
-            });
+            target,
+            site: 0,
+            block: self.request.number,
+        });
         if target <= self.at.ip() {
             // A back edge polls.
             let attention = Mem::gs(offset_of!(Cpu, attention));
