@@ -362,6 +362,7 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
         }
         machine.add_nvme(disks, 0)?;
     }
+    machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
     let command_line = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
     let memory = machine.memory.clone();
