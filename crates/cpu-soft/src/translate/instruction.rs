@@ -581,7 +581,7 @@ impl Translator<'_> {
                 self.code.store(Mem::gs(SAVED_OPERAND), R10);
                 // An address by rsp is computed after the increment.
                 self.spare_flags(self.live_before != 0);
-                let by_rsp = i.memory_base() == Register::RSP;
+                let by_rsp = i.memory_base().full_register() == Register::RSP;
                 if by_rsp {
                     self.at
                         .set_memory_displacement64(i.memory_displacement64().wrapping_add(8));
