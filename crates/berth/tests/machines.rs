@@ -1,0 +1,303 @@
+//! Virtual machines with Debian's own kernel, as a user meets them.
+//!
+//! They need the kernel that `scripts/guest-kernel` fetches into `build/guest` (`make test` does).
+
+mod host;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use host::{BERTH, has, start};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .unwrap()
+}
+
+/// The folder of the unpacked kernel package, with `boot` and `lib/modules`.
+fn kernel_package() -> Option<PathBuf> {
+    let folder = root().join("build/guest/linux-image-cloud-amd64");
+    if cfg!(not(target_arch = "x86_64")) {
+        eprintln!("SKIPPED: the guest's kernel is for x86-64");
+        return None;
+    }
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: no guest kernel; scripts/guest-kernel fetches it");
+        return None;
+    }
+    Some(folder)
+}
+
+fn file_like(folder: &Path, start: &str) -> PathBuf {
+    std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(start))
+        .unwrap()
+}
+
+fn boot_to_power_off(cpus: &str) {
+    let Some(package) = kernel_package() else {
+        return;
+    };
+    if !has("busybox") || !has("python3") {
+        eprintln!("SKIPPED: needs busybox and python3");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let init = directory.path().join("init");
+    std::fs::write(
+        &init,
+        "#!/bin/sh\n/bin/busybox mount -t proc none /proc\necho CPUS $(grep -c ^processor /proc/cpuinfo)\necho BOOT-OK\npoweroff -f\n",
+    )
+    .unwrap();
+    let initrd = directory.path().join("initrd");
+    let made = Command::new(root().join("scripts/guest-initrd"))
+        .arg(&initrd)
+        .arg(&init)
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let output = Command::new("timeout")
+        .args([
+            "300", BERTH, "machine", "boot", "--cpu", "soft", "--memory", "256M", "--cpus", cpus,
+            "--kernel",
+        ])
+        .arg(file_like(&package.join("boot"), "vmlinuz-"))
+        .arg("--initrd")
+        .arg(&initrd)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let tail: String = text
+        .chars()
+        .rev()
+        .take(3000)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+        .collect();
+    assert!(
+        output.status.success(),
+        "{}\n{tail}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("BOOT-OK"), "{tail}");
+    assert!(text.contains(&format!("CPUS {cpus}")), "{tail}");
+}
+
+#[test]
+fn debians_kernel_boots_on_the_software_cpu_and_its_power_off_ends_the_command() {
+    boot_to_power_off("1");
+}
+
+#[test]
+fn a_guest_with_two_cpus_starts_both() {
+    boot_to_power_off("2");
+}
+
+#[test]
+fn a_missing_kernel_is_named() {
+    let output = Command::new(BERTH)
+        .args(["machine", "boot", "--kernel", "/no/such/kernel"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/kernel"));
+}
+
+/// Drivers in the order in which they need each other.
+const MODULES: [&str; 8] = [
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
+];
+
+/// An image `tiny` of busybox and Debian's kernel that serves a page and keeps a stamp on its disk.
+fn import_tiny(host: &host::Host, package: &Path) {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut add = |name: &str, mode: u32, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(mode);
+        builder.append_data(&mut header, name, bytes).unwrap();
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let busybox = std::env::split_paths(&path)
+        .map(|f| f.join("busybox"))
+        .find(|f| f.is_file())
+        .unwrap();
+    add("bin/busybox", 0o755, &std::fs::read(busybox).unwrap());
+    for name in ["vmlinuz-", "config-"] {
+        let file = file_like(&package.join("boot"), name);
+        add(
+            &format!("boot/{}", file.file_name().unwrap().to_str().unwrap()),
+            0o644,
+            &std::fs::read(&file).unwrap(),
+        );
+    }
+    let modules = std::fs::read_dir(package.join("lib/modules"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path()
+        .join("kernel");
+    let mut load = String::new();
+    for module in MODULES {
+        let name = module.rsplit('/').next().unwrap();
+        add(
+            &format!("modules/{name}"),
+            0o644,
+            &std::fs::read(modules.join(module)).unwrap(),
+        );
+        load.push_str(&format!("insmod /modules/{name}\n"));
+    }
+    add("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    add("proc/.keep", 0o644, b"");
+    add("sys/.keep", 0o644, b"");
+    add("dev/.keep", 0o644, b"");
+    add("www/index.html", 0o644, b"page of a machine\n");
+    add(
+        "etc/udhcpc.script",
+        0o755,
+        b"#!/bin/busybox sh\n[ \"$1\" = bound ] && /bin/busybox ip addr add $ip/$mask dev $interface && echo LEASE $ip\n",
+    );
+    let init = format!(
+        "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\nmount -t proc none /proc\nmount -t devtmpfs none /dev\n\
+         if [ -e /stamp ]; then echo STAMP-FOUND $(cat /stamp); else echo precious > /stamp; sync; echo STAMP-WRITTEN; fi\n\
+         {load}ip link set eth0 up\nudhcpc -i eth0 -s /etc/udhcpc.script -q -n -t 20\nhttpd -p 80 -h /www\necho READY\n\
+         while read word; do [ \"$word\" = off ] && poweroff -f; done < /dev/ttyS0\n"
+    );
+    add("sbin/init", 0o755, init.as_bytes());
+    let archive = builder.into_inner().unwrap();
+    let output = host.with_input(&["import", "-", "tiny"], &archive);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[test]
+fn a_machine_meets_containers_on_its_network_and_loses_nothing_it_synced() {
+    let Some(package) = kernel_package() else {
+        return;
+    };
+    if !has("mke2fs") {
+        eprintln!("SKIPPED: needs mke2fs (e2fsprogs)");
+        return;
+    }
+    let Some(mut host) = start() else { return };
+    import_tiny(&host, &package);
+    let (code, error) = host.fails(&[
+        "machine", "create", "huge", "--image", "tiny", "--memory", "900T",
+    ]);
+    assert_eq!(code, 5, "{error}");
+    assert!(error.contains("this host has"), "{error}");
+    let (code, error) = host.fails(&["machine", "create", "none", "--image", "busybox"]);
+    assert_eq!(code, 2, "{error}");
+    assert!(error.contains("kernel"), "{error}");
+    host.ok(&[
+        "machine",
+        "create",
+        "vm",
+        "--image",
+        "tiny",
+        "--memory",
+        "256M",
+        "--disk",
+        "512M",
+        "--cpu",
+        "soft",
+        "--append",
+        "init=/sbin/init",
+    ]);
+    host.ok(&["machine", "start", "vm"]);
+    let logs = |host: &host::Host| host.ok(&["machine", "logs", "vm"]);
+    host.eventually("the guest is ready", || logs(&host).contains("READY"));
+    assert!(logs(&host).contains("STAMP-WRITTEN"), "{}", logs(&host));
+    assert!(logs(&host).contains("LEASE"), "{}", logs(&host));
+    host.eventually("a container fetches the machine's page by name", || {
+        host.berth(&[
+            "run",
+            "--rm",
+            "busybox",
+            "wget",
+            "-T",
+            "5",
+            "-qO-",
+            "http://vm/",
+        ])
+        .stdout
+            == b"page of a machine\n"
+    });
+    host.kill_daemon();
+    host.start_daemon();
+    assert!(
+        host.ok(&["machine", "list"]).contains("running"),
+        "the machine outlives the daemon"
+    );
+    assert_eq!(
+        host.ok(&[
+            "run",
+            "--rm",
+            "busybox",
+            "wget",
+            "-T",
+            "5",
+            "-qO-",
+            "http://vm/"
+        ]),
+        "page of a machine"
+    );
+    host.ok(&["machine", "pause", "vm"]);
+    assert!(host.ok(&["machine", "list"]).contains("paused"));
+    host.ok(&["machine", "resume", "vm"]);
+    // The process is cut off as by a power cut of the machine.
+    let json: serde_json::Value =
+        serde_json::from_str(&host.ok(&["machine", "inspect", "vm"])).unwrap();
+    let pid = json[0]["pid"].as_i64().unwrap() as i32;
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    host.eventually("its end is seen", || {
+        host.ok(&["machine", "list"]).contains("stopped")
+    });
+    host.ok(&["machine", "start", "vm"]);
+    host.eventually("the guest is ready again", || {
+        logs(&host).matches("READY").count() == 2
+    });
+    assert!(
+        logs(&host).contains("STAMP-FOUND precious"),
+        "{}",
+        logs(&host)
+    );
+    let typed = host.with_input(&["machine", "console", "vm"], b"off\n");
+    assert!(typed.status.success());
+    host.eventually("the guest powered off", || {
+        host.ok(&["machine", "list"]).contains("stopped")
+    });
+    let json: serde_json::Value =
+        serde_json::from_str(&host.ok(&["machine", "inspect", "vm"])).unwrap();
+    assert_eq!(json[0]["last_exit"]["reason"], "power-off");
+    host.ok(&["machine", "remove", "vm"]);
+    assert_eq!(host.ok(&["machine", "list", "-q"]), "");
+    assert_eq!(
+        std::fs::read_dir(host.state().join("machines"))
+            .unwrap()
+            .count(),
+        0
+    );
+}
