@@ -117,11 +117,23 @@ pub async fn run(context: &Context, args: BuildArgs) -> Result<ExitCode, Failure
             query.push((key, value));
         }
     }
+    // A file beside the Dockerfile wins over the folder's own, as docker reads them.
+    let mut special = file.clone().into_os_string();
+    special.push(".dockerignore");
+    let patterns = [PathBuf::from(special), folder.join(".dockerignore")]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok())
+        .unwrap_or_default();
+    let ignore = image::build::ignore::Ignore::parse(&patterns);
     let (reader, writer) = tokio::io::duplex(256 * 1024);
     let pack = tokio::task::spawn_blocking(move || -> io::Result<()> {
         let mut builder = tar::Builder::new(SyncIoBridge::new(writer));
         builder.follow_symlinks(false);
-        pack(&mut builder, &folder, Path::new(""), &|_| true)?;
+        pack(&mut builder, &folder, Path::new(""), &|path| {
+            path == Path::new(&name)
+                || path == Path::new(".dockerignore")
+                || !ignore.excludes(&path.to_string_lossy())
+        })?;
         if let Some(extra) = extra {
             builder.append_path_with_name(extra, &name)?;
         }
