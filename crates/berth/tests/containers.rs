@@ -52,8 +52,8 @@ fn a_container_lives_through_its_whole_life() {
     host.eventually("the log", || host.ok(&["logs", "web"]) == "hello");
     assert!(host.ok(&["ps"]).contains("web"));
     assert_eq!(
-        host.ok(&["exec", "web", "sh", "-c", "echo $A; cat /proc/1/comm"]),
-        "1\nsh"
+        host.ok(&["exec", "web", "sh", "-c", "echo $A; hostname"]),
+        format!("1\n{}", &id[..12])
     );
     assert_eq!(
         host.berth(&["exec", "web", "sh", "-c", "exit 9"])

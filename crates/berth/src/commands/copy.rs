@@ -198,13 +198,10 @@ fn unpack(
             .filter(|c| !matches!(c, Component::CurDir));
         let first = parts.next();
         let rest: PathBuf = parts.collect();
-        let relative = match rename {
-            Some(new) => new.join(&rest),
+        let relative: PathBuf = match rename {
+            Some(new) => new.components().chain(rest.components()).collect(),
             None if contents_only => rest,
-            None => first
-                .map(|c| PathBuf::from(c.as_os_str()))
-                .unwrap_or_default()
-                .join(&rest),
+            None => first.into_iter().chain(rest.components()).collect(),
         };
         if relative.as_os_str().is_empty() {
             continue;
@@ -244,13 +241,10 @@ fn unpack(
             let mut parts = link.components();
             let first = parts.next();
             let rest: PathBuf = parts.collect();
-            let from = match rename {
-                Some(new) => new.join(rest),
+            let from: PathBuf = match rename {
+                Some(new) => new.components().chain(rest.components()).collect(),
                 None if contents_only => rest,
-                None => first
-                    .map(|c| PathBuf::from(c.as_os_str()))
-                    .unwrap_or_default()
-                    .join(rest),
+                None => first.into_iter().chain(rest.components()).collect(),
             };
             if from
                 .components()
