@@ -17,7 +17,7 @@ mod jail;
 pub mod protocol;
 
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -218,7 +218,12 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
         Console::open(&folder.join(CONSOLE_LOG)).map_err(failed("the console's log in"))?;
     let socket = folder.join(CONTROL);
     let _ = fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).map_err(failed("the control socket in"))?;
+    // A socket's path may have 107 bytes, a machine's folder more: its descriptor is short.
+    let listener = fs::File::open(folder)
+        .and_then(|directory| {
+            UnixListener::bind(format!("/proc/self/fd/{}/{CONTROL}", directory.as_raw_fd()))
+        })
+        .map_err(failed("the control socket in"))?;
     let running = Arc::new(Running {
         machine: Mutex::new(None),
         console: console.clone(),
