@@ -320,7 +320,10 @@ pub fn command_line(append: &str, has_disk: bool, has_initrd: bool) -> String {
         // A panic resets the machine at once, so that its policy applies.
         words.push("panic=-1");
     }
-    if !append.split_whitespace().any(|word| word.starts_with("reboot=")) {
+    if !append
+        .split_whitespace()
+        .any(|word| word.starts_with("reboot="))
+    {
         // On a hardware-reduced board Linux takes the firmware for EFI and jumps into nothing: the ACPI register it is.
         words.push("reboot=a");
     }
@@ -477,7 +480,10 @@ mod tests {
 
     #[test]
     fn the_users_words_win() {
-        assert_eq!(command_line("", false, false), "console=ttyS0 panic=-1 reboot=a");
+        assert_eq!(
+            command_line("", false, false),
+            "console=ttyS0 panic=-1 reboot=a"
+        );
         assert_eq!(
             command_line("panic=5 root=/dev/vda", true, false),
             "console=ttyS0 panic=5 reboot=a root=/dev/vda"
