@@ -486,7 +486,7 @@ mod tests {
         );
         assert_eq!(
             command_line("panic=5 root=/dev/vda", true, false),
-            "console=ttyS0 panic=5 reboot=a root=/dev/vda"
+            "console=ttyS0 reboot=a panic=5 root=/dev/vda"
         );
         assert_eq!(
             command_line("quiet", true, false),
