@@ -100,15 +100,13 @@ impl Lines {
             .unwrap_or_else(|poisoned| poisoned.into_inner());
         let now = Instant::now();
         let finished = event.current.is_some() && event.current == event.total;
-        match last.get(&event.id) {
-            Some((status, when)) if *status == event.status && !finished => {
-                if now.duration_since(*when) < PACE
-                    || self.inner.waiting.load(Ordering::Relaxed) > BACKLOG
-                {
-                    return false;
-                }
-            }
-            _ => {}
+        let shown = last.get(&event.id);
+        let unchanged = shown.filter(|(status, _)| *status == event.status && !finished);
+        if let Some((_, when)) = unchanged
+            && (now.duration_since(*when) < PACE
+                || self.inner.waiting.load(Ordering::Relaxed) > BACKLOG)
+        {
+            return false;
         }
         last.insert(event.id.clone(), (event.status.clone(), now));
         true

@@ -176,11 +176,9 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
     }
     let mut table = Table::new(&["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"]);
     for row in usage(&df) {
-        let percent = if row.size > 0 {
-            format!(" ({}%)", row.reclaimable.min(row.size) * 100 / row.size)
-        } else {
-            String::new()
-        };
+        let percent = (row.reclaimable.min(row.size) * 100)
+            .checked_div(row.size)
+            .map_or_else(String::new, |percent| format!(" ({percent}%)"));
         table.row(vec![
             row.kind.to_owned(),
             row.total.to_string(),

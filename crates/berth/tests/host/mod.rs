@@ -1,5 +1,8 @@
 //! A daemon of its own in a network namespace of its own, for tests that drive the real binary.
 
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -12,6 +15,8 @@ pub const BERTH: &str = env!("CARGO_BIN_EXE_berth");
 pub struct Host {
     directory: tempfile::TempDir,
     daemon: Option<Child>,
+    /// Keeps the network namespace while no daemon runs.
+    sleeper: Option<Child>,
 }
 
 /// Whether `program` is installed.
@@ -40,6 +45,7 @@ pub fn start() -> Option<Host> {
             .tempdir()
             .unwrap(),
         daemon: None,
+        sleeper: None,
     };
     host.start_daemon();
     host.import_busybox();
@@ -101,7 +107,6 @@ impl Host {
             .spawn()
             .unwrap();
         if !namespace.exists() {
-            // A sleeper keeps the namespace while no daemon runs.
             self.wait_for_socket();
             let sleeper = Command::new("nsenter")
                 .args(["-t", &child.id().to_string(), "-n", "sleep", "600"])
@@ -109,6 +114,7 @@ impl Host {
                 .spawn()
                 .unwrap();
             std::fs::write(&namespace, sleeper.id().to_string()).unwrap();
+            self.sleeper = Some(sleeper);
         }
         self.daemon = Some(child);
         self.wait_for_socket();
@@ -304,12 +310,9 @@ impl Drop for Host {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        if let Ok(pid) = std::fs::read_to_string(self.directory.path().join("pid-of-namespace"))
-            && let Ok(pid) = pid.trim().parse()
-            && let Some(pid) = rustix::process::Pid::from_raw(pid)
-        {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        if let Some(mut sleeper) = self.sleeper.take() {
+            let _ = sleeper.kill();
+            let _ = sleeper.wait();
         }
         // The state folder is not removed before the keeper, which ends by itself, has let go of it.
         let state = self.state();
