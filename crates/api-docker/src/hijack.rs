@@ -20,7 +20,10 @@ use axum::response::{IntoResponse, Response};
 use futures_util::TryStreamExt;
 use hyper::ext::ReasonPhrase;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_util::io::{ReaderStream, StreamReader};
 
 use crate::version::ApiVersion;
@@ -45,6 +48,59 @@ pub fn frame(stream: u8, payload: &[u8]) -> Bytes {
     out.extend_from_slice(&length.to_be_bytes());
     out.extend_from_slice(&payload[..length as usize]);
     out.into()
+}
+
+/// A stream whose end is held back until something else has happened: clients ask for an exec's exit code as soon as
+/// its output ends.
+pub struct Held<S> {
+    stream: S,
+    settled: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl<S> Held<S> {
+    pub fn new(stream: S, settled: impl Future<Output = ()> + Send + 'static) -> Held<S> {
+        Held {
+            stream,
+            settled: Some(Box::pin(settled)),
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        if buffer.filled().len() == before
+            && buffer.remaining() > 0
+            && let Some(settled) = &mut self.settled
+        {
+            ready!(settled.as_mut().poll(context));
+            self.settled = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// Answers `request` by joining its connection with `container`.

@@ -301,6 +301,21 @@ fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, 
     if let Some(parent) = &containers.cgroup_parent {
         settings.cgroup_parent.clone_from(parent);
     }
+    settings
+        .insecure_registries
+        .clone_from(&config.registries.insecure);
+    if let Some(subnet) = &config.network.default_subnet {
+        let parsed = subnet
+            .parse()
+            .map_err(|e| Failure::invalid(format!("network.default-subnet: {e}")))?;
+        settings.networks.bridge_subnet = Some(parsed);
+    }
+    for server in &config.network.dns {
+        let parsed = server
+            .parse()
+            .map_err(|_| Failure::invalid(format!("network.dns: {server:?} is no IP address")))?;
+        settings.networks.dns.push(parsed);
+    }
     Ok(settings)
 }
 
@@ -354,7 +369,11 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         error!(%error, "the API ended");
         return Err(Failure::io("the API ended", &error));
     }
-    info!("ended; containers go on");
+    match engine.leave_host().await {
+        Ok(true) => info!("ended; nothing runs, and the networks are taken off the host"),
+        Ok(false) => info!("ended; what runs goes on"),
+        Err(error) => warn!(%error, "ended; the networks could not be taken off the host"),
+    }
     Ok(ExitCode::SUCCESS)
 }
 

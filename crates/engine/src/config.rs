@@ -21,6 +21,8 @@ pub struct EngineConfig {
     pub shm_size: u64,
     /// Registries that may be spoken to without TLS; this machine's own always may.
     pub insecure_registries: Vec<String>,
+    /// How networks are set up.
+    pub networks: net::NetConfig,
     /// The parent of the containers' cgroups; must differ between daemons of one host.
     pub cgroup_parent: String,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
@@ -32,6 +34,7 @@ impl EngineConfig {
     pub fn new(paths: Paths) -> EngineConfig {
         EngineConfig {
             cgroup_parent: default_cgroup_parent(&paths),
+            networks: net::NetConfig::new(&paths.state),
             paths,
             log: LogConfig {
                 kind: "json-file".into(),

@@ -403,6 +403,12 @@ impl Engine {
         Ok(ended.ok().and_then(|state| state.exit_code).unwrap_or(-1))
     }
 
+    /// Waits until the exit of an exec whose output has ended is known, so that whoever asks next is told it. One that
+    /// closed its output and goes on is waited for no longer than a second.
+    pub async fn exec_settled(&self, id: &str) {
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.exec_wait(id)).await;
+    }
+
     /// Kills its process.
     pub(crate) async fn exec_kill(self: &Arc<Self>, id: &str) -> Result<()> {
         let exec = self.exec(id)?;

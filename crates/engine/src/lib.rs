@@ -77,12 +77,12 @@ impl Engine {
     /// Where the folders cannot be made, another daemon has them, or the keeper cannot be started.
     pub async fn open(config: EngineConfig) -> Result<Arc<Engine>> {
         let paths = config.paths.clone();
+        let network_config = config.networks.clone();
         let (lock, volumes, images, networks) = container::create::blocking(move || {
             let lock = take_folders(&paths)?;
             let volumes = Volumes::open(&paths.state.join("volumes"))?;
             let images = ::image::Store::open(&paths.state.join("images")).map_err(Error::room)?;
-            let networks =
-                net::Manager::open(net::NetConfig::new(&paths.state)).map_err(Error::room)?;
+            let networks = net::Manager::open(network_config).map_err(Error::room)?;
             Ok((lock, volumes, images, networks))
         })
         .await?;
@@ -99,6 +99,20 @@ impl Engine {
         });
         engine.reopen().await?;
         Ok(engine)
+    }
+
+    /// At the end of a daemon: where nothing runs any more, its networks leave the host. True if they did.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub async fn leave_host(self: &Arc<Self>) -> Result<bool> {
+        let running = self.list(container::ListOptions::default()).await?;
+        if !running.is_empty() || !machine::live_endpoints(&self.config.paths.state).is_empty() {
+            return Ok(false);
+        }
+        let networks = self.networks.clone();
+        container::create::blocking(move || networks.cleanup().map_err(Error::room)).await?;
+        Ok(true)
     }
 
     /// What it was opened with.

@@ -47,6 +47,8 @@ pub struct NetConfig {
     pub pools: Vec<SubnetPool>,
     /// The address ports are published on where none is given; absent: all addresses of both families.
     pub publish_on: Option<IpAddr>,
+    /// Name servers asked for containers that name none; the host's own where empty.
+    pub dns: Vec<IpAddr>,
     /// How many namespaces are kept ready.
     pub sandboxes: usize,
 }
@@ -62,6 +64,7 @@ impl NetConfig {
             bridge_subnet: None,
             pools: default_pools(),
             publish_on: None,
+            dns: Vec::new(),
             sandboxes: 6,
         }
     }

@@ -56,7 +56,14 @@ async fn start(
         Ok(None) => Ok(StatusCode::OK.into_response()),
         Ok(Some(stream)) => {
             let kind = hijack::media_type(stream.tty, version);
-            Ok(hijack::join(request, kind, stream))
+            let engine = engine.clone();
+            let exec = id.clone();
+            let settled = async move { engine.exec_settled(&exec).await };
+            Ok(hijack::join(
+                request,
+                kind,
+                hijack::Held::new(stream, settled),
+            ))
         }
         Err(error) if detach || matches!(error.kind(), Kind::NotFound | Kind::Conflict) => {
             Err(error.into())

@@ -58,7 +58,10 @@ impl Manager {
     }
 
     /// Chooses addresses and names, and records the endpoint so that nobody else gets them.
-    pub(super) fn reserve(&self, spec: EndpointSpec) -> Result<(Endpoint, Place)> {
+    pub(super) fn reserve(&self, mut spec: EndpointSpec) -> Result<(Endpoint, Place)> {
+        if spec.dns.is_empty() {
+            spec.dns.clone_from(&self.config.dns);
+        }
         let network = self.inspect(&spec.network)?;
         if let Some(name) = &spec.interface {
             check_interface_name(name)?;
