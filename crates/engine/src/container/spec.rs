@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::container::host_config::HostConfig;
 use crate::container::record::Record;
@@ -134,6 +134,12 @@ fn profile_of(text: &str) -> Result<Value> {
     let object = profile
         .as_object_mut()
         .ok_or_else(|| wrong("it is not an object".into()))?;
+    if object.contains_key("architectures") && object.contains_key("archMap") {
+        return Err(wrong(
+            "'architectures' and 'archMap' were specified in the seccomp profile, use either"
+                .into(),
+        ));
+    }
     if let Some(map) = object.remove("archMap") {
         let native = if cfg!(target_arch = "aarch64") {
             "SCMP_ARCH_AARCH64"
@@ -154,14 +160,20 @@ fn profile_of(text: &str) -> Result<Value> {
         }
         object.insert("architectures".into(), Value::Array(list));
     }
-    if let Some(rules) = object.get_mut("syscalls").and_then(Value::as_array_mut) {
-        rules.retain(|rule| {
-            let empty = |value: &Value| value.as_object().is_none_or(Map::is_empty);
-            // Rules for other kernels, machines or capabilities than the plain ones are left out, the safe side.
-            empty(&rule["includes"])
-                || rule["includes"]["minKernel"].is_string()
-                    && rule["includes"].as_object().is_some_and(|i| i.len() == 1)
-        });
+    resolved(&profile, &[], (0, 0)).map_err(wrong)?;
+    Ok(profile)
+}
+
+/// A profile with the rules that apply to a container with these capabilities on this machine and kernel, as
+/// `setupSeccomp` of moby's profiles/seccomp picks them.
+fn resolved(
+    profile: &Value,
+    set: &[&str],
+    kernel: (u32, u32),
+) -> std::result::Result<Value, String> {
+    let mut profile = profile.clone();
+    if let Some(rules) = profile.get_mut("syscalls").and_then(Value::as_array_mut) {
+        rules.retain(|rule| applies(rule, set, kernel));
         for rule in rules {
             if let Some(rule) = rule.as_object_mut() {
                 if let Some(name) = rule.remove("name") {
@@ -177,8 +189,49 @@ fn profile_of(text: &str) -> Result<Value> {
         }
     }
     serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(profile.clone())
-        .map_err(|error| wrong(error.to_string()))?;
+        .map_err(|error| error.to_string())?;
     Ok(profile)
+}
+
+fn applies(rule: &Value, set: &[&str], kernel: (u32, u32)) -> bool {
+    // Go's word for the machine, as profiles write it.
+    let machine = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let list = |part: &str, key: &str| -> Vec<String> {
+        let words = rule[part][key].as_array().into_iter().flatten();
+        words
+            .filter_map(|word| word.as_str().map(str::to_owned))
+            .collect()
+    };
+    let new_enough = |part: &str| {
+        let text = rule[part]["minKernel"].as_str()?;
+        let mut numbers = text
+            .split('.')
+            .map(|number| number.parse::<u32>().unwrap_or(u32::MAX));
+        Some(kernel >= (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)))
+    };
+    let has = |capability: &String| set.contains(&capability.as_str());
+    let here = |machines: &[String]| machines.iter().any(|name| name == machine);
+    let included = list("includes", "arches");
+    !here(&list("excludes", "arches"))
+        && !list("excludes", "caps").iter().any(has)
+        && new_enough("excludes") != Some(true)
+        && (included.is_empty() || here(&included))
+        && list("includes", "caps").iter().all(has)
+        && new_enough("includes") != Some(false)
+}
+
+/// Major and minor number of the running kernel.
+fn kernel() -> (u32, u32) {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
 /// The environment: the search path, the host name, the terminal, then what was configured.
@@ -345,7 +398,9 @@ fn linux(record: &Record, security: &Security, set: &[&str], cgroup: &str) -> Re
     }
     match &security.seccomp {
         Some(None) => {}
-        Some(Some(profile)) => linux["seccomp"] = profile.clone(),
+        Some(Some(profile)) => {
+            linux["seccomp"] = resolved(profile, set, kernel()).map_err(Error::Invalid)?;
+        }
         None => linux["seccomp"] = seccomp::default_profile(set),
     }
     // Mounts that a bind shares with the host must reach it through the container's root.
@@ -664,5 +719,28 @@ mod tests {
             ..Default::default()
         };
         assert!(security(&host).is_err());
+    }
+
+    #[test]
+    fn rules_of_a_profile_apply_by_capability_machine_and_kernel() {
+        let profile: Value = serde_json::from_str(
+            r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
+            {"names":["mount"],"action":"SCMP_ACT_ERRNO","excludes":{"caps":["CAP_SYS_ADMIN"]}},
+            {"names":["bpf"],"action":"SCMP_ACT_ERRNO","includes":{"caps":["CAP_BPF"]}},
+            {"names":["ptrace"],"action":"SCMP_ACT_ERRNO","includes":{"minKernel":"99.1"}},
+            {"names":["clone3"],"action":"SCMP_ACT_ERRNO","includes":{"minKernel":"4.8"}},
+            {"names":["s390_runtime_instr"],"action":"SCMP_ACT_ERRNO","includes":{"arches":["s390x"]}}]}"#,
+        )
+        .unwrap();
+        let names = |set: &[&str]| -> Vec<String> {
+            let picked = resolved(&profile, set, (6, 1)).unwrap();
+            let rules = picked["syscalls"].as_array().unwrap();
+            rules
+                .iter()
+                .map(|rule| rule["names"][0].as_str().unwrap().to_owned())
+                .collect()
+        };
+        assert_eq!(names(&[]), ["mount", "clone3"]);
+        assert_eq!(names(&["CAP_SYS_ADMIN", "CAP_BPF"]), ["bpf", "clone3"]);
     }
 }
