@@ -22,6 +22,7 @@ use hyper::ext::ReasonPhrase;
 use hyper_util::rt::TokioIo;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_util::io::{ReaderStream, StreamReader};
@@ -50,10 +51,15 @@ pub fn frame(stream: u8, payload: &[u8]) -> Bytes {
     out.into()
 }
 
-/// A stream whose end is held back until something else has happened: clients ask for an exec's exit code as soon as
-/// its output ends.
+/// How long output waits for the client to have read the head of the answer: the Python client loses what it reads
+/// together with it.
+const HEAD_START: Duration = Duration::from_millis(10);
+
+/// A stream that begins a moment late, see [`HEAD_START`], and whose end is held back until something else has happened:
+/// clients ask for an exec's exit code as soon as its output ends.
 pub struct Held<S> {
     stream: S,
+    begins: Option<Pin<Box<tokio::time::Sleep>>>,
     settled: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
@@ -61,6 +67,7 @@ impl<S> Held<S> {
     pub fn new(stream: S, settled: impl Future<Output = ()> + Send + 'static) -> Held<S> {
         Held {
             stream,
+            begins: Some(Box::pin(tokio::time::sleep(HEAD_START))),
             settled: Some(Box::pin(settled)),
         }
     }
@@ -72,6 +79,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(begins) = &mut self.begins {
+            ready!(begins.as_mut().poll(context));
+            self.begins = None;
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
         if buffer.filled().len() == before

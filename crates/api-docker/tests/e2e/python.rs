@@ -98,7 +98,7 @@ try:
     assert box.attrs["NetworkSettings"]["IPAddress"], box.attrs["NetworkSettings"]
     assert box.attrs["NetworkSettings"]["Ports"]["80/tcp"], box.attrs["NetworkSettings"]
     assert [c.name for c in client.containers.list(filters={"label": "py=1"})] == ["py-box"]
-    code, output = box.exec_run(["sh", "-c", "echo out; echo err >&2; exit 4"], demux=True)
+    code, output = box.exec_run(["sh", "-c", "sleep 0.3; echo out; echo err >&2; exit 4"], demux=True)
     assert (code, output) == (4, (b"out\n", b"err\n")), (code, output)
     code, stream = box.exec_run("cat", stdin=True, socket=True)
     raw = getattr(stream, "_sock", stream)
