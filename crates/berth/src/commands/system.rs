@@ -361,6 +361,7 @@ pub async fn version(
         "Arch": std::env::consts::ARCH,
     });
     if format_given {
+        let code = server.as_ref().err().map_or(0, |failure| failure.code);
         let server = server.unwrap_or(Value::Null);
         output::document(show.format, &json!({"Client": client, "Server": server}))?;
         return Ok(ExitCode::SUCCESS);
@@ -378,7 +379,10 @@ pub async fn version(
             text(&server, "/ApiVersion"),
             text(&server, "/KernelVersion")
         )),
-        Err(failure) => output::line(format!("Server: none ({failure})")),
+        Err(failure) => {
+            output::line("Server: none");
+            return Err(failure);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
