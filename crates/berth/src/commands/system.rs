@@ -364,7 +364,7 @@ pub async fn version(
         let code = server.as_ref().err().map_or(0, |failure| failure.code);
         let server = server.unwrap_or(Value::Null);
         output::document(show.format, &json!({"Client": client, "Server": server}))?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(ExitCode::from(code));
     }
     output::line(format!(
         "Client: berth {} ({})",
