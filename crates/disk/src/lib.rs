@@ -102,3 +102,22 @@ pub fn open(
         Format::Qcow2 => Box::new(Qcow2Disk::open(path, read_only, backing)?),
     })
 }
+
+/// Locks an image against other machines; false where one has it. A process just forked anywhere in this program holds
+/// a copy of every lock until it executes its own program, so a refusal is not believed at once.
+pub(crate) fn lock(file: &std::fs::File, read_only: bool) -> bool {
+    use rustix::fs::{FlockOperation, flock};
+    let wanted = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    for _ in 0..50 {
+        // File systems without locks exist; the disk is usable all the same.
+        if flock(file, wanted) != Err(rustix::io::Errno::WOULDBLOCK) {
+            return true;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    false
+}

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::{Disk, DiskError};
 
@@ -39,13 +39,7 @@ impl RawDisk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(unusable("it is neither a file nor a block device"));
         }
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        // File systems without locks exist; the disk is usable all the same.
-        if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&file, lock) {
+        if !crate::lock(&file, read_only) {
             return Err(unusable("another machine uses it"));
         }
         let len = file.seek(SeekFrom::End(0)).map_err(open)?;

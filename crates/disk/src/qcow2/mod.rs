@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FallocateFlags, fallocate};
 
 pub use header::{Backing, Compression, Header, MAGIC, fuzz_header};
 use metadata::{COMPRESSED, COPIED, Metadata, OFFSET, ZERO};
@@ -114,13 +114,7 @@ impl Qcow2Disk {
         if !file.metadata().map_err(failed)?.file_type().is_file() {
             return Err(unusable("it is no file".into()));
         }
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        // File systems without locks exist; the disk is usable all the same.
-        if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&file, lock) {
+        if !crate::lock(&file, read_only) {
             return Err(unusable("another machine uses it".into()));
         }
         let mut first = Vec::new();
