@@ -112,6 +112,18 @@ impl Engine {
         }
         let networks = self.networks.clone();
         container::create::blocking(move || networks.cleanup().map_err(Error::room)).await?;
+        // The empty parents of the containers' cgroups; rmdir refuses what is still in use.
+        let root = std::path::Path::new("/sys/fs/cgroup");
+        let parent = self.config.cgroup_parent.trim_matches('/');
+        if !parent.is_empty() && !parent.contains("..") {
+            let hierarchies = std::fs::read_dir(root).into_iter().flatten().flatten();
+            for folder in hierarchies
+                .map(|entry| entry.path())
+                .chain([root.to_owned()])
+            {
+                let _ = std::fs::remove_dir(folder.join(parent));
+            }
+        }
         Ok(true)
     }
 

@@ -294,6 +294,10 @@ impl Drop for Host {
         if self.daemon.is_none() {
             self.start_daemon();
         }
+        let machines = self.berth(&["machine", "list", "-q"]);
+        for name in String::from_utf8_lossy(&machines.stdout).split_whitespace() {
+            self.berth(&["machine", "rm", "-f", name]);
+        }
         let ids = self.berth(&["ps", "-aq"]);
         for id in String::from_utf8_lossy(&ids.stdout).split_whitespace() {
             self.berth(&["rm", "-f", "-v", id]);
