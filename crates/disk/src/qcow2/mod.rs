@@ -341,6 +341,16 @@ impl Qcow2Disk {
         Ok(())
     }
 
+    /// [`Self::check`], for what changes the range.
+    fn check_change(&self, what: &'static str, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.check(what, offset, len)?;
+        if self.read_only {
+            let source = io::ErrorKind::PermissionDenied.into();
+            return Err(self.failed(what, offset, len, source));
+        }
+        Ok(())
+    }
+
     /// What the image below has at `offset`; zeros beyond its end.
     fn read_below(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let Some(below) = &self.backing else {
@@ -629,15 +639,7 @@ impl Disk for Qcow2Disk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.check("discarding", offset, len)?;
-        if self.read_only {
-            return Err(self.failed(
-                "discarding",
-                offset,
-                len,
-                io::ErrorKind::PermissionDenied.into(),
-            ));
-        }
+        self.check_change("discarding", offset, len)?;
         self.each_cluster(
             offset,
             len,
@@ -648,15 +650,7 @@ impl Disk for Qcow2Disk {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.check("writing zeros", offset, len)?;
-        if self.read_only {
-            return Err(self.failed(
-                "writing zeros",
-                offset,
-                len,
-                io::ErrorKind::PermissionDenied.into(),
-            ));
-        }
+        self.check_change("writing zeros", offset, len)?;
         self.each_cluster(
             offset,
             len,
