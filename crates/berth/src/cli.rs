@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
-    ShowOptions, build, container, copy, image, machine, network, session, system, volume,
+    ShowOptions, build, container, copy, credentials, image, machine, network, session, system,
+    volume,
 };
 use crate::doctor::DoctorArgs;
 use crate::manual::{CompletionArgs, ManArgs};
@@ -50,75 +51,23 @@ pub struct GlobalOptions {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run a program in a new container.
-    Run(Box<session::RunArgs>),
-    /// Run a program in a running container.
-    Exec(session::ExecArgs),
     /// List containers.
     Ps(container::PsArgs),
-    /// Make a container and do not start it.
-    Create(Box<session::CreateArgs>),
-    /// Start containers.
-    Start(session::StartArgs),
-    /// Stop containers.
-    Stop(container::StopArgs),
-    /// Stop and start containers.
-    Restart(container::StopArgs),
-    /// Send containers a signal.
-    Kill(container::KillArgs),
-    /// Freeze all processes of containers.
-    Pause(container::Names),
-    /// Thaw all processes of containers.
-    Unpause(container::Names),
-    /// Wait until containers end and print their exit codes.
-    Wait(container::Names),
-    /// Give a container another name.
-    Rename(container::RenameArgs),
-    /// Change limits and restart policy.
-    Update(container::UpdateArgs),
-    /// Remove containers.
-    Rm(container::RmArgs),
-    /// Attach to a running container.
-    Attach(session::AttachArgs),
-    /// Show what a container wrote.
-    Logs(container::LogsArgs),
-    /// Show what containers use.
-    Stats(container::StatsArgs),
-    /// Show the processes of a container.
-    Top(container::TopArgs),
-    /// Show what changed in a container's files.
-    Diff(container::OneArgs),
-    /// Show published ports.
-    Port(container::PortArgs),
-    /// Copy files between a container and the host.
-    Cp(copy::CopyArgs),
-    /// Make an image of a container.
-    Commit(container::CommitArgs),
-    /// Write a container's files as a tar archive.
-    Export(container::ExportArgs),
+    #[command(flatten)]
+    OfContainers(ContainerWord),
     /// Show anything in full.
     Inspect(container::InspectArgs),
 
     /// List images.
     Images(image::ImagesArgs),
-    /// Fetch an image from a registry.
-    Pull(image::PullArgs),
-    /// Send an image to a registry.
-    Push(image::PushArgs),
-    /// Build an image from a Dockerfile.
-    Build(build::BuildArgs),
-    /// Give an image a further name.
-    Tag(image::TagArgs),
+    #[command(flatten)]
+    OfImages(ImageWord),
     /// Remove images.
     Rmi(image::RmiArgs),
-    /// Write images as an archive.
-    Save(image::SaveArgs),
-    /// Read images from an archive.
-    Load(image::LoadArgs),
-    /// Make an image from an archive of files.
-    Import(image::ImportArgs),
     /// Check and keep credentials of a registry.
-    Login(image::LoginArgs),
+    Login(credentials::LoginArgs),
+    /// Forget credentials of a registry.
+    Logout(credentials::LogoutArgs),
 
     /// Containers.
     #[command(subcommand)]
@@ -189,18 +138,15 @@ impl VersionArgs {
     }
 }
 
-/// docker's `container` noun: the same verbs once more.
+/// What is done with containers: docker's words, at the top level and under `container`.
 #[derive(Debug, Subcommand)]
-pub enum ContainerCommand {
-    /// List containers.
-    #[command(visible_aliases = ["list", "ps"])]
-    Ls(container::PsArgs),
+pub enum ContainerWord {
     /// Run a program in a new container.
     Run(Box<session::RunArgs>),
-    /// Make a container and do not start it.
-    Create(Box<session::CreateArgs>),
     /// Run a program in a running container.
     Exec(session::ExecArgs),
+    /// Make a container and do not start it.
+    Create(Box<session::CreateArgs>),
     /// Start containers.
     Start(session::StartArgs),
     /// Stop containers.
@@ -209,11 +155,11 @@ pub enum ContainerCommand {
     Restart(container::StopArgs),
     /// Send containers a signal.
     Kill(container::KillArgs),
-    /// Freeze all processes.
+    /// Freeze all processes of containers.
     Pause(container::Names),
-    /// Thaw all processes.
+    /// Thaw all processes of containers.
     Unpause(container::Names),
-    /// Wait until containers end.
+    /// Wait until containers end and print their exit codes.
     Wait(container::Names),
     /// Give a container another name.
     Rename(container::RenameArgs),
@@ -227,25 +173,56 @@ pub enum ContainerCommand {
     Logs(container::LogsArgs),
     /// Show what containers use.
     Stats(container::StatsArgs),
-    /// Show the processes.
+    /// Show the processes of a container.
     Top(container::TopArgs),
-    /// Show what changed in the files.
-    Diff(container::OneArgs),
+    /// Show what changed in a container's files.
+    Diff(container::DiffArgs),
     /// Show published ports.
     Port(container::PortArgs),
     /// Copy files between a container and the host.
     Cp(copy::CopyArgs),
     /// Make an image of a container.
     Commit(container::CommitArgs),
-    /// Write the files as a tar archive.
+    /// Write a container's files as a tar archive.
     Export(container::ExportArgs),
+}
+
+/// docker's `container` noun.
+#[derive(Debug, Subcommand)]
+pub enum ContainerCommand {
+    /// List containers.
+    #[command(visible_aliases = ["list", "ps"])]
+    Ls(container::PsArgs),
+    #[command(flatten)]
+    Word(ContainerWord),
     /// Show containers in full.
     Inspect(container::InspectArgs),
     /// Remove all stopped containers.
     Prune(container::PruneArgs),
 }
 
-/// Verbs of images.
+/// What is done with images: docker's words, at the top level and under `image`.
+#[derive(Debug, Subcommand)]
+pub enum ImageWord {
+    /// Fetch an image from a registry.
+    Pull(image::PullArgs),
+    /// Send an image to a registry.
+    Push(image::PushArgs),
+    /// Build an image from a Dockerfile.
+    Build(build::BuildArgs),
+    /// Show how an image came to be.
+    History(image::HistoryArgs),
+    /// Give an image a further name.
+    Tag(image::TagArgs),
+    /// Write images as an archive.
+    Save(image::SaveArgs),
+    /// Read images from an archive.
+    Load(image::LoadArgs),
+    /// Make an image from an archive of files.
+    Import(image::ImportArgs),
+}
+
+/// docker's `image` noun.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
     /// List images.
@@ -253,29 +230,15 @@ pub enum ImageCommand {
     Ls(image::ImagesArgs),
     /// Make an image from a distribution's own package archive.
     Bootstrap(image::BootstrapArgs),
-    /// Build an image from a Dockerfile.
-    Build(build::BuildArgs),
-    /// Fetch an image from a registry.
-    Pull(image::PullArgs),
-    /// Send an image to a registry.
-    Push(image::PushArgs),
+    #[command(flatten)]
+    Word(ImageWord),
     /// Show images in full.
     Inspect(container::InspectArgs),
-    /// Show how an image came to be.
-    History(image::HistoryArgs),
-    /// Give an image a further name.
-    Tag(image::TagArgs),
     /// Remove images.
     #[command(visible_alias = "remove")]
     Rm(image::RmiArgs),
     /// Remove unused images.
     Prune(image::PruneArgs),
-    /// Write images as an archive.
-    Save(image::SaveArgs),
-    /// Read images from an archive.
-    Load(image::LoadArgs),
-    /// Make an image from an archive of files.
-    Import(image::ImportArgs),
 }
 
 #[cfg(test)]
@@ -292,7 +255,7 @@ mod tests {
     #[test]
     fn options_of_the_program_are_not_ours() {
         let cli = Cli::parse_from(["berth", "run", "--rm", "debian", "ls", "--help", "-la"]);
-        let Command::Run(run) = cli.command else {
+        let Command::OfContainers(ContainerWord::Run(run)) = cli.command else {
             panic!("run expected")
         };
         assert_eq!(run.container.command, ["ls", "--help", "-la"]);

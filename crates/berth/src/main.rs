@@ -17,11 +17,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command, ContainerCommand, ImageCommand};
+use cli::{Cli, Command, ContainerCommand, ContainerWord, ImageCommand, ImageWord};
 use client::Client;
 use commands::{
-    Context, build, container, copy, image as image_commands, machine, network, session, system,
-    volume,
+    Context, build, container, copy, credentials, image as images, machine, network, session,
+    system, volume,
 };
 use failure::Failure;
 
@@ -90,50 +90,41 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
 
 async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Run(args) => session::run_run(context, *args).await,
-        Command::Exec(args) => session::run_exec(context, args).await,
         Command::Ps(args) => container::ps(context, args).await,
-        Command::Create(args) => session::run_create(context, *args).await,
-        Command::Start(args) => session::run_start(context, args).await,
-        Command::Stop(args) => container::stop(context, "stop", args).await,
-        Command::Restart(args) => container::stop(context, "restart", args).await,
-        Command::Kill(args) => container::kill(context, args).await,
-        Command::Pause(args) => container::plain(context, "pause", args).await,
-        Command::Unpause(args) => container::plain(context, "unpause", args).await,
-        Command::Wait(args) => container::wait(context, args).await,
-        Command::Rename(args) => container::rename(context, args).await,
-        Command::Update(args) => container::update(context, args).await,
-        Command::Rm(args) => container::rm(context, args).await,
-        Command::Attach(args) => session::run_attach(context, args).await,
-        Command::Logs(args) => container::logs(context, args).await,
-        Command::Stats(args) => container::stats(context, args).await,
-        Command::Top(args) => container::top(context, args).await,
-        Command::Diff(args) => container::diff(context, args).await,
-        Command::Port(args) => container::port(context, args).await,
-        Command::Cp(args) => copy::run(context, args).await,
-        Command::Commit(args) => container::commit(context, args).await,
-        Command::Export(args) => container::export(context, args).await,
+        Command::OfContainers(word) => container_word(context, word).await,
         Command::Inspect(args) => {
             let paths = [
                 "/containers/{}/json",
                 "/images/{}/json",
                 "/networks/{}",
                 "/volumes/{}",
+                "/berth/v1/machines/{}",
             ];
             container::inspect(context, &paths, args).await
         }
-        Command::Images(args) => image_commands::images(context, args).await,
-        Command::Pull(args) => image_commands::pull(context, args).await,
-        Command::Push(args) => image_commands::push(context, args).await,
-        Command::Build(args) => build::run(context, args).await,
-        Command::Tag(args) => image_commands::tag(context, args).await,
-        Command::Rmi(args) => image_commands::rmi(context, args).await,
-        Command::Save(args) => image_commands::save(context, args).await,
-        Command::Load(args) => image_commands::load(context, args).await,
-        Command::Import(args) => image_commands::import(context, args).await,
-        Command::Login(args) => image_commands::login(context, args).await,
-        Command::Container(command) => talk_container(context, command).await,
-        Command::Image(command) => talk_image(context, command).await,
+        Command::Images(args) => images::images(context, args).await,
+        Command::OfImages(word) => image_word(context, word).await,
+        Command::Rmi(args) => images::rmi(context, args).await,
+        Command::Login(args) => credentials::login(context, args).await,
+        Command::Logout(args) => credentials::logout(&args),
+        Command::Container(command) => match command {
+            ContainerCommand::Ls(args) => container::ps(context, args).await,
+            ContainerCommand::Word(word) => container_word(context, word).await,
+            ContainerCommand::Inspect(args) => {
+                container::inspect(context, &["/containers/{}/json"], args).await
+            }
+            ContainerCommand::Prune(args) => container::prune(context, args).await,
+        },
+        Command::Image(command) => match command {
+            ImageCommand::Ls(args) => images::images(context, args).await,
+            ImageCommand::Bootstrap(args) => images::bootstrap(context, args).await,
+            ImageCommand::Word(word) => image_word(context, word).await,
+            ImageCommand::Inspect(args) => {
+                container::inspect(context, &["/images/{}/json"], args).await
+            }
+            ImageCommand::Rm(args) => images::rmi(context, args).await,
+            ImageCommand::Prune(args) => images::prune(context, args).await,
+        },
         Command::Machine(command) => machine::run(context, command).await,
         Command::Network(command) => network::run(context, command).await,
         Command::Volume(command) => volume::run(context, command).await,
@@ -156,54 +147,42 @@ async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> 
     }
 }
 
-async fn talk_container(context: &Context, command: ContainerCommand) -> Result<ExitCode, Failure> {
-    match command {
-        ContainerCommand::Ls(args) => container::ps(context, args).await,
-        ContainerCommand::Run(args) => session::run_run(context, *args).await,
-        ContainerCommand::Create(args) => session::run_create(context, *args).await,
-        ContainerCommand::Exec(args) => session::run_exec(context, args).await,
-        ContainerCommand::Start(args) => session::run_start(context, args).await,
-        ContainerCommand::Stop(args) => container::stop(context, "stop", args).await,
-        ContainerCommand::Restart(args) => container::stop(context, "restart", args).await,
-        ContainerCommand::Kill(args) => container::kill(context, args).await,
-        ContainerCommand::Pause(args) => container::plain(context, "pause", args).await,
-        ContainerCommand::Unpause(args) => container::plain(context, "unpause", args).await,
-        ContainerCommand::Wait(args) => container::wait(context, args).await,
-        ContainerCommand::Rename(args) => container::rename(context, args).await,
-        ContainerCommand::Update(args) => container::update(context, args).await,
-        ContainerCommand::Rm(args) => container::rm(context, args).await,
-        ContainerCommand::Attach(args) => session::run_attach(context, args).await,
-        ContainerCommand::Logs(args) => container::logs(context, args).await,
-        ContainerCommand::Stats(args) => container::stats(context, args).await,
-        ContainerCommand::Top(args) => container::top(context, args).await,
-        ContainerCommand::Diff(args) => container::diff(context, args).await,
-        ContainerCommand::Port(args) => container::port(context, args).await,
-        ContainerCommand::Cp(args) => copy::run(context, args).await,
-        ContainerCommand::Commit(args) => container::commit(context, args).await,
-        ContainerCommand::Export(args) => container::export(context, args).await,
-        ContainerCommand::Inspect(args) => {
-            container::inspect(context, &["/containers/{}/json"], args).await
-        }
-        ContainerCommand::Prune(args) => container::prune(context, args).await,
+async fn container_word(context: &Context, word: ContainerWord) -> Result<ExitCode, Failure> {
+    match word {
+        ContainerWord::Run(args) => session::run_run(context, *args).await,
+        ContainerWord::Exec(args) => session::run_exec(context, args).await,
+        ContainerWord::Create(args) => session::run_create(context, *args).await,
+        ContainerWord::Start(args) => session::run_start(context, args).await,
+        ContainerWord::Stop(args) => container::stop(context, "stop", args).await,
+        ContainerWord::Restart(args) => container::stop(context, "restart", args).await,
+        ContainerWord::Kill(args) => container::kill(context, args).await,
+        ContainerWord::Pause(args) => container::plain(context, "pause", args).await,
+        ContainerWord::Unpause(args) => container::plain(context, "unpause", args).await,
+        ContainerWord::Wait(args) => container::wait(context, args).await,
+        ContainerWord::Rename(args) => container::rename(context, args).await,
+        ContainerWord::Update(args) => container::update(context, args).await,
+        ContainerWord::Rm(args) => container::rm(context, args).await,
+        ContainerWord::Attach(args) => session::run_attach(context, args).await,
+        ContainerWord::Logs(args) => container::logs(context, args).await,
+        ContainerWord::Stats(args) => container::stats(context, args).await,
+        ContainerWord::Top(args) => container::top(context, args).await,
+        ContainerWord::Diff(args) => container::diff(context, args).await,
+        ContainerWord::Port(args) => container::port(context, args).await,
+        ContainerWord::Cp(args) => copy::run(context, args).await,
+        ContainerWord::Commit(args) => container::commit(context, args).await,
+        ContainerWord::Export(args) => container::export(context, args).await,
     }
 }
 
-async fn talk_image(context: &Context, command: ImageCommand) -> Result<ExitCode, Failure> {
-    match command {
-        ImageCommand::Ls(args) => image_commands::images(context, args).await,
-        ImageCommand::Bootstrap(args) => image_commands::bootstrap(context, args).await,
-        ImageCommand::Build(args) => build::run(context, args).await,
-        ImageCommand::Pull(args) => image_commands::pull(context, args).await,
-        ImageCommand::Push(args) => image_commands::push(context, args).await,
-        ImageCommand::Inspect(args) => {
-            container::inspect(context, &["/images/{}/json"], args).await
-        }
-        ImageCommand::History(args) => image_commands::history(context, args).await,
-        ImageCommand::Tag(args) => image_commands::tag(context, args).await,
-        ImageCommand::Rm(args) => image_commands::rmi(context, args).await,
-        ImageCommand::Prune(args) => image_commands::prune(context, args).await,
-        ImageCommand::Save(args) => image_commands::save(context, args).await,
-        ImageCommand::Load(args) => image_commands::load(context, args).await,
-        ImageCommand::Import(args) => image_commands::import(context, args).await,
+async fn image_word(context: &Context, word: ImageWord) -> Result<ExitCode, Failure> {
+    match word {
+        ImageWord::Pull(args) => images::pull(context, args).await,
+        ImageWord::Push(args) => images::push(context, args).await,
+        ImageWord::Build(args) => build::run(context, args).await,
+        ImageWord::History(args) => images::history(context, args).await,
+        ImageWord::Tag(args) => images::tag(context, args).await,
+        ImageWord::Save(args) => images::save(context, args).await,
+        ImageWord::Load(args) => images::load(context, args).await,
+        ImageWord::Import(args) => images::import(context, args).await,
     }
 }

@@ -132,6 +132,10 @@ impl Classified for Error {
             Error::NameInUse { name, .. } => Some(format!("berth rm {name}")),
             Error::NotRunning(id) => Some(format!("berth start {id}")),
             Error::Paused(id) => Some(format!("berth unpause {id}")),
+            Error::NoSuchContainer(_) | Error::AmbiguousContainer(_) => {
+                Some("see what there is: berth ps -a".into())
+            }
+            Error::NoSuchImage(_) => Some("see what is stored: berth images".into()),
             _ => None,
         }
     }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use base::units::format_size_decimal;
-use base64::Engine;
 use clap::Args;
 use http_body_util::BodyExt;
 use hyper::Method;
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 use super::container::for_each;
 use super::show::{clip, filters, list, short, since, text};
 use super::{Context, ListOptions};
-use crate::client::{Body, Client, each_json, empty, json_body, stream_body};
+use crate::client::{Body, Client, each_json, empty, encode, json_body, stream_body};
 use crate::failure::Failure;
 use crate::output::{self, Format, Table};
 use crate::progress::Progress;
@@ -29,34 +28,6 @@ pub fn split_tag(reference: &str) -> (&str, Option<&str>) {
         Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
         _ => (reference, None),
     }
-}
-
-/// The registry a reference points at, as docker's credential files name it.
-fn registry_of(reference: &str) -> &str {
-    match reference.split_once('/') {
-        Some((first, _)) if first.contains('.') || first.contains(':') || first == "localhost" => {
-            first
-        }
-        _ => "https://index.docker.io/v1/",
-    }
-}
-
-/// What docker's own configuration file knows of a registry, as `X-Registry-Auth` wants it.
-fn credentials(reference: &str) -> Option<String> {
-    let folder = std::env::var_os("DOCKER_CONFIG")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker")))?;
-    let file: Value =
-        serde_json::from_slice(&std::fs::read(folder.join("config.json")).ok()?).ok()?;
-    let registry = registry_of(reference);
-    let encoded = file["auths"][registry]["auth"].as_str()?;
-    let decoded = base64::engine::general_purpose::STANDARD
-        .decode(encoded)
-        .ok()?;
-    let pair = String::from_utf8(decoded).ok()?;
-    let (user, password) = pair.split_once(':')?;
-    let auth = json!({"username": user, "password": password, "serveraddress": registry});
-    Some(base64::engine::general_purpose::URL_SAFE.encode(auth.to_string()))
 }
 
 /// Fetches an image, showing progress.
@@ -75,7 +46,7 @@ pub async fn pull_image(
         query.push(("platform", platform.to_owned()));
     }
     let mut headers = Vec::new();
-    if let Some(auth) = credentials(reference) {
+    if let Some(auth) = super::credentials::header_for(reference) {
         headers.push(("X-Registry-Auth", auth));
     }
     let response = client
@@ -103,7 +74,7 @@ pub async fn pull(context: &Context, args: PullArgs) -> Result<ExitCode, Failure
     if args.all_tags {
         let (name, _) = split_tag(&args.image);
         let mut headers = Vec::new();
-        if let Some(auth) = credentials(name) {
+        if let Some(auth) = super::credentials::header_for(name) {
             headers.push(("X-Registry-Auth", auth));
         }
         let query = [("fromImage", name.to_owned())];
@@ -139,8 +110,7 @@ pub async fn push(context: &Context, args: PushArgs) -> Result<ExitCode, Failure
     let path = format!("/images/{name}/push");
     let query = [("tag", tag.unwrap_or("latest").to_owned())];
     // The engine demands the header even where there are no credentials.
-    let auth =
-        credentials(name).unwrap_or_else(|| base64::engine::general_purpose::URL_SAFE.encode("{}"));
+    let auth = super::credentials::header_for(name).unwrap_or_else(super::credentials::none);
     let response = context
         .client
         .send(
@@ -260,7 +230,7 @@ pub async fn tag(context: &Context, args: TagArgs) -> Result<ExitCode, Failure> 
     ];
     context
         .client
-        .act(&format!("/images/{}/tag", args.source), &query)
+        .act(&format!("/images/{}/tag", encode(&args.source)), &query)
         .await?;
     Ok(ExitCode::SUCCESS)
 }
@@ -314,7 +284,7 @@ pub struct HistoryArgs {
 pub async fn history(context: &Context, args: HistoryArgs) -> Result<ExitCode, Failure> {
     let steps: Vec<Value> = context
         .client
-        .get(&format!("/images/{}/history", args.image), &[])
+        .get(&format!("/images/{}/history", encode(&args.image)), &[])
         .await?;
     if args.list.quiet {
         for step in &steps {
@@ -623,48 +593,6 @@ pub async fn bootstrap(context: &Context, args: BootstrapArgs) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-#[derive(Debug, Args)]
-pub struct LoginArgs {
-    /// User name.
-    #[arg(short, long)]
-    pub username: String,
-    /// Read the password from standard input.
-    #[arg(long, required = true)]
-    pub password_stdin: bool,
-    /// The registry, as in localhost:5000.
-    pub registry: String,
-}
-
-/// Checks credentials and keeps them where docker keeps them.
-pub async fn login(context: &Context, args: LoginArgs) -> Result<ExitCode, Failure> {
-    let mut password = String::new();
-    std::io::stdin()
-        .read_line(&mut password)
-        .map_err(|e| Failure::io("cannot read the password", &e))?;
-    let password = password.trim_end_matches(['\r', '\n']);
-    let body =
-        json!({"username": args.username, "password": password, "serveraddress": args.registry});
-    let _: Value = context.client.post("/auth", &[], &body).await?;
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    let folder = std::env::var_os("DOCKER_CONFIG")
-        .map(PathBuf::from)
-        .or_else(|| home.map(|h| h.join(".docker")))
-        .ok_or_else(|| Failure::invalid("neither HOME nor DOCKER_CONFIG is set"))?;
-    let path = folder.join("config.json");
-    std::fs::create_dir_all(&folder)
-        .map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
-    let mut file: Value = base::file::read_json(&path)
-        .map_err(|e| Failure::io("cannot read docker's configuration", &e))?
-        .unwrap_or_else(|| json!({}));
-    let auth =
-        base64::engine::general_purpose::STANDARD.encode(format!("{}:{password}", args.username));
-    file["auths"][&args.registry] = json!({"auth": auth});
-    base::file::write_json(&path, &file, base::file::Durability::Host)
-        .map_err(|e| Failure::io(format!("cannot write {}", path.display()), &e))?;
-    eprintln!("Login succeeded; the credentials are in {}", path.display());
-    Ok(ExitCode::SUCCESS)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -680,11 +608,5 @@ mod tests {
             ("localhost:5000/app", Some("1"))
         );
         assert_eq!(split_tag("debian"), ("debian", None));
-    }
-
-    #[test]
-    fn credentials_are_kept_by_registry() {
-        assert_eq!(registry_of("localhost:5000/app"), "localhost:5000");
-        assert_eq!(registry_of("library/debian"), "https://index.docker.io/v1/");
     }
 }

@@ -4,6 +4,7 @@ pub mod build;
 pub mod container;
 pub mod copy;
 pub mod create;
+pub mod credentials;
 pub mod image;
 pub mod machine;
 pub mod network;

@@ -343,7 +343,11 @@ pub async fn info(context: &Context, args: InfoArgs) -> Result<ExitCode, Failure
         output::line(format!("{name:<14}{value}"));
     }
     for warning in list(&info, "/Warnings") {
-        eprintln!("berth: warning: {}", text(warning, ""));
+        let warning = text(warning, "");
+        eprintln!(
+            "berth: warning: {}",
+            warning.trim_start_matches("WARNING: ")
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
