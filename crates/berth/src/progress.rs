@@ -80,19 +80,23 @@ impl Progress {
         let total = message["progressDetail"]["total"].as_u64().unwrap_or(0);
         match &self.bars {
             Some(bars) if !id.is_empty() => {
-                let bar = self.by_id.entry(id.to_owned()).or_insert_with(|| {
-                    let bar = bars.add(ProgressBar::new(0));
-                    bar.set_prefix(id.to_owned());
-                    bar
-                });
                 let style = if total > 0 {
-                    "{prefix:.bold}: {msg} [{bar:30}] {bytes}/{total_bytes}"
+                    "{prefix:.bold}: {msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}"
                 } else {
                     "{prefix:.bold}: {msg}"
                 };
-                if let Ok(style) = ProgressStyle::with_template(style) {
-                    bar.set_style(style.progress_chars("=> "));
-                }
+                let style = ProgressStyle::with_template(style)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars("=> ");
+                // A bar is styled before it joins the others: each change draws it.
+                let bar = self.by_id.entry(id.to_owned()).or_insert_with(|| {
+                    let bar = ProgressBar::hidden()
+                        .with_style(style.clone())
+                        .with_prefix(id.to_owned())
+                        .with_message(status.to_owned());
+                    bars.add(bar)
+                });
+                bar.set_style(style);
                 bar.set_length(total);
                 bar.set_position(current);
                 bar.set_message(status.to_owned());
