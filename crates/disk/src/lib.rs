@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
+use vm_memory::VolatileSlice;
 
 pub use qcow2::{BackingFiles, Qcow2Disk};
 pub use raw::RawDisk;
@@ -51,6 +52,45 @@ pub trait Disk: Send + Sync {
     fn read_only(&self) -> bool;
     fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError>;
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError>;
+    /// As [`Disk::read_at`] into a guest's memory, which the guest may change meanwhile: fills all of `buffers`, in order.
+    fn read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        let mut data = vec![0; buffers.iter().map(VolatileSlice::len).sum()];
+        self.read_at(offset, &mut data)?;
+        let mut rest = &data[..];
+        for buffer in buffers {
+            let (now, later) = rest.split_at(buffer.len());
+            buffer.copy_from(now);
+            rest = later;
+        }
+        Ok(())
+    }
+    /// As [`Disk::read_volatile_at`] where that needs no wait for the disk; false, with any content, where it does.
+    fn try_read_volatile_at(
+        &self,
+        _offset: u64,
+        _buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        Ok(false)
+    }
+    /// As [`Disk::write_at`] from a guest's memory, which the guest may change meanwhile.
+    fn write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        let mut data = vec![0; buffers.iter().map(VolatileSlice::len).sum()];
+        let mut rest = &mut data[..];
+        for buffer in buffers {
+            let (now, later) = rest.split_at_mut(buffer.len());
+            buffer.copy_to(now);
+            rest = later;
+        }
+        self.write_at(offset, &data)
+    }
     /// Returns once everything written before is on stable storage.
     fn flush(&self) -> Result<(), DiskError>;
     /// The range's content no longer matters; it may read as zeros or as before.

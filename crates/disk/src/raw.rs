@@ -2,12 +2,35 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use vm_memory::VolatileSlice;
 
 use crate::{Disk, DiskError};
+
+/// Pieces of one system call: Linux takes 1,024.
+const VECTORS: usize = 1024;
+
+/// Which way a vectored transfer goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    FromFile,
+    ToFile,
+}
+
+fn vectors(buffers: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
+    buffers
+        .iter()
+        .filter(|buffer| !buffer.is_empty())
+        .map(|buffer| libc::iovec {
+            iov_base: buffer.ptr_guard_mut().as_ptr().cast(),
+            iov_len: buffer.len(),
+        })
+        .collect()
+}
 
 /// See the module.
 pub struct RawDisk {
@@ -77,6 +100,51 @@ impl RawDisk {
         }
     }
 
+    /// Moves all of `buffers` between the file, from `offset` on, and memory.
+    fn transfer(&self, way: Way, mut offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let mut vectors = vectors(buffers);
+        let mut rest = &mut vectors[..];
+        while !rest.is_empty() {
+            let count = rest.len().min(VECTORS) as i32;
+            let (file, at) = (self.file.as_raw_fd(), offset as libc::off_t);
+            // SAFETY: each vector is, or is the rest of, memory that a volatile slice lends until this call returns. The
+            // kernel reads and writes it as another CPU of a guest might, which is what volatile slices are for.
+            let moved = unsafe {
+                match way {
+                    Way::FromFile => libc::preadv(file, rest.as_ptr(), count, at),
+                    Way::ToFile => libc::pwritev(file, rest.as_ptr(), count, at),
+                }
+            };
+            let mut moved = match usize::try_from(moved) {
+                Ok(0) => {
+                    return Err(match way {
+                        Way::FromFile => io::ErrorKind::UnexpectedEof.into(),
+                        Way::ToFile => io::ErrorKind::WriteZero.into(),
+                    });
+                }
+                Ok(moved) => moved,
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() == io::ErrorKind::Interrupted {
+                        continue;
+                    }
+                    return Err(error);
+                }
+            };
+            offset += moved as u64;
+            while let Some(first) = rest.first_mut() {
+                if moved < first.iov_len {
+                    first.iov_base = first.iov_base.cast::<u8>().wrapping_add(moved).cast();
+                    first.iov_len -= moved;
+                    break;
+                }
+                moved -= first.iov_len;
+                rest = &mut rest[1..];
+            }
+        }
+        Ok(())
+    }
+
     fn punch(&self, offset: u64, len: u64) -> Result<(), rustix::io::Errno> {
         fallocate(
             &self.file,
@@ -114,6 +182,63 @@ impl Disk for RawDisk {
         self.check("writing", offset, len, true)?;
         self.file
             .write_all_at(data, offset)
+            .map_err(|source| DiskError::Io {
+                what: "writing",
+                offset,
+                len,
+                source,
+            })
+    }
+
+    fn read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        self.check("reading", offset, len, false)?;
+        self.transfer(Way::FromFile, offset, buffers)
+            .map_err(|source| DiskError::Io {
+                what: "reading",
+                offset,
+                len,
+                source,
+            })
+    }
+
+    fn try_read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        let len: u64 = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        self.check("reading", offset, len, false)?;
+        let vectors = vectors(buffers);
+        if vectors.len() > VECTORS {
+            return Ok(false);
+        }
+        // SAFETY: as in `transfer`.
+        let moved = unsafe {
+            libc::preadv2(
+                self.file.as_raw_fd(),
+                vectors.as_ptr(),
+                vectors.len() as i32,
+                offset as libc::off_t,
+                libc::RWF_NOWAIT,
+            )
+        };
+        // Whatever went wrong shows again, and counts, in the read that may wait.
+        Ok(moved as u64 == len)
+    }
+
+    fn write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        self.check("writing", offset, len, true)?;
+        self.transfer(Way::ToFile, offset, buffers)
             .map_err(|source| DiskError::Io {
                 what: "writing",
                 offset,
@@ -195,6 +320,31 @@ mod tests {
         );
         disk.flush().unwrap();
         disk.discard(4096, 4096).unwrap();
+    }
+
+    #[test]
+    fn scattered_memory_is_written_and_read_in_order() {
+        let (_file, disk) = disk(64 << 10);
+        let mut parts: Vec<Vec<u8>> = (0..1500u32)
+            .map(|n| vec![n as u8; 1 + n as usize % 7])
+            .collect();
+        let whole = parts.concat();
+        let slices: Vec<_> = parts
+            .iter_mut()
+            .map(|part| VolatileSlice::from(&mut part[..]))
+            .collect();
+        disk.write_volatile_at(100, &slices).unwrap();
+        let mut read = vec![0; whole.len()];
+        disk.read_at(100, &mut read).unwrap();
+        assert_eq!(read, whole);
+        let (mut first, mut second) = (vec![0; 5], vec![0; whole.len() - 5]);
+        let into = [
+            VolatileSlice::from(&mut first[..]),
+            VolatileSlice::from(&mut second[..]),
+        ];
+        disk.read_volatile_at(100, &into).unwrap();
+        assert_eq!([first, second].concat(), whole);
+        assert!(disk.read_volatile_at((64 << 10) - 5, &slices).is_err());
     }
 
     #[test]

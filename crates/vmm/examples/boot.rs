@@ -4,7 +4,7 @@
 
 use std::process::ExitCode;
 
-use vmm::boot::{BootConfig, DiskConfig, Outcome, parse_model, run};
+use vmm::boot::{BootConfig, Outcome, parse_model, run};
 
 fn parse() -> Result<BootConfig, String> {
     let mut config = BootConfig::default();
@@ -19,10 +19,8 @@ fn parse() -> Result<BootConfig, String> {
             "--kernel" => config.kernel = value()?.into(),
             "--initrd" => config.initrd = Some(value()?.into()),
             "--append" => config.append = value()?,
-            "--disk" => config.disks.push(DiskConfig {
-                path: value()?.into(),
-                read_only: false,
-            }),
+            "--disk" => config.disks.push(value()?.parse()?),
+            "--tap" => config.taps.push(value()?),
             "--cpus" => {
                 config.machine.cpus = value()?.parse().map_err(|_| "--cpus wants a number")?
             }

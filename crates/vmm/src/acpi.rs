@@ -238,6 +238,21 @@ fn board(out: &mut dyn AmlSink) {
                 ],
             ),
             &Device::new(
+                Path::new("PEVT"),
+                vec![
+                    &Name::new(Path::new("_HID"), &"QEMU0001"),
+                    &Name::new(
+                        Path::new("_CRS"),
+                        &ResourceTemplate::new(vec![&IO::new(
+                            port::PANIC as u16,
+                            port::PANIC as u16,
+                            1,
+                            1,
+                        )]),
+                    ),
+                ],
+            ),
+            &Device::new(
                 Path::new("PWRB"),
                 vec![
                     &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),

@@ -9,12 +9,15 @@
 pub mod acpi;
 pub mod boot;
 pub mod bus;
+mod complaint;
 pub mod control;
 pub mod devices;
+pub mod fuzz;
 pub mod machine;
 pub mod memory;
 pub mod nvme;
 pub mod pci;
+mod pool;
 pub mod process;
 pub mod state;
 pub mod terminal;

@@ -19,6 +19,7 @@ use crate::devices::ioapic::IoApic;
 use crate::devices::pic::Pic;
 use crate::devices::pit::{Pit, SystemControl};
 use crate::devices::power::{self, Power};
+use crate::devices::pvpanic::PanicPort;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::Serial;
 use crate::devices::{pin, port};
@@ -29,6 +30,7 @@ use crate::nvme::Controller;
 use crate::pci::Root;
 use crate::pci::root::{ConfigPorts, Ecam, PciError};
 use crate::state::{Persist, Saved, StateError};
+use crate::virtio::Transport;
 
 /// Local APIC ids are eight bits, and 255 is broadcast.
 pub const CPU_LIMIT: u32 = 254;
@@ -183,6 +185,7 @@ pub struct Machine {
     pub pci: Arc<Root>,
     /// Everything with a state, in the order in which it is restored.
     pub devices: Vec<Arc<dyn Persist>>,
+    transports: Vec<Arc<Transport>>,
     vcpus: Vec<SharedVcpu>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -216,7 +219,7 @@ impl Machine {
         let (master, slave) = (Pic::new("pic0"), Pic::new("pic1"));
         let (pit, rtc) = (Pit::new(), Rtc::new());
         let keyboard = |command| KeyboardController::new(control.clone(), command);
-        let board: [(u64, u64, Arc<dyn BusDevice>); 9] = [
+        let board: [(u64, u64, Arc<dyn BusDevice>); 10] = [
             (port::PIC_MASTER, 2, master.clone()),
             (port::PIC_SLAVE, 2, slave.clone()),
             (port::PIT, 4, pit.clone()),
@@ -229,6 +232,7 @@ impl Machine {
             (port::KEYBOARD_COMMAND, 1, keyboard(true)),
             (port::RTC, 2, rtc.clone()),
             (port::COM1, 8, serial.clone()),
+            (port::PANIC, 1, PanicPort::new(control.clone())),
             (port::POWER, power::LEN, power.clone()),
         ];
         for (base, len, device) in board {
@@ -270,6 +274,7 @@ impl Machine {
             power,
             pci,
             devices,
+            transports: Vec::new(),
             vcpus,
             threads: Vec::new(),
         })
@@ -307,16 +312,22 @@ impl Machine {
         name: impl Into<String>,
         backend: Arc<dyn crate::virtio::Backend>,
     ) -> Result<(), MachineError> {
-        let transport = crate::virtio::transport::Transport::new(
-            name,
-            self.dma.clone(),
-            self.vm.clone(),
-            backend,
-        )
-        .map_err(MachineError::Thread)?;
+        let transport = Transport::new(name, self.dma.clone(), self.vm.clone(), backend)
+            .map_err(MachineError::Thread)?;
         self.pci.attach(transport.clone())?;
+        self.transports.push(transport.clone());
         self.devices.push(transport);
         Ok(())
+    }
+
+    /// The driver of the virtio device called `name` is told that its configuration changed: the size of a console or
+    /// of a balloon. Nothing happens where there is none.
+    pub fn device_config_changed(&self, name: &str) {
+        for transport in &self.transports {
+            if transport.identity() == name {
+                transport.config_changed();
+            }
+        }
     }
 
     /// Stops the CPUs and all I/O; false where the machine has ended.

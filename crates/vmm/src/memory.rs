@@ -219,9 +219,71 @@ impl Dma {
         })
     }
 
+    /// Several ranges as host memory; see [`Dma::slice`].
+    ///
+    /// # Errors
+    /// As [`Dma::slice`].
+    pub fn slices(
+        &self,
+        pieces: &[(u64, usize)],
+    ) -> Result<Vec<VolatileSlice<'_, ()>>, MemoryError> {
+        pieces
+            .iter()
+            .map(|(address, len)| self.slice(*address, *len))
+            .collect()
+    }
+
     /// Tells the CPUs of a write through [`Dma::slice`].
     pub fn written(&self, address: u64, len: u64) {
         self.vm.memory_written(address, len);
+    }
+}
+
+/// System calls that move data between a descriptor and guest memory, without a copy in between.
+pub mod vectored {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+
+    use rustix::io::Errno;
+    use vm_memory::VolatileSlice;
+
+    /// Pieces of one call: Linux takes 1,024.
+    const LIMIT: usize = 1024;
+
+    fn vectors<'a>(slices: impl Iterator<Item = VolatileSlice<'a>>) -> Vec<libc::iovec> {
+        slices
+            .take(LIMIT)
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect()
+    }
+
+    fn counted(result: isize) -> Result<usize, Errno> {
+        usize::try_from(result).map_err(|_| {
+            Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+        })
+    }
+
+    /// Reads once into `slices`; how much came.
+    pub fn read<'a>(
+        fd: BorrowedFd<'_>,
+        slices: impl Iterator<Item = VolatileSlice<'a>>,
+    ) -> Result<usize, Errno> {
+        let vectors = vectors(slices);
+        // SAFETY: each vector is memory that a volatile slice lends for `'a`, which outlives the call; the kernel writes
+        // it as another CPU of the guest might, which is what volatile slices are for.
+        counted(unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32) })
+    }
+
+    /// Writes `slices` once; how much was taken.
+    pub fn write<'a>(
+        fd: BorrowedFd<'_>,
+        slices: impl Iterator<Item = VolatileSlice<'a>>,
+    ) -> Result<usize, Errno> {
+        let vectors = vectors(slices);
+        // SAFETY: as for reading; the kernel only reads it.
+        counted(unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32) })
     }
 }
 

@@ -210,11 +210,20 @@ fn a_busy_guest_and_a_halted_one_are_paused_and_ended() {
 /// A guest that says `r` when it is ready, counts the interrupts of vector 0x41, ends each, and exits with 7
 /// after `count`.
 fn counts_interrupts(count: i32) -> (Vec<u8>, u64) {
+    counts_interrupts_after(count, |_| Ok(()))
+}
+
+/// As [`counts_interrupts`]; it does `first` before it waits.
+fn counts_interrupts_after(
+    count: i32,
+    first: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> (Vec<u8>, u64) {
     let mut handler_at = 0;
     let code = assemble(|a| {
         enable_apic(a)?;
         out(a, COM1, i32::from(b'r'))?;
         a.sti()?;
+        first(a)?;
         let mut again = a.create_label();
         a.set_label(&mut again)?;
         a.hlt()?;
@@ -293,6 +302,78 @@ fn a_message_wakes_a_halted_guest() {
         machine.vm.signal_msi(0xfee0_0000, 0x41).unwrap();
         let outcome = machine.control.wait_for_end_until(Duration::from_secs(20));
         assert_eq!(outcome, Some(Outcome::DebugExit(7)), "{cpu:?}");
+    }
+}
+
+/// The slot 1 device's configuration space through ECAM.
+struct Config<'a>(&'a Machine);
+
+impl Config<'_> {
+    fn read(&self, at: u64) -> u32 {
+        let mut word = [0; 4];
+        self.0.mmio.read(0xe800_0000 + (1 << 15) + at, &mut word);
+        u32::from_le_bytes(word)
+    }
+    fn write(&self, at: u64, bytes: &[u8]) {
+        self.0.mmio.write(0xe800_0000 + (1 << 15) + at, bytes);
+    }
+    fn capability(&self, id: u32) -> u64 {
+        let mut at = u64::from(self.read(0x34) & 0xff);
+        while self.read(at) & 0xff != id {
+            at = u64::from(self.read(at) >> 8 & 0xff);
+            assert_ne!(at, 0, "no capability {id:#x}");
+        }
+        at
+    }
+}
+
+#[test]
+fn a_guest_rings_a_virtio_device_and_is_interrupted_when_it_is_done() {
+    const RING: u64 = 0x32_0000;
+    const DATA: u64 = 0x33_0000;
+    // The first device's BAR: the window's start.
+    const BAR: u64 = 0xc000_0000;
+    let (code, handler) = counts_interrupts_after(1, |a| {
+        a.mov(rbx, BAR + 0x3000)?;
+        a.mov(word_ptr(rbx), 0)
+    });
+    for cpu in back_ends() {
+        let (mut machine, _) = machine(cpu, 1, &code);
+        set_gate(&machine, 0x41, handler);
+        machine
+            .add_virtio("rng0", Arc::new(vmm::virtio::rng::Rng))
+            .unwrap();
+        let config = Config(&machine);
+        assert_eq!(u64::from(config.read(0x10) & !0xf), BAR);
+        config.write(4, &[6, 0]);
+        let table = u64::from(config.read(0x20) & !0xf);
+        let msix = config.capability(0x11);
+        config.write(msix + 2, &0x8000u16.to_le_bytes());
+        machine.mmio.write(table, &0xfee0_0000u64.to_le_bytes());
+        machine.mmio.write(table + 8, &0x41u64.to_le_bytes());
+        let set = |offset: u64, bytes: &[u8]| assert!(machine.mmio.write(BAR + offset, bytes));
+        set(20, &[3]);
+        set(8, &1u32.to_le_bytes());
+        set(12, &1u32.to_le_bytes());
+        set(20, &[11]);
+        set(24, &16u16.to_le_bytes());
+        set(26, &0u16.to_le_bytes());
+        for (at, ring) in [(32, RING), (40, RING + 0x100), (48, RING + 0x200)] {
+            set(at, &ring.to_le_bytes());
+        }
+        set(28, &1u16.to_le_bytes());
+        let write = |at: u64, bytes: &[u8]| machine.dma.write(at, bytes).unwrap();
+        write(RING, &DATA.to_le_bytes());
+        write(RING + 8, &(64u64 | 2 << 32).to_le_bytes());
+        set(20, &[15]);
+        // Announced only now: it is the guest's ring that the device hears.
+        std::thread::sleep(Duration::from_millis(5));
+        write(RING + 0x102, &1u16.to_le_bytes());
+        assert_eq!(ends_with(&mut machine), Outcome::DebugExit(7), "{cpu:?}");
+        assert_eq!(machine.dma.read_u16(RING + 0x202).unwrap(), 1);
+        let mut random = [0; 64];
+        machine.dma.read(DATA, &mut random).unwrap();
+        assert_ne!(random, [0; 64]);
     }
 }
 

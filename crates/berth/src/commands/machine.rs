@@ -192,9 +192,12 @@ pub struct BootArgs {
         allow_hyphen_values = true
     )]
     pub append: String,
-    /// Disk image, FILE or FILE,ro; may be given many times.
-    #[arg(long, value_name = "FILE[,ro]")]
+    /// Disk image, read-only with ,ro; behind NVMe, or behind virtio-blk with ,virtio. May be given many times.
+    #[arg(long, value_name = "FILE[,ro][,virtio]")]
     pub disk: Vec<String>,
+    /// Tap interface of the host to connect a network card to. May be given many times.
+    #[arg(long, value_name = "NAME")]
+    pub tap: Vec<String>,
     /// Number of CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -227,17 +230,9 @@ pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
     let disks: Vec<DiskConfig> = args
         .disk
         .iter()
-        .map(|spec| match spec.strip_suffix(",ro") {
-            Some(path) => DiskConfig {
-                path: path.into(),
-                read_only: true,
-            },
-            None => DiskConfig {
-                path: spec.into(),
-                read_only: false,
-            },
-        })
-        .collect();
+        .map(|spec| spec.parse())
+        .collect::<Result<_, String>>()
+        .map_err(|e| Failure::invalid(format!("--disk: {e}")))?;
     let cpu = match args.cpu {
         CpuChoice::Auto => vmm::machine::CpuChoice::Auto,
         CpuChoice::Kvm => vmm::machine::CpuChoice::Kvm,
@@ -249,6 +244,7 @@ pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
             initrd: args.initrd.clone(),
             append: args.append.clone(),
             disks: disks.clone(),
+            taps: args.tap.clone(),
             machine: MachineConfig {
                 cpus: args.cpus,
                 memory,

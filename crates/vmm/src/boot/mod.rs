@@ -28,6 +28,8 @@ pub use crate::control::Outcome;
 use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
 use crate::memory::MemoryError;
 use crate::terminal::{Input, Terminal};
+use crate::virtio::block::Block;
+use crate::virtio::net::{Net, Port};
 
 /// Kernels and initrds larger than this are mistakes.
 const FILE_LIMIT: u64 = 2 << 30;
@@ -68,6 +70,11 @@ pub enum BootError {
     CommandLine { length: usize, limit: usize },
     #[error("the kernel command line holds a zero byte")]
     CommandLineNul,
+    #[error("the tap interface {name} cannot be used: {source}")]
+    Tap {
+        name: String,
+        source: std::io::Error,
+    },
     #[error("the terminal cannot be used: {0}")]
     Terminal(std::io::Error),
     #[error(transparent)]
@@ -94,6 +101,7 @@ impl Classified for BootError {
             BootError::Read { source, .. } => kind_of_io(source),
             BootError::Compression(_) => Kind::Unsupported,
             BootError::NoRoom { .. } => Kind::Capacity,
+            BootError::Tap { source, .. } => kind_of_io(source),
             BootError::Terminal(_) => Kind::Internal,
             BootError::Machine(error) => error.kind(),
             BootError::Disk(error) => error.kind(),
@@ -104,6 +112,9 @@ impl Classified for BootError {
         match self {
             BootError::Machine(error) => error.fix(),
             BootError::NoRoom { .. } => Some("give a larger --memory".into()),
+            BootError::Tap { name, .. } => Some(format!(
+                "ip tuntap add {name} mode tap user $USER; ip link set {name} up"
+            )),
             _ => None,
         }
     }
@@ -296,6 +307,8 @@ pub struct BootConfig {
     /// Added to our own part of the command line.
     pub append: String,
     pub disks: Vec<DiskConfig>,
+    /// Tap interfaces of the host, a virtio card for each.
+    pub taps: Vec<String>,
     pub machine: MachineConfig,
     pub protocol: Protocol,
     /// Says on standard error which CPU serves and how long the start took.
@@ -308,6 +321,43 @@ pub struct DiskConfig {
     pub path: PathBuf,
     #[serde(default)]
     pub read_only: bool,
+    #[serde(default)]
+    pub bus: DiskBus,
+}
+
+/// The controller a disk is behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskBus {
+    /// Debian's cloud kernels have its driver built in.
+    #[default]
+    Nvme,
+    Virtio,
+}
+
+impl std::str::FromStr for DiskConfig {
+    type Err = String;
+    /// `FILE[,ro][,nvme|,virtio]`; a comma in the file's name is part of it where no such word follows.
+    fn from_str(text: &str) -> Result<DiskConfig, String> {
+        let (mut rest, mut read_only, mut bus) = (text, false, DiskBus::default());
+        while let Some((before, word)) = rest.rsplit_once(',') {
+            match word {
+                "ro" => read_only = true,
+                "nvme" => bus = DiskBus::Nvme,
+                "virtio" => bus = DiskBus::Virtio,
+                _ => break,
+            }
+            rest = before;
+        }
+        if rest.is_empty() {
+            return Err(format!("{text:?} names no file: FILE[,ro][,virtio]"));
+        }
+        Ok(DiskConfig {
+            path: rest.into(),
+            read_only,
+            bus,
+        })
+    }
 }
 
 /// The command line: what every guest of ours wants, then the user's part, which wins.
@@ -362,16 +412,37 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     if let Some(note) = &machine.cpu_note {
         eprintln!("berth: {note}");
     }
-    if !config.disks.is_empty() {
-        let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
-        for disk in &config.disks {
-            disks.push(Arc::new(RawDisk::open(&disk.path, disk.read_only)?));
+    let mut namespaces: Vec<Arc<dyn Disk>> = Vec::new();
+    for (number, disk) in config.disks.iter().enumerate() {
+        let file: Arc<dyn Disk> = Arc::new(RawDisk::open(&disk.path, disk.read_only)?);
+        match disk.bus {
+            DiskBus::Nvme => namespaces.push(file),
+            DiskBus::Virtio => {
+                let name = format!("disk{number}");
+                let block =
+                    Block::new(file, config.machine.cpus, &name).map_err(MachineError::Thread)?;
+                machine.add_virtio(name, Arc::new(block))?;
+            }
         }
-        machine.add_nvme(disks, 0)?;
+    }
+    let has_root = !namespaces.is_empty();
+    if has_root {
+        machine.add_nvme(namespaces, 0)?;
+    }
+    for (number, tap) in config.taps.iter().enumerate() {
+        let failed = |source| BootError::Tap {
+            name: tap.clone(),
+            source,
+        };
+        let port = Port::open_tap(tap).map_err(failed)?;
+        let mtu = port.mtu().map_err(failed)?;
+        // Locally administered; one number for each card.
+        let mac = [0x52, 0x42, 0, 0, 0, number as u8];
+        machine.add_virtio(format!("net{number}"), Arc::new(Net::new(port, mac, mtu)))?;
     }
     machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
-    let command_line = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
+    let command_line = command_line(&config.append, has_root, initrd.is_some());
     let memory = machine.memory.clone();
     let made = begun.elapsed();
     machine.set_start::<BootError>(|state| {

@@ -11,6 +11,7 @@ use cpu::Vm;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{BusDevice, get, put};
+use crate::complaint::Complaint;
 use crate::memory::LAPIC_START;
 use crate::state::{Persist, Saved, StateError};
 
@@ -41,6 +42,7 @@ struct Inner {
 /// The interrupt controller of the board.
 pub struct IoApic {
     vm: Arc<dyn Vm>,
+    complaint: Complaint,
     inner: Mutex<Inner>,
 }
 
@@ -106,6 +108,7 @@ impl IoApic {
         };
         Arc::new(IoApic {
             vm,
+            complaint: Complaint::new("ioapic"),
             inner: Mutex::new(Inner {
                 state,
                 holders: [0; PINS],
@@ -119,9 +122,11 @@ impl IoApic {
 
     fn send(&self, messages: impl IntoIterator<Item = Message>) {
         for (address, data) in messages {
-            if let Err(error) = self.vm.signal_msi(address, data) {
-                tracing::warn!("interrupt message {address:#x} {data:#x} not delivered: {error}");
-            }
+            let sent = self.vm.signal_msi(address, data);
+            self.complaint.about(
+                format_args!("interrupt message {address:#x} {data:#x} not delivered"),
+                sent,
+            );
         }
     }
 
@@ -181,9 +186,9 @@ impl IoApic {
     /// Tells the CPU back end which vectors are level-triggered, so that it reports their end.
     fn announce(&self, pin: usize, entry: u64) {
         let route = (entry & MASKED == 0).then(|| message(entry));
-        if let Err(error) = self.vm.ioapic_route(pin as u32, route) {
-            tracing::warn!("interrupt pin {pin} could not be routed: {error}");
-        }
+        let routed = self.vm.ioapic_route(pin as u32, route);
+        self.complaint
+            .about(format_args!("pin {pin} could not be routed"), routed);
     }
 }
 

@@ -3,9 +3,11 @@
 pub mod debug_exit;
 pub mod i8042;
 pub mod ioapic;
+pub mod outlet;
 pub mod pic;
 pub mod pit;
 pub mod power;
+pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
 
@@ -20,6 +22,7 @@ pub mod port {
     pub const PIC_SLAVE: u64 = 0xa0;
     pub const DEBUG_EXIT: u64 = 0xf4;
     pub const COM1: u64 = 0x3f8;
+    pub const PANIC: u64 = 0x505;
     pub const POWER: u64 = 0x600;
     pub const PCI_CONFIG: u64 = 0xcf8;
 }

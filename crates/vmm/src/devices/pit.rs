@@ -134,19 +134,28 @@ struct State {
     counters: [Counter; 3],
     speaker: bool,
     refresh: bool,
-    /// The device's clock when saved.
+    /// The device's clock when saved, nanoseconds.
     clock: u64,
 }
 
 struct Inner {
     state: State,
-    start: Instant,
-    start_offset: u64,
+    /// The device's clock in nanoseconds when it began to run, and when that was; it stands while the machine is paused.
+    clock: u64,
+    running_since: Option<Instant>,
 }
 
 impl Inner {
     fn now(&self) -> u64 {
-        self.start_offset + self.start.elapsed().as_nanos() as u64
+        let running = self
+            .running_since
+            .map_or(0, |start| start.elapsed().as_nanos() as u64);
+        self.clock.saturating_add(running)
+    }
+
+    fn run(&mut self, run: bool) {
+        self.clock = self.now();
+        self.running_since = run.then(Instant::now);
     }
 }
 
@@ -178,8 +187,8 @@ impl Pit {
         Arc::new(Pit {
             inner: Mutex::new(Inner {
                 state,
-                start: Instant::now(),
-                start_offset: 0,
+                clock: 0,
+                running_since: Some(Instant::now()),
             }),
         })
     }
@@ -281,19 +290,25 @@ impl Persist for Pit {
     fn identity(&self) -> String {
         "pit".into()
     }
+    fn quiesce(&self) {
+        self.lock().run(false);
+    }
+    fn wake(&self) {
+        self.lock().run(true);
+    }
     fn save(&self) -> Result<Saved, StateError> {
         let inner = self.lock();
         Saved::of(
             self.identity(),
-            1,
+            2,
             &State {
-                clock: inner.now() / 1_000_000_000,
+                clock: inner.now(),
                 ..inner.state.clone()
             },
         )
     }
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
-        let state: State = saved.get(&self.identity(), 1)?;
+        let state: State = saved.get(&self.identity(), 2)?;
         if state
             .counters
             .iter()
@@ -302,8 +317,8 @@ impl Persist for Pit {
             return Err(saved.damaged("a counter is in no mode there is"));
         }
         let mut inner = self.lock();
-        inner.start_offset = state.clock.saturating_mul(1_000_000_000);
-        inner.start = Instant::now();
+        inner.clock = state.clock;
+        inner.running_since = inner.running_since.map(|_| Instant::now());
         inner.state = state;
         Ok(())
     }
@@ -338,7 +353,10 @@ mod tests {
         let pit = Pit::new();
         pit.write(3, &[0xb0]);
         pit.write(2, &[1]);
-        keeps_its_state(&*pit, &*Pit::new());
+        let fresh = Pit::new();
+        pit.quiesce();
+        fresh.quiesce();
+        keeps_its_state(&*pit, &*fresh);
     }
 
     proptest::proptest! {

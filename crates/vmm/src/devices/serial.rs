@@ -1,17 +1,18 @@
 //! A 16550A serial port (National Semiconductor PC16550D data sheet, section 8).
 //!
 //! Output goes to a queue that a thread of its own drains, so that a slow terminal never stops a CPU: while
-//! the queue is full the port says that its transmitter is busy, as a slow line would.
+//! the queue is full the port says that its transmitter is busy, as a slow line would, and interrupts when it is not any
+//! more.
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
 use crate::devices::ioapic::IrqLine;
+use crate::devices::outlet::Outlet;
 use crate::state::{Persist, Saved, StateError};
 
 /// Bytes that wait for the outside; the guest sees a busy transmitter beyond.
@@ -22,6 +23,12 @@ const FIFO: usize = 16;
 
 const IER_RECEIVED: u8 = 1;
 const IER_EMPTY: u8 = 2;
+const IER_LINE: u8 = 4;
+/// Causes of an interrupt, by rank (8.6.4).
+const CAUSE_LINE: u8 = 0b0110;
+const CAUSE_RECEIVED: u8 = 0b0100;
+const CAUSE_EMPTY: u8 = 0b0010;
+const CAUSE_NONE: u8 = 0b0001;
 const LCR_DIVISOR: u8 = 0x80;
 const MCR_LOOP: u8 = 0x10;
 const MCR_OUT2: u8 = 0x08;
@@ -46,78 +53,34 @@ struct State {
     irq_up: bool,
 }
 
-#[derive(Default)]
-struct Output {
-    bytes: Vec<u8>,
-    writing: bool,
-    closed: bool,
-}
-
-#[derive(Default)]
-struct OutputQueue {
-    output: Mutex<Output>,
-    changed: Condvar,
-}
-
-impl OutputQueue {
-    fn lock(&self) -> MutexGuard<'_, Output> {
-        self.output.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One serial port. Lock order: the state, then the output queue, then the IOAPIC.
+/// One serial port. Lock order: the state, then the outlet, then the IOAPIC.
 pub struct Serial {
     name: String,
     irq: IrqLine,
     state: Mutex<State>,
-    queue: Arc<OutputQueue>,
-    writer: Mutex<Option<JoinHandle<()>>>,
+    outlet: Outlet,
 }
 
 impl Serial {
     /// A port called `name` (`serial0`) whose output goes to `sink`.
-    pub fn new(
-        name: impl Into<String>,
-        irq: IrqLine,
-        mut sink: Box<dyn Write + Send>,
-    ) -> Arc<Serial> {
-        let queue = Arc::new(OutputQueue::default());
-        let drained = queue.clone();
+    pub fn new(name: impl Into<String>, irq: IrqLine, sink: Box<dyn Write + Send>) -> Arc<Serial> {
         let name = name.into();
-        let writer = std::thread::Builder::new()
-            .name(name.clone())
-            .spawn(move || {
-                loop {
-                    let bytes = {
-                        let mut output = drained.lock();
-                        while output.bytes.is_empty() && !output.closed {
-                            output = drained
-                                .changed
-                                .wait(output)
-                                .unwrap_or_else(PoisonError::into_inner);
-                        }
-                        if output.bytes.is_empty() {
-                            return;
-                        }
-                        output.writing = true;
-                        std::mem::take(&mut output.bytes)
-                    };
-                    // A terminal that is gone takes no output; the guest goes on.
-                    let _ = sink.write_all(&bytes).and_then(|()| sink.flush());
-                    drained.lock().writing = false;
-                    drained.changed.notify_all();
+        Arc::new_cyclic(|serial: &Weak<Serial>| {
+            let serial = serial.clone();
+            let taken = move || {
+                if let Some(serial) = serial.upgrade() {
+                    serial.update_irq(&mut serial.lock());
                 }
-            });
-        let state = State {
-            divisor: 1,
-            ..State::default()
-        };
-        Arc::new(Serial {
-            name,
-            irq,
-            state: Mutex::new(state),
-            queue,
-            writer: Mutex::new(writer.ok()),
+            };
+            Serial {
+                outlet: Outlet::new(&name, OUTPUT_LIMIT, sink, taken),
+                name,
+                irq,
+                state: Mutex::new(State {
+                    divisor: 1,
+                    ..State::default()
+                }),
+            }
         })
     }
 
@@ -134,41 +97,14 @@ impl Serial {
         self.update_irq(&mut state);
     }
 
-    /// Waits until all output is written and ends the writing thread. Later output is dropped.
-    pub fn close(&self) {
-        self.queue.lock().closed = true;
-        self.queue.changed.notify_all();
-        let writer = self
-            .writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(writer) = writer {
-            let _ = writer.join();
-        }
-    }
-
-    fn transmit(&self, byte: u8) {
-        let mut output = self.queue.lock();
-        if output.closed || output.bytes.len() >= OUTPUT_LIMIT {
-            return;
-        }
-        output.bytes.push(byte);
-        if output.bytes.len() == 1 && !output.writing {
-            self.queue.changed.notify_all();
-        }
-    }
-
-    fn room(&self) -> bool {
-        let output = self.queue.lock();
-        output.closed || output.bytes.len() < OUTPUT_LIMIT
-    }
-
-    fn pending(state: &State) -> Option<u8> {
-        if state.interrupt_enable & IER_RECEIVED != 0 && !state.input.is_empty() {
-            Some(0b0100)
-        } else if state.interrupt_enable & IER_EMPTY != 0 && state.empty_pending {
-            Some(0b0010)
+    fn pending(&self, state: &State) -> Option<u8> {
+        let enabled = |bit| state.interrupt_enable & bit != 0;
+        if enabled(IER_LINE) && state.overrun {
+            Some(CAUSE_LINE)
+        } else if enabled(IER_RECEIVED) && !state.input.is_empty() {
+            Some(CAUSE_RECEIVED)
+        } else if enabled(IER_EMPTY) && state.empty_pending && self.outlet.has_room() {
+            Some(CAUSE_EMPTY)
         } else {
             None
         }
@@ -177,7 +113,7 @@ impl Serial {
     fn update_irq(&self, state: &mut State) {
         // OUT2 gates the line on a PC.
         let gated = state.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2;
-        state.irq_up = gated && Serial::pending(state).is_some();
+        state.irq_up = gated && self.pending(state).is_some();
         self.irq.set(state.irq_up);
     }
 
@@ -190,11 +126,11 @@ impl Serial {
             1 => state.interrupt_enable,
             2 => {
                 let fifos = if state.fifo_control & 1 != 0 { 0xc0 } else { 0 };
-                let cause = Serial::pending(&state);
-                if cause == Some(0b0010) {
+                let cause = self.pending(&state);
+                if cause == Some(CAUSE_EMPTY) {
                     state.empty_pending = false;
                 }
-                fifos | cause.unwrap_or(0b0001)
+                fifos | cause.unwrap_or(CAUSE_NONE)
             }
             3 => state.line_control,
             4 => state.modem_control,
@@ -205,7 +141,7 @@ impl Serial {
                 } else {
                     0
                 };
-                ready | overrun | if self.room() { LSR_EMPTY } else { 0 }
+                ready | overrun | if self.outlet.has_room() { LSR_EMPTY } else { 0 }
             }
             6 if state.modem_control & MCR_LOOP != 0 => {
                 // Outputs wired to inputs: DTR to DSR, RTS to CTS, OUT1 to RI, OUT2 to DCD.
@@ -234,7 +170,7 @@ impl Serial {
                         state.overrun = true;
                     }
                 } else {
-                    self.transmit(value);
+                    self.outlet.push(&[value]);
                 }
                 state.empty_pending = true;
                 // One edge for each byte: lowered here, raised below.
@@ -284,16 +220,7 @@ impl Persist for Serial {
     }
     /// Waits until all output is written. Later output is dropped.
     fn close(&self) {
-        self.queue.lock().closed = true;
-        self.queue.changed.notify_all();
-        let writer = self
-            .writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(writer) = writer {
-            let _ = writer.join();
-        }
+        self.outlet.close();
     }
     fn save(&self) -> Result<Saved, StateError> {
         Saved::of(self.identity(), 1, &*self.lock())
@@ -371,6 +298,47 @@ mod tests {
             (b'a', b'b')
         );
         assert_eq!(serial.read_register(5) & LSR_READY, 0);
+    }
+
+    #[test]
+    fn a_slow_line_is_busy_and_interrupts_once_it_is_not() {
+        /// Takes nothing before it is let.
+        struct Slow(std::sync::mpsc::Receiver<()>);
+        impl Write for Slow {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                let _ = self.0.recv();
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (let_go, held) = std::sync::mpsc::channel();
+        let vm = Arc::new(Recorder::default());
+        let ioapic = IoApic::new(vm.clone());
+        ioapic.write(0, &[0x18]);
+        ioapic.write(0x10, &0x24u32.to_le_bytes());
+        let serial = Serial::new("serial0", ioapic.line(4), Box::new(Slow(held)));
+        serial.write_register(4, MCR_OUT2);
+        let mut written = 0;
+        while serial.read_register(5) & LSR_EMPTY != 0 {
+            serial.write_register(0, b'x');
+            written += 1;
+        }
+        assert!(
+            (OUTPUT_LIMIT..=2 * OUTPUT_LIMIT).contains(&written),
+            "{written}"
+        );
+        serial.write_register(1, IER_EMPTY);
+        assert_eq!(serial.read_register(2) & 0xf, CAUSE_NONE);
+        assert!(vm.messages.lock().unwrap().is_empty());
+        drop(let_go);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while vm.messages.lock().unwrap().is_empty() {
+            assert!(std::time::Instant::now() < deadline, "no interrupt came");
+            std::thread::yield_now();
+        }
+        assert_eq!(serial.read_register(2) & 0xf, CAUSE_EMPTY);
     }
 
     #[test]

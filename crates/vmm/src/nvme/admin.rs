@@ -1,21 +1,11 @@
-//! Admin commands (NVMe Base 1.4, section 5).
+//! Admin commands (NVMe Base 1.4, section 5). Errors of the controller itself are told by event requests (5.2).
 
 use super::Shared;
+use super::command::admin::*;
 use super::command::{Answer, BROADCAST, Command, Status};
 use super::identify;
 use super::prp::{self, PAGE};
 use super::state::{CompletionQueue, QUEUE_LIMIT, State, SubmissionQueue};
-
-const DELETE_SUBMISSION: u8 = 0x00;
-const CREATE_SUBMISSION: u8 = 0x01;
-const GET_LOG: u8 = 0x02;
-const DELETE_COMPLETION: u8 = 0x04;
-const CREATE_COMPLETION: u8 = 0x05;
-const IDENTIFY: u8 = 0x06;
-const ABORT: u8 = 0x08;
-const SET_FEATURES: u8 = 0x09;
-const GET_FEATURES: u8 = 0x0a;
-const EVENT_REQUEST: u8 = 0x0c;
 
 const FEATURE_WRITE_CACHE: u8 = 0x06;
 const FEATURE_QUEUES: u8 = 0x07;
@@ -36,6 +26,7 @@ pub(super) fn run(shared: &Shared, command: &Command) -> Option<Answer> {
         ABORT => Answer::result(1),
         SET_FEATURES => set_feature(shared, command),
         GET_FEATURES => get_feature(shared, command),
+        FORMAT => format(shared, command),
         EVENT_REQUEST => {
             let requests = &mut shared.lock().state.event_requests;
             if requests.len() > usize::from(identify::EVENT_REQUESTS) {
@@ -176,12 +167,8 @@ fn get_log(shared: &Shared, command: &Command) -> Answer {
     if len > super::MAX_TRANSFER {
         return Status::INVALID_FIELD.into();
     }
-    let page = match command.words[0] & 0xff {
-        1 => vec![0; 64],
-        2 => identify::health(),
-        3 => identify::firmware(),
-        4 => vec![0; 4096],
-        _ => return Status::INVALID_LOG.into(),
+    let Some(page) = shared.lock().state.log.page(command.words[0] & 0xff) else {
+        return Status::INVALID_LOG.into();
     };
     if offset > page.len() as u64 || offset % 4 != 0 {
         return Status::INVALID_FIELD.into();
@@ -191,11 +178,41 @@ fn get_log(shared: &Shared, command: &Command) -> Answer {
     give(shared, command, &data)
 }
 
+/// Format NVM (5.23): everything reads as zeros afterwards, whether or not the guest asks for an erase. There is one
+/// format of blocks, and no key to throw away.
+fn format(shared: &Shared, command: &Command) -> Answer {
+    let word = command.words[0];
+    let (format, erase) = (word & 0x1ff, word >> 9 & 7);
+    if format != 0 || erase > 1 {
+        return Status::INVALID_FORMAT.into();
+    }
+    let chosen = match command.namespace {
+        BROADCAST => &shared.disks[..],
+        number => match (number as usize)
+            .checked_sub(1)
+            .and_then(|index| shared.disks.get(index..=index))
+        {
+            Some(one) => one,
+            None => return Status::INVALID_NAMESPACE.into(),
+        },
+    };
+    if chosen.iter().any(|disk| disk.read_only()) {
+        return Status::WRITE_PROTECTED.into();
+    }
+    for disk in chosen {
+        let result = disk.write_zeroes(0, disk.len()).and_then(|()| disk.flush());
+        if let Err(error) = result {
+            return shared.failed(&error, Status::WRITE_FAULT).into();
+        }
+    }
+    Answer::SUCCESS
+}
+
 fn set_feature(shared: &Shared, command: &Command) -> Answer {
     let feature = command.words[0] as u8;
     // Saving across resets is not offered.
     if command.words[0] >> 31 != 0 {
-        return Status(0x10d | 1 << 14).into();
+        return Status::NOT_SAVEABLE.into();
     }
     match feature {
         FEATURE_QUEUES
@@ -225,6 +242,8 @@ fn get_feature(shared: &Shared, command: &Command) -> Answer {
         FEATURE_QUEUES => Answer::result(shared.queue_counts()),
         FEATURE_WRITE_CACHE => Answer::result(1),
         feature if FEATURES_KEPT.contains(&feature) => match select {
+            // It can be changed; it is neither saved nor of a namespace.
+            3 => Answer::result(0b100),
             0 => Answer::result(
                 shared
                     .lock()

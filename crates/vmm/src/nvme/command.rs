@@ -6,6 +6,44 @@ pub const SQE_LEN: u64 = 64;
 pub const CQE_LEN: u64 = 16;
 pub const BROADCAST: u32 = 0xffff_ffff;
 
+/// Opcodes of admin commands (section 5).
+pub mod admin {
+    pub const DELETE_SUBMISSION: u8 = 0x00;
+    pub const CREATE_SUBMISSION: u8 = 0x01;
+    pub const GET_LOG: u8 = 0x02;
+    pub const DELETE_COMPLETION: u8 = 0x04;
+    pub const CREATE_COMPLETION: u8 = 0x05;
+    pub const IDENTIFY: u8 = 0x06;
+    pub const ABORT: u8 = 0x08;
+    pub const SET_FEATURES: u8 = 0x09;
+    pub const GET_FEATURES: u8 = 0x0a;
+    pub const EVENT_REQUEST: u8 = 0x0c;
+    pub const FORMAT: u8 = 0x80;
+    pub const ALL: [u8; 11] = [
+        DELETE_SUBMISSION,
+        CREATE_SUBMISSION,
+        GET_LOG,
+        DELETE_COMPLETION,
+        CREATE_COMPLETION,
+        IDENTIFY,
+        ABORT,
+        SET_FEATURES,
+        GET_FEATURES,
+        EVENT_REQUEST,
+        FORMAT,
+    ];
+}
+
+/// Opcodes of the NVM command set (section 6).
+pub mod io {
+    pub const FLUSH: u8 = 0x00;
+    pub const WRITE: u8 = 0x01;
+    pub const READ: u8 = 0x02;
+    pub const WRITE_ZEROES: u8 = 0x08;
+    pub const DATASET_MANAGEMENT: u8 = 0x09;
+    pub const ALL: [u8; 5] = [FLUSH, WRITE, READ, WRITE_ZEROES, DATASET_MANAGEMENT];
+}
+
 /// A submission queue entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Command {
@@ -48,11 +86,13 @@ impl Command {
     }
 }
 
-/// Status field without the phase bit: code in bits 0..=7, type in 8..=10, do-not-retry in bit 14.
+/// Status field without the phase bit: code in bits 0..=7, type in 8..=10, more in the error log in bit 13, do-not-retry in
+/// bit 14.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status(pub u16);
 
 const DO_NOT_RETRY: u16 = 1 << 14;
+const MORE: u16 = 1 << 13;
 
 impl Status {
     pub const SUCCESS: Status = Status(0);
@@ -71,7 +111,9 @@ impl Status {
     pub const TOO_MANY_EVENT_REQUESTS: Status = Status(0x105 | DO_NOT_RETRY);
     pub const INVALID_VECTOR: Status = Status(0x108 | DO_NOT_RETRY);
     pub const INVALID_LOG: Status = Status(0x109 | DO_NOT_RETRY);
+    pub const INVALID_FORMAT: Status = Status(0x10a | DO_NOT_RETRY);
     pub const INVALID_DELETION: Status = Status(0x10c | DO_NOT_RETRY);
+    pub const NOT_SAVEABLE: Status = Status(0x10d | DO_NOT_RETRY);
     pub const WRITE_FAULT: Status = Status(0x280);
     pub const READ_ERROR: Status = Status(0x281);
 }
@@ -116,12 +158,18 @@ pub struct Completion {
 
 impl Completion {
     pub fn bytes(&self, phase: bool) -> [u8; CQE_LEN as usize] {
+        let more = if self.status == Status::SUCCESS {
+            0
+        } else {
+            MORE
+        };
         let mut bytes = [0; CQE_LEN as usize];
         bytes[0..4].copy_from_slice(&self.result.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.head.to_le_bytes());
         bytes[10..12].copy_from_slice(&self.queue.to_le_bytes());
         bytes[12..14].copy_from_slice(&self.command.to_le_bytes());
-        bytes[14..16].copy_from_slice(&(self.status.0 << 1 | u16::from(phase)).to_le_bytes());
+        bytes[14..16]
+            .copy_from_slice(&((self.status.0 | more) << 1 | u16::from(phase)).to_le_bytes());
         bytes
     }
 }

@@ -1,6 +1,8 @@
-//! The identify data structures (NVMe Base 1.4, 5.15) and log pages (5.14).
+//! The identify data structures (NVMe Base 1.4, 5.15.2).
 
 use disk::Disk;
+
+use super::log;
 
 pub const LEN: usize = 4096;
 /// Largest transfer, as a power of two of pages: 512 KiB.
@@ -10,6 +12,8 @@ pub const VERSION: u32 = 0x0001_0400;
 pub const EVENT_REQUESTS: u8 = 3;
 
 const BLOCK_SHIFT: u32 = 9;
+/// Blocks in a page of the host.
+const PREFERRED_BLOCKS: u16 = 8;
 
 /// Twelve hexadecimal digits that name the controller.
 pub fn serial(identity: u64) -> String {
@@ -35,9 +39,14 @@ pub fn controller(identity: u64, namespaces: u32) -> Vec<u8> {
     data[80..84].copy_from_slice(&VERSION.to_le_bytes());
     // An I/O controller.
     data[111] = 1;
+    // Format NVM.
+    data[256..258].copy_from_slice(&0x02u16.to_le_bytes());
     data[259] = EVENT_REQUESTS;
     // One read-only firmware slot.
     data[260] = 0b11;
+    // Effects log; parts of log pages.
+    data[261] = 0b110;
+    data[262] = (log::ERRORS - 1) as u8;
     // Warning and critical temperature, kelvin.
     data[266..268].copy_from_slice(&343u16.to_le_bytes());
     data[268..270].copy_from_slice(&353u16.to_le_bytes());
@@ -50,6 +59,8 @@ pub fn controller(identity: u64, namespaces: u32) -> Vec<u8> {
     data[525] = 0b111;
     let name = format!("nqn.2014-08.org.nvmexpress:uuid:{}", uuid_text(identity, 0));
     data[768..768 + name.len()].copy_from_slice(name.as_bytes());
+    // The one power state: 25 W at most, in hundredths.
+    data[2048..2050].copy_from_slice(&2500u16.to_le_bytes());
     data
 }
 
@@ -58,6 +69,11 @@ pub fn namespace(disk: &dyn Disk, identity: u64, number: u32) -> Vec<u8> {
     let blocks = disk.len() >> BLOCK_SHIFT;
     for at in [0, 8, 16] {
         data[at..at + 8].copy_from_slice(&blocks.to_le_bytes());
+    }
+    // Thin provisioning; the sizes that the host likes best are told: its pages.
+    data[24] = 1 | 1 << 4;
+    for at in [64, 66, 68, 70, 72] {
+        data[at..at + 2].copy_from_slice(&(PREFERRED_BLOCKS - 1).to_le_bytes());
     }
     data[99] = u8::from(disk.read_only());
     data[104..120].copy_from_slice(&uuid(identity, number));
@@ -84,23 +100,6 @@ pub fn active(count: u32, after: u32) -> Vec<u8> {
     {
         slot.copy_from_slice(&number.to_le_bytes());
     }
-    data
-}
-
-/// SMART and health.
-pub fn health() -> Vec<u8> {
-    let mut data = vec![0u8; 512];
-    data[1..3].copy_from_slice(&300u16.to_le_bytes());
-    data[3] = 100;
-    data[4] = 10;
-    data
-}
-
-/// Firmware slots.
-pub fn firmware() -> Vec<u8> {
-    let mut data = vec![0u8; 512];
-    data[0] = 1;
-    text(&mut data[8..16], "1");
     data
 }
 

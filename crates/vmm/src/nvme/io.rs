@@ -3,21 +3,18 @@
 use std::io::ErrorKind;
 
 use disk::{Disk, DiskError};
+use vm_memory::VolatileSlice;
 
+use super::command::io::{DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
 use super::command::{Answer, BROADCAST, Command, Status};
 use super::{MAX_TRANSFER, Shared, prp};
-
-const FLUSH: u8 = 0x00;
-const WRITE: u8 = 0x01;
-const READ: u8 = 0x02;
-const WRITE_ZEROES: u8 = 0x08;
-const DATASET_MANAGEMENT: u8 = 0x09;
 
 const BLOCK: u64 = 512;
 const FORCE_UNIT_ACCESS: u32 = 1 << 30;
 const DEALLOCATE: u32 = 1 << 2;
 
-fn failed(error: &DiskError, otherwise: Status) -> Status {
+/// The status for what the host's disk says.
+pub(super) fn status_of(error: &DiskError, otherwise: Status) -> Status {
     match error {
         DiskError::Io { source, .. } => match source.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Status::CAPACITY,
@@ -28,21 +25,78 @@ fn failed(error: &DiskError, otherwise: Status) -> Status {
     }
 }
 
-/// Runs one on a worker's thread; `buffer` is the worker's own.
-pub(super) fn run(shared: &Shared, command: &Command, buffer: &mut Vec<u8>) -> Answer {
+/// The disk of a command's namespace.
+fn disk<'a>(shared: &'a Shared, command: &Command) -> Result<&'a dyn Disk, Status> {
+    command
+        .namespace
+        .checked_sub(1)
+        .and_then(|index| shared.disks.get(index as usize))
+        .map(|disk| &**disk)
+        .ok_or(Status::INVALID_NAMESPACE)
+}
+
+/// Runs one on a worker's thread.
+pub(super) fn run(shared: &Shared, command: &Command) -> Answer {
     let result = if command.opcode == FLUSH && command.namespace == BROADCAST {
         shared.flush_all()
     } else {
-        match command
-            .namespace
-            .checked_sub(1)
-            .and_then(|index| shared.disks.get(index as usize))
-        {
-            Some(disk) => one(shared, &**disk, command, buffer),
-            None => Err(Status::INVALID_NAMESPACE),
-        }
+        disk(shared, command).and_then(|disk| one(shared, disk, command))
     };
     result.err().unwrap_or(Status::SUCCESS).into()
+}
+
+/// Runs one that needs no wait for the disk: a read of what the host has in memory, a write to the host's cache. `None`
+/// for any other.
+pub(super) fn run_at_once(shared: &Shared, command: &Command) -> Option<Answer> {
+    let result = match command.opcode {
+        READ => disk(shared, command).and_then(|disk| {
+            let (offset, pieces) = transfer(shared, disk, command)?;
+            let slices = slices(shared, &pieces)?;
+            let done = disk
+                .try_read_volatile_at(offset, &slices)
+                .map_err(|error| shared.failed(&error, Status::READ_ERROR))?;
+            if done {
+                told(shared, &pieces);
+            }
+            Ok(done)
+        }),
+        WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => disk(shared, command)
+            .and_then(|disk| one(shared, disk, command))
+            .map(|()| true),
+        _ => return None,
+    };
+    match result {
+        Ok(true) => Some(Answer::SUCCESS),
+        Ok(false) => None,
+        Err(status) => Some(status.into()),
+    }
+}
+
+/// Offset on the disk and pieces of guest memory of a read or write.
+fn transfer(
+    shared: &Shared,
+    disk: &dyn Disk,
+    command: &Command,
+) -> Result<(u64, Vec<(u64, u64)>), Status> {
+    let (offset, len) = range(disk, command.first_block(), command.blocks())?;
+    if len > MAX_TRANSFER {
+        return Err(Status::INVALID_FIELD);
+    }
+    Ok((offset, prp::pieces(&shared.dma, command, len)?))
+}
+
+fn slices<'a>(shared: &'a Shared, pieces: &[(u64, u64)]) -> Result<Vec<VolatileSlice<'a>>, Status> {
+    pieces
+        .iter()
+        .map(|(address, len)| shared.dma.slice(*address, *len as usize))
+        .collect::<Result<_, _>>()
+        .map_err(|_| Status::DATA_TRANSFER)
+}
+
+fn told(shared: &Shared, pieces: &[(u64, u64)]) {
+    for (address, len) in pieces {
+        shared.dma.written(*address, *len);
+    }
 }
 
 /// Offset and length in bytes, where the disk has them.
@@ -57,50 +111,35 @@ fn range(disk: &dyn Disk, first: u64, blocks: u64) -> Result<(u64, u64), Status>
     }
 }
 
-fn one(
-    shared: &Shared,
-    disk: &dyn Disk,
-    command: &Command,
-    buffer: &mut Vec<u8>,
-) -> Result<(), Status> {
+fn one(shared: &Shared, disk: &dyn Disk, command: &Command) -> Result<(), Status> {
+    let write_fault = |error: DiskError| shared.failed(&error, Status::WRITE_FAULT);
+    let writes = matches!(command.opcode, WRITE | WRITE_ZEROES | DATASET_MANAGEMENT);
+    if writes && disk.read_only() {
+        return Err(Status::WRITE_PROTECTED);
+    }
     match command.opcode {
-        FLUSH => disk
-            .flush()
-            .map_err(|error| failed(&error, Status::WRITE_FAULT)),
-        READ | WRITE => {
-            let (offset, len) = range(disk, command.first_block(), command.blocks())?;
-            if len > MAX_TRANSFER {
-                return Err(Status::INVALID_FIELD);
-            }
-            let pieces = prp::pieces(&shared.dma, command, len)?;
-            if buffer.len() < len as usize {
-                buffer.resize(len as usize, 0);
-            }
-            let data = &mut buffer[..len as usize];
-            if command.opcode == READ {
-                disk.read_at(offset, data)
-                    .map_err(|error| failed(&error, Status::READ_ERROR))?;
-                return prp::scatter(&shared.dma, &pieces, data);
-            }
-            if disk.read_only() {
-                return Err(Status::WRITE_PROTECTED);
-            }
-            prp::gather(&shared.dma, &pieces, data)?;
-            disk.write_at(offset, data)
-                .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+        FLUSH => disk.flush().map_err(write_fault),
+        READ => {
+            let (offset, pieces) = transfer(shared, disk, command)?;
+            let slices = slices(shared, &pieces)?;
+            let result = disk.read_volatile_at(offset, &slices);
+            told(shared, &pieces);
+            result.map_err(|error| shared.failed(&error, Status::READ_ERROR))
+        }
+        WRITE => {
+            let (offset, pieces) = transfer(shared, disk, command)?;
+            disk.write_volatile_at(offset, &slices(shared, &pieces)?)
+                .map_err(write_fault)?;
             if command.words[2] & FORCE_UNIT_ACCESS != 0 {
-                disk.flush()
-                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.flush().map_err(write_fault)?;
             }
             Ok(())
         }
         WRITE_ZEROES => {
             let (offset, len) = range(disk, command.first_block(), command.blocks())?;
-            disk.write_zeroes(offset, len)
-                .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+            disk.write_zeroes(offset, len).map_err(write_fault)?;
             if command.words[2] & FORCE_UNIT_ACCESS != 0 {
-                disk.flush()
-                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.flush().map_err(write_fault)?;
             }
             Ok(())
         }
@@ -116,8 +155,7 @@ fn one(
                 let blocks = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
                 let first = u64::from_le_bytes(entry[8..16].try_into().unwrap_or_default());
                 let (offset, len) = range(disk, first, u64::from(blocks))?;
-                disk.discard(offset, len)
-                    .map_err(|error| failed(&error, Status::WRITE_FAULT))?;
+                disk.discard(offset, len).map_err(write_fault)?;
             }
             Ok(())
         }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   CPU thread: doorbell ─▶ list of queues ─▶ worker: fetch one command, list the queue again where it has more
-//!                                               └─▶ disk, guest memory ─▶ completion ─▶ MSI-X
+//!                                               └─▶ disk, guest memory ─▶ completion ─▶ MSI-X, one for several
 //! ```
 //!
 //! Lock order: the controller's lock, then whatever [`Dma::written`] takes in the CPU back end. Interrupts are
@@ -13,6 +13,7 @@ mod admin;
 mod command;
 mod identify;
 mod io;
+mod log;
 mod prp;
 mod state;
 
@@ -20,12 +21,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use cpu::Vm;
-use disk::Disk;
+use disk::{Disk, DiskError};
 use serde::{Deserialize, Serialize};
 
 use self::command::{Answer, Command, Completion, Status};
-use self::state::{CC_ENABLE, CC_SHUTDOWN, QUEUE_LIMIT, State};
+use self::state::{CC_ENABLE, CC_SHUTDOWN, GuestError, QUEUE_LIMIT, State};
 use crate::bus::{get, put};
+use crate::complaint::Complaint;
 use crate::memory::Dma;
 use crate::pci::function::FunctionState;
 use crate::pci::{Function, FunctionBuilder, Msix, PciDevice};
@@ -44,6 +46,8 @@ pub(crate) const MAX_TRANSFER: u64 = prp::PAGE << identify::MAX_TRANSFER_SHIFT;
 /// I/O queue pairs, at most; the doorbells of so many fit into the BAR.
 const IO_QUEUE_LIMIT: u32 = 64;
 const WORKERS: usize = 4;
+/// Completions of which the guest is told with one interrupt, at most.
+const BATCH: usize = 32;
 
 /// Entries of a queue less one, contiguous queues, 10 s to become ready, NVM command set, 4 KiB pages.
 const CAPABILITIES: u64 = (QUEUE_LIMIT as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
@@ -52,6 +56,8 @@ struct Inner {
     state: State,
     /// Commands with a worker.
     in_flight: usize,
+    /// Workers that look after the list of queues, and neither sleep nor wait for a disk.
+    active: usize,
     /// A reset waits for those.
     resetting: bool,
     /// The guest asked for shutdown and its flush is to be done.
@@ -66,6 +72,7 @@ pub(crate) struct Shared {
     disks: Vec<Arc<dyn Disk>>,
     identity: u64,
     io_queues: u16,
+    complaint: Complaint,
     inner: Mutex<Inner>,
     /// Work has come, or the workers shall end.
     work: Condvar,
@@ -113,6 +120,7 @@ impl Controller {
         let inner = Inner {
             state: State::new(io_queues),
             in_flight: 0,
+            active: 0,
             resetting: false,
             shutting_down: false,
             paused: false,
@@ -124,6 +132,7 @@ impl Controller {
             disks,
             identity,
             io_queues,
+            complaint: Complaint::new(name.clone()),
             inner: Mutex::new(inner),
             work: Condvar::new(),
             idle: Condvar::new(),
@@ -148,6 +157,24 @@ impl Controller {
     }
 }
 
+/// Commands that a worker has completed and the guest was not yet told of.
+#[derive(Default)]
+struct Untold {
+    count: usize,
+    vectors: Vec<u16>,
+}
+
+impl Untold {
+    fn add(&mut self, vector: Option<u16>) {
+        self.count += 1;
+        if let Some(vector) = vector
+            && !self.vectors.contains(&vector)
+        {
+            self.vectors.push(vector);
+        }
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -169,54 +196,80 @@ impl Shared {
         }
     }
 
+    /// Says what a disk met with; the status for it.
+    fn failed(&self, error: &DiskError, otherwise: Status) -> Status {
+        self.complaint.make(error);
+        io::status_of(error, otherwise)
+    }
+
     fn flush_all(&self) -> Result<(), Status> {
         let mut result = Ok(());
         for disk in &self.disks {
             if let Err(error) = disk.flush() {
-                tracing::warn!("{error}");
-                result = Err(Status::WRITE_FAULT);
+                result = Err(self.failed(&error, Status::WRITE_FAULT));
             }
         }
         result
     }
 
-    /// A worker's life.
+    /// A worker's life: it drains the listed queues, and leaves them to another while it waits for a disk.
     fn work(&self) {
-        let mut buffer = Vec::new();
+        let mut untold = Untold::default();
         let mut inner = self.lock();
+        inner.active += 1;
         loop {
+            if untold.count > 0 && (untold.count >= BATCH || inner.state.list.is_empty()) {
+                drop(inner);
+                inner = self.tell(&mut untold);
+                continue;
+            }
             if inner.closed {
                 return;
             }
-            if inner.paused || inner.resetting {
-                inner = self
-                    .work
-                    .wait(inner)
-                    .unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            if std::mem::take(&mut inner.shutting_down) {
+            let stopped = inner.paused || inner.resetting;
+            if !stopped && std::mem::take(&mut inner.shutting_down) {
                 inner.in_flight += 1;
                 drop(inner);
                 let _ = self.flush_all();
                 inner = self.lock();
                 inner.state.shutdown = 2;
-                self.land(&mut inner);
+                self.land(&mut inner, 1);
                 continue;
             }
-            let Some((queue, command)) = inner.state.fetch(&self.dma) else {
+            let next = if stopped {
+                None
+            } else {
+                inner.state.fetch(&self.dma)
+            };
+            let Some((queue, command)) = next else {
+                if untold.count > 0 {
+                    drop(inner);
+                    inner = self.tell(&mut untold);
+                    continue;
+                }
+                inner.active -= 1;
                 inner = self
                     .work
                     .wait(inner)
                     .unwrap_or_else(PoisonError::into_inner);
+                inner.active += 1;
                 continue;
             };
-            if inner.state.serve(queue) {
-                self.work.notify_one();
-            }
+            inner.state.serve(queue);
             inner.in_flight += 1;
             drop(inner);
-            let answer = self.run(queue, &command, &mut buffer);
+            let answer = match self.run_at_once(queue, &command) {
+                Some(answer) => answer,
+                None => {
+                    let mut inner = self.tell(&mut untold);
+                    inner.active -= 1;
+                    self.wake_for_list(&inner);
+                    drop(inner);
+                    let answer = self.run(queue, &command);
+                    self.lock().active += 1;
+                    answer
+                }
+            };
             inner = self.lock();
             let vector = match answer {
                 Some(Answer { status, result }) if !inner.resetting => {
@@ -227,33 +280,58 @@ impl Shared {
                         command: command.id,
                         status,
                     };
+                    inner.state.log.note(queue, &command, status);
                     inner.state.complete(&self.dma, completion)
                 }
                 _ => None,
             };
-            self.land(&mut inner);
-            if vector.is_some() {
-                drop(inner);
-                self.notify(vector);
-                inner = self.lock();
-            }
+            untold.add(vector);
         }
     }
 
-    fn run(&self, queue: u16, command: &Command, buffer: &mut Vec<u8>) -> Option<Answer> {
+    /// Interrupts for what was completed. Only then are the commands no longer in flight: a pause waits for both.
+    fn tell(&self, untold: &mut Untold) -> MutexGuard<'_, Inner> {
+        untold
+            .vectors
+            .drain(..)
+            .for_each(|vector| self.notify(Some(vector)));
+        let mut inner = self.lock();
+        self.land(&mut inner, std::mem::take(&mut untold.count));
+        inner
+    }
+
+    /// Wakes a worker where more queues are listed than workers look after.
+    fn wake_for_list(&self, inner: &Inner) {
+        if inner.state.list.len() > inner.active {
+            self.work.notify_one();
+        }
+    }
+
+    /// Runs what needs no wait for a disk; `None` for the rest.
+    fn run_at_once(&self, queue: u16, command: &Command) -> Option<Option<Answer>> {
+        if queue != 0 && command.flags & 3 == 0 {
+            io::run_at_once(self, command).map(Some)
+        } else if command.opcode == command::admin::FORMAT {
+            None
+        } else {
+            Some(self.run(queue, command))
+        }
+    }
+
+    fn run(&self, queue: u16, command: &Command) -> Option<Answer> {
         // Fused operations are not offered.
         if command.flags & 3 != 0 {
             return Some(Status::INVALID_FIELD.into());
         }
         match queue {
             0 => admin::run(self, command),
-            _ => Some(io::run(self, command, buffer)),
+            _ => Some(io::run(self, command)),
         }
     }
 
-    /// One command less in flight; the last one lets a waiting reset happen.
-    fn land(&self, inner: &mut Inner) {
-        inner.in_flight -= 1;
+    /// `count` commands less in flight; the last one lets a waiting reset happen.
+    fn land(&self, inner: &mut Inner, count: usize) {
+        inner.in_flight -= count;
         if inner.in_flight == 0 {
             self.finish_reset(inner);
             self.idle.notify_all();
@@ -302,32 +380,35 @@ impl Shared {
             }
             if index.is_multiple_of(2) {
                 match state.submission(queue) {
-                    Some(submission) if value < submission.size => submission.tail = value,
-                    _ => return,
+                    Some(submission) if value < submission.size => {
+                        submission.tail = value;
+                        if state.serve(queue) {
+                            self.wake_for_list(&inner);
+                        }
+                        None
+                    }
+                    Some(_) => state.report(&self.dma, GuestError::DoorbellValue),
+                    None => state.report(&self.dma, GuestError::NoSuchDoorbell),
                 }
-                if state.serve(queue) {
-                    self.work.notify_one();
-                }
-                None
             } else {
                 match state.completion(queue) {
-                    Some(completion) if value < completion.size => completion.head = value,
-                    _ => return,
-                }
-                let vector = state.deliver(&self.dma, queue);
-                let waiting: Vec<u16> = (0..=self.io_queues)
-                    .filter(|number| {
-                        state
-                            .submission(*number)
-                            .is_some_and(|s| s.completion == queue)
-                    })
-                    .collect();
-                for number in waiting {
-                    if state.serve(number) {
-                        self.work.notify_one();
+                    Some(completion) if value < completion.size => {
+                        completion.head = value;
+                        let vector = state.deliver(&self.dma, queue);
+                        for number in 0..=self.io_queues {
+                            if state
+                                .submission(number)
+                                .is_some_and(|submission| submission.completion == queue)
+                            {
+                                state.serve(number);
+                            }
+                        }
+                        self.wake_for_list(&inner);
+                        vector
                     }
+                    Some(_) => state.report(&self.dma, GuestError::DoorbellValue),
+                    None => state.report(&self.dma, GuestError::NoSuchDoorbell),
                 }
-                vector
             }
         };
         self.notify(vector);
@@ -463,11 +544,11 @@ impl Persist for Controller {
             shutting_down: inner.shutting_down,
             disks: self.shared.disks.iter().map(|disk| disk.len()).collect(),
         };
-        Saved::of(self.identity(), 1, &saved)
+        Saved::of(self.identity(), 2, &saved)
     }
 
     fn restore(&self, saved: &Saved) -> Result<(), StateError> {
-        let content: SavedController = saved.get(&self.identity(), 1)?;
+        let content: SavedController = saved.get(&self.identity(), 2)?;
         if !self
             .shared
             .disks

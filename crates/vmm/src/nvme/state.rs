@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use super::command::{CQE_LEN, Command, Completion, SQE_LEN};
+use super::command::{CQE_LEN, Command, Completion, SQE_LEN, Status};
+use super::log::Log;
 use crate::memory::Dma;
 
 /// Entries of the largest queue.
@@ -37,6 +38,13 @@ pub struct CompletionQueue {
     pub waiting: VecDeque<Completion>,
 }
 
+/// What a guest does wrong outside of commands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestError {
+    NoSuchDoorbell = 0,
+    DoorbellValue = 1,
+}
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct State {
@@ -54,6 +62,7 @@ pub struct State {
     /// Asynchronous event requests that wait for an event.
     pub event_requests: Vec<u16>,
     pub features: BTreeMap<u8, u32>,
+    pub log: Log,
     /// Submission queues with commands to fetch.
     pub list: VecDeque<u16>,
 }
@@ -174,6 +183,23 @@ impl State {
         self.deliver(dma, target)
     }
 
+    /// Tells the guest of an error of its own that belongs to no command (5.2.1, figure 49), where it asked to be told;
+    /// the vector to notify.
+    pub fn report(&mut self, dma: &Dma, error: GuestError) -> Option<u16> {
+        const ERROR_LOG: u32 = 1;
+        let command = self.event_requests.pop()?;
+        self.complete(
+            dma,
+            Completion {
+                result: (error as u32) << 8 | ERROR_LOG << 16,
+                queue: 0,
+                head: 0,
+                command,
+                status: Status::SUCCESS,
+            },
+        )
+    }
+
     /// Moves waiting completions into the queue as far as it has room; the vector to notify.
     pub fn deliver(&mut self, dma: &Dma, queue: u16) -> Option<u16> {
         let completion = self.completion(queue)?;
@@ -207,6 +233,7 @@ impl State {
         let size = |size: u32| (2..=4096).contains(&size);
         self.submissions.len() == queues
             && self.completions.len() == queues
+            && self.log.is_sound()
             && self.event_requests.len() <= usize::from(super::identify::EVENT_REQUESTS) + 1
             && self
                 .submissions

@@ -6,6 +6,7 @@ use cpu::Vm;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{get, put};
+use crate::complaint::Complaint;
 
 /// Vectors in one table, by its specification.
 pub const LIMIT: u16 = 2048;
@@ -35,6 +36,7 @@ pub struct MsixState {
 /// One function's table. Its lock is a leaf: messages are sent after it is released.
 pub struct Msix {
     vm: Arc<dyn Vm>,
+    complaint: Complaint,
     state: Mutex<MsixState>,
 }
 
@@ -58,6 +60,7 @@ impl Msix {
         };
         Msix {
             vm,
+            complaint: Complaint::new("MSI-X"),
             state: Mutex::new(state),
         }
     }
@@ -77,9 +80,11 @@ impl Msix {
 
     fn send(&self, messages: impl IntoIterator<Item = (u64, u32)>) {
         for (address, data) in messages {
-            if let Err(error) = self.vm.signal_msi(address, data) {
-                tracing::warn!("interrupt message {address:#x} {data:#x} not delivered: {error}");
-            }
+            let sent = self.vm.signal_msi(address, data);
+            self.complaint.about(
+                format_args!("interrupt message {address:#x} {data:#x} not delivered"),
+                sent,
+            );
         }
     }
 

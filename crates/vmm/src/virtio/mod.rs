@@ -50,6 +50,11 @@ impl Queues<'_> {
         let mut queue = self.slots[index].lock();
         work(&mut queue, self.dma)
     }
+
+    /// Serves queue `index` again after the others of its thread: for a backend that stopped before it was empty.
+    pub fn again(&self, index: usize) {
+        self.slots[index].notify();
+    }
 }
 
 /// What one kind of device does with its queues.
@@ -77,6 +82,10 @@ pub trait Backend: Send + Sync {
     }
     /// That descriptor has input.
     fn serve_event(&self, _thread: usize, _queues: &Queues<'_>) -> Result<(), QueueError> {
+        Ok(())
+    }
+    /// Returns when no chain is held outside of the queues. For a pause; the device's threads rest.
+    fn drain(&self, _queues: &Queues<'_>) -> Result<(), QueueError> {
         Ok(())
     }
     /// The driver is ready, with these features.

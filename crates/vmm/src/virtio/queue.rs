@@ -31,6 +31,8 @@ pub enum QueueError {
     Order,
     #[error("an indirect table is nested, empty or not a whole number of descriptors")]
     Indirect,
+    #[error("a buffer is smaller than the device's rules allow")]
+    Small,
     #[error("more chains are offered than the queue has entries")]
     Available,
 }
@@ -80,7 +82,11 @@ impl Chain {
 }
 
 /// The pieces of `buffers` from `offset` on, `wanted` bytes at most.
-fn pieces(buffers: &[(u64, u32)], mut offset: u64, mut wanted: usize) -> Vec<(u64, usize)> {
+pub(crate) fn pieces(
+    buffers: &[(u64, u32)],
+    mut offset: u64,
+    mut wanted: usize,
+) -> Vec<(u64, usize)> {
     let mut pieces = Vec::new();
     for (address, len) in buffers {
         let len = u64::from(*len);

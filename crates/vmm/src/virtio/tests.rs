@@ -153,7 +153,7 @@ fn request(rig: &mut Rig, kind: u32, sector: u64, data: (u64, u32, bool)) -> u8 
 #[test]
 fn a_disk_reads_writes_flushes_and_refuses() {
     let (_file, disk) = block(1 << 20);
-    let mut rig = made(Arc::new(Block::new(disk.clone(), 2, "serial")));
+    let mut rig = made(Arc::new(Block::new(disk.clone(), 2, "serial").unwrap()));
     rig.start();
     rig.dma.write(DATA + 0x1000, &[7; 1024]).unwrap();
     assert_eq!(request(&mut rig, 1, 9, (DATA + 0x1000, 1024, false)), 0);
@@ -227,7 +227,11 @@ fn a_console_carries_both_ways() {
     rig.dma.write(DATA, b"login: ").unwrap();
     rig.offer(1, 0, &[(DATA, 7, false)]);
     rig.used(1);
-    assert_eq!(&*sink.0.lock().unwrap(), b"login: ");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while &*sink.0.lock().unwrap() != b"login: " {
+        assert!(Instant::now() < deadline, "the output came not out");
+        std::thread::yield_now();
+    }
     console.receive(b"root\n");
     rig.offer(0, 0, &[(DATA + 0x100, 64, true)]);
     assert_eq!(rig.used(0), 5);
@@ -241,7 +245,7 @@ fn a_host_program_talks_to_a_port_of_the_guest() {
 
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vsock");
-    let vsock = super::vsock::Vsock::new(UnixListener::bind(&path).unwrap(), 3).unwrap();
+    let vsock = super::vsock::Vsock::new(&path, 3).unwrap();
     let mut rig = made(Arc::new(vsock));
     rig.start();
     for buffer in 0..6 {
@@ -258,12 +262,12 @@ fn a_host_program_talks_to_a_port_of_the_guest() {
     assert_eq!((request[30], request[20]), (1, 77));
     let ours = request[16..20].to_vec();
     let mut sent = 0u16;
-    let mut send = |rig: &mut Rig, operation: u8, flags: u8, data: &[u8]| {
+    let mut send_to = |rig: &mut Rig, to: &[u8], operation: u8, flags: u8, data: &[u8]| {
         let mut packet = vec![0; 44];
         packet[0] = 3;
         packet[8] = 2;
         packet[16] = 77;
-        packet[20..24].copy_from_slice(&ours);
+        packet[20..24].copy_from_slice(to);
         packet[24] = data.len() as u8;
         packet[28] = 1;
         packet[30] = operation;
@@ -275,6 +279,8 @@ fn a_host_program_talks_to_a_port_of_the_guest() {
         rig.used(1);
         sent += 1;
     };
+    let mut send =
+        |rig: &mut Rig, operation, flags, data: &[u8]| send_to(rig, &ours, operation, flags, data);
     send(&mut rig, 2, 0, b"");
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let mut line = String::new();
@@ -289,14 +295,27 @@ fn a_host_program_talks_to_a_port_of_the_guest() {
     assert_eq!(rig.used(0), 44, "credit");
     send(&mut rig, 4, 3, b"");
     assert_eq!(reader.read(&mut word).unwrap(), 0);
-    // Connections of the guest's own are refused.
-    send(&mut rig, 1, 0, b"");
-    assert_eq!((rig.used(0), rig.bytes(DATA + 0x3000 + 30, 1)[0]), (44, 3));
+    assert_eq!(
+        (rig.used(0), rig.bytes(DATA + 0x3000 + 30, 1)[0]),
+        (44, 3),
+        "a connection that both sides have ended is reset"
+    );
+    // The guest's own connections reach what listens on the host, and are refused where nothing does.
+    let port = 52u32.to_le_bytes();
+    send_to(&mut rig, &port, 1, 0, b"");
+    assert_eq!((rig.used(0), rig.bytes(DATA + 0x4000 + 30, 1)[0]), (44, 3));
+    let service = UnixListener::bind(directory.path().join("vsock_52")).unwrap();
+    send_to(&mut rig, &port, 1, 0, b"");
+    assert_eq!((rig.used(0), rig.bytes(DATA + 0x5000 + 30, 1)[0]), (44, 2));
+    let (mut accepted, _) = service.accept().unwrap();
+    send_to(&mut rig, &port, 5, 0, b"hello");
+    accepted.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"hello");
 }
 
 #[test]
 fn ballooned_pages_are_dropped() {
-    let balloon = Arc::new(Balloon::new());
+    let balloon = Arc::new(Balloon::new().unwrap());
     let mut rig = made(balloon.clone());
     rig.start();
     rig.dma.write(0x50_0000, &[9; 8192]).unwrap();
@@ -310,13 +329,39 @@ fn ballooned_pages_are_dropped() {
     rig.used(0);
     assert_eq!(rig.bytes(0x50_0000, 8192), [0; 8192]);
     rig.dma.write(0x60_0000, &[9; 4096]).unwrap();
-    rig.offer(2, 0, &[(0x60_0000, 4096, true)]);
-    rig.used(2);
+    rig.offer(3, 0, &[(0x60_0000, 4096, true)]);
+    rig.used(3);
     assert_eq!(balloon.figures().1, 3 * 4096);
     // Pages the guest does not have are its own mistake.
     rig.dma.write(DATA, &u32::MAX.to_le_bytes()).unwrap();
     rig.offer(0, 3, &[(DATA, 4, false)]);
     rig.used(0);
+}
+
+#[test]
+fn a_guest_tells_of_its_memory_when_asked() {
+    let balloon = Arc::new(Balloon::new().unwrap());
+    let mut rig = made(balloon.clone());
+    rig.start();
+    let tell = |rig: &mut Rig, free: u64| {
+        let mut list = vec![4, 0];
+        list.extend(free.to_le_bytes());
+        list.extend([5, 0]);
+        list.extend(u64::MAX.to_le_bytes());
+        rig.dma.write(DATA, &list).unwrap();
+        rig.offer(2, 0, &[(DATA, 20, false)]);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while balloon.statistics().free != Some(free) {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+    };
+    tell(&mut rig, 77);
+    assert_eq!(balloon.statistics().total, None);
+    assert_eq!(rig.queues[2].used(&rig.dma), None, "the buffer is kept");
+    balloon.refresh();
+    assert_eq!(rig.used(2), 0);
+    tell(&mut rig, 78);
 }
 
 #[test]
@@ -349,12 +394,15 @@ fn every_device_keeps_its_state() {
     let pairs: Vec<[Arc<dyn Backend>; 2]> = vec![
         [Arc::new(Rng), Arc::new(Rng)],
         [
-            Arc::new(Block::new(disk.clone(), 2, "x")),
-            Arc::new(Block::new(disk, 2, "x")),
+            Arc::new(Block::new(disk.clone(), 2, "x").unwrap()),
+            Arc::new(Block::new(disk, 2, "x").unwrap()),
         ],
         [Arc::new(net()), Arc::new(net())],
         [Arc::new(console()), Arc::new(console())],
-        [Arc::new(Balloon::new()), Arc::new(Balloon::new())],
+        [
+            Arc::new(Balloon::new().unwrap()),
+            Arc::new(Balloon::new().unwrap()),
+        ],
     ];
     for [used, fresh] in pairs {
         let mut rig = made(used);

@@ -1,0 +1,276 @@
+//! A block device (section 5.2): a queue and a thread per CPU, flush, discard, write zeroes.
+//!
+//! ```text
+//!   queue thread: pop ─▶ the host has it in memory ──────────────────────────▶ used ring
+//!                    └─▶ the disk must be waited for ─▶ pool ─▶ done list, event ─▶ used ring
+//! ```
+//!
+//! Lock order: a queue, then its done list.
+
+mod request;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use disk::{Disk, DiskError};
+use rustix::event::{EventfdFlags, eventfd};
+
+use self::request::{Operation, Outcome, perform, try_read};
+use super::queue::{Chain, Queue};
+use super::{Backend, QueueError, Queues, config_bytes};
+use crate::complaint::Complaint;
+use crate::memory::Dma;
+use crate::pool::Pool;
+
+const QUEUE_SIZE: u16 = 256;
+const SECTOR: u64 = 512;
+/// Bytes of one read or write; more is an error.
+const TRANSFER_LIMIT: u64 = 4 << 20;
+/// Segments of one request, less those of header and status.
+const SEGMENT_LIMIT: u32 = QUEUE_SIZE as u32 - 2;
+/// Ranges of one discard or write zeroes, and sectors of each.
+const RANGE_LIMIT: u32 = 64;
+const RANGE_SECTORS: u32 = 1 << 21;
+/// Requests begun in one go, so that a reset or a pause gets its turn.
+const TURN: usize = 256;
+
+const SEG_MAX: u64 = 1 << 2;
+const READ_ONLY: u64 = 1 << 5;
+const BLOCK_SIZE: u64 = 1 << 6;
+const FLUSH: u64 = 1 << 9;
+const TOPOLOGY: u64 = 1 << 10;
+const WRITE_CACHE: u64 = 1 << 11;
+const MULTI_QUEUE: u64 = 1 << 12;
+const DISCARD: u64 = 1 << 13;
+const WRITE_ZEROES: u64 = 1 << 14;
+/// Sectors of a physical block, as a power of two: 4 KiB, the host's page.
+const PHYSICAL_SHIFT: u8 = 3;
+
+/// Requests of one queue that the pool has done with.
+struct Landing {
+    list: Mutex<Vec<(Chain, Result<Outcome, QueueError>)>>,
+    event: OwnedFd,
+}
+
+/// See the module.
+pub struct Block {
+    disk: Arc<dyn Disk>,
+    landings: Vec<Arc<Landing>>,
+    pool: Pool,
+    /// At most 20 bytes that name the disk to the guest.
+    serial: String,
+    complaint: Arc<Complaint>,
+    /// The guest's choice: with it off, each write is flushed.
+    write_back: AtomicBool,
+}
+
+impl Block {
+    /// A device with as many queues as `queues` says, between 1 and 64.
+    ///
+    /// # Errors
+    /// Where the host gives no threads or events.
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        queues: u32,
+        serial: impl Into<String>,
+    ) -> std::io::Result<Block> {
+        let serial = serial.into();
+        let landings = (0..queues.clamp(1, 64))
+            .map(|_| {
+                Ok(Arc::new(Landing {
+                    list: Mutex::default(),
+                    event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+                }))
+            })
+            .collect::<std::io::Result<_>>()?;
+        Ok(Block {
+            disk,
+            landings,
+            pool: Pool::new(&serial)?,
+            complaint: Arc::new(Complaint::new(serial.clone())),
+            serial,
+            write_back: AtomicBool::new(true),
+        })
+    }
+
+    /// Runs a request at once, or hands it to the pool.
+    fn begin(
+        &self,
+        index: usize,
+        chain: Chain,
+        queue: &mut Queue,
+        dma: &Dma,
+    ) -> Result<(), QueueError> {
+        let operation = Operation::of(&chain, dma)?;
+        let write_back = self.write_back.load(Ordering::Relaxed);
+        let complain = |error: &DiskError| self.complaint.make(error);
+        let outcome = match operation {
+            Operation::Read { offset } => try_read(&*self.disk, offset, &chain, dma, &complain)?,
+            _ if operation.is_slow(write_back) => None,
+            _ => Some(perform(
+                &*self.disk,
+                operation,
+                &chain,
+                dma,
+                &self.serial,
+                write_back,
+                &complain,
+            )?),
+        };
+        if let Some(outcome) = outcome {
+            return finish(&chain, outcome, queue, dma);
+        }
+        let (disk, dma) = (self.disk.clone(), dma.clone());
+        let (landing, complaint) = (self.landings[index].clone(), self.complaint.clone());
+        self.pool.run(move || {
+            let complain = |error: &DiskError| complaint.make(error);
+            let outcome = perform(&*disk, operation, &chain, &dma, "", write_back, &complain);
+            landing
+                .list
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push((chain, outcome));
+            let _ = rustix::io::write(&landing.event, &1u64.to_ne_bytes());
+        });
+        Ok(())
+    }
+
+    /// Gives back what the pool has done.
+    fn land(&self, index: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
+        queues.with(index, |queue, dma| {
+            let done = std::mem::take(
+                &mut *self.landings[index]
+                    .list
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner),
+            );
+            if !queue.enabled {
+                return Ok(());
+            }
+            done.into_iter()
+                .try_for_each(|(chain, outcome)| finish(&chain, outcome?, queue, dma))
+        })
+    }
+}
+
+/// Writes a request's status and gives its chain back.
+fn finish(
+    chain: &Chain,
+    (written, status): Outcome,
+    queue: &mut Queue,
+    dma: &Dma,
+) -> Result<(), QueueError> {
+    let last = chain.writable_len().saturating_sub(1);
+    let marked = chain.write(dma, last, &[status as u8])?;
+    queue.push(dma, chain.head, written + marked as u32)
+}
+
+impl Backend for Block {
+    fn kind(&self) -> u16 {
+        2
+    }
+    fn class(&self) -> u32 {
+        0x01_0000
+    }
+    fn features(&self) -> u64 {
+        let writable = if self.disk.read_only() {
+            READ_ONLY
+        } else {
+            DISCARD | WRITE_ZEROES
+        };
+        SEG_MAX | BLOCK_SIZE | TOPOLOGY | FLUSH | WRITE_CACHE | MULTI_QUEUE | writable
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.landings.len()]
+    }
+    fn threads(&self) -> Vec<Vec<usize>> {
+        (0..self.landings.len()).map(|queue| vec![queue]).collect()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0u8; 60];
+        config[0..8].copy_from_slice(&(self.disk.len() / SECTOR).to_le_bytes());
+        config[12..16].copy_from_slice(&SEGMENT_LIMIT.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        config[24] = PHYSICAL_SHIFT;
+        config[32] = u8::from(self.write_back.load(Ordering::Relaxed));
+        config[34..36].copy_from_slice(&(self.landings.len() as u16).to_le_bytes());
+        config[36..40].copy_from_slice(&RANGE_SECTORS.to_le_bytes());
+        config[40..44].copy_from_slice(&RANGE_LIMIT.to_le_bytes());
+        config[44..48].copy_from_slice(&8u32.to_le_bytes());
+        config[48..52].copy_from_slice(&RANGE_SECTORS.to_le_bytes());
+        config[52..56].copy_from_slice(&RANGE_LIMIT.to_le_bytes());
+        // Zeroing may give the space back.
+        config[56] = 1;
+        config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        if offset == 32
+            && let Some(first) = data.first()
+        {
+            self.write_back.store(*first != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn serve(&self, index: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
+        queues.with(index, |queue, dma| {
+            for _ in 0..TURN {
+                let Some(chain) = queue.pop(dma)? else {
+                    return Ok(());
+                };
+                self.begin(index, chain, queue, dma)?;
+            }
+            queues.again(index);
+            Ok(())
+        })
+    }
+
+    fn event_source(&self, thread: usize) -> Option<BorrowedFd<'_>> {
+        Some(self.landings[thread].event.as_fd())
+    }
+
+    fn serve_event(&self, thread: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
+        let _ = rustix::io::read(&self.landings[thread].event, &mut [0; 8]);
+        self.land(thread, queues)
+    }
+
+    fn drain(&self, queues: &Queues<'_>) -> Result<(), QueueError> {
+        self.pool.wait_idle();
+        (0..self.landings.len()).try_for_each(|index| self.land(index, queues))
+    }
+
+    fn reset(&self) {
+        // What is under way still fills the guest's memory: the reset is over when that is.
+        self.pool.wait_idle();
+        for landing in &self.landings {
+            landing
+                .list
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+        }
+        self.write_back.store(true, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!({ "bytes": self.disk.len(), "write_back": self.write_back.load(Ordering::Relaxed) })
+    }
+
+    fn restore(&self, state: &serde_json::Value) -> Result<(), String> {
+        if state["bytes"] != self.disk.len() {
+            return Err("its disk has another size".into());
+        }
+        self.write_back
+            .store(state["write_back"] != false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn close(&self) {
+        self.pool.close();
+        if let Err(error) = self.disk.flush() {
+            tracing::warn!("{error}");
+        }
+    }
+}
