@@ -99,7 +99,7 @@ impl<'a> Ready<'a> {
                 self.slices.push_back(dma.slice(*address, *len as usize)?);
             }
             let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
-            if room < HEADER + ETHERNET {
+            if room < HEADER + if merge { 0 } else { ETHERNET } {
                 return Err(QueueError::Small);
             }
             self.room = self.room.saturating_add(room);

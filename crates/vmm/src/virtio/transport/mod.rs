@@ -501,7 +501,8 @@ impl Persist for Transport {
         if !sound {
             return Err(saved.damaged("its queues cannot be"));
         }
-        if content.common.driver_features & !shared.features != 0 {
+        let agreed = content.common.status & STATUS_FEATURES_OK != 0;
+        if agreed && content.common.driver_features & !shared.features != 0 {
             return Err(saved.damaged("it uses features that this machine does not offer"));
         }
         shared
@@ -517,7 +518,7 @@ impl Persist for Transport {
         }
         shared.isr.store(content.isr, Ordering::Release);
         let features = content.common.driver_features;
-        let started = content.common.status & STATUS_DRIVER_OK != 0;
+        let started = agreed && content.common.status & STATUS_DRIVER_OK != 0;
         *shared.common() = content.common;
         if started {
             shared.backend.start(features);

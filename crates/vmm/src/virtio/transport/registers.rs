@@ -44,6 +44,10 @@ impl Shared {
             if status & STATUS_FEATURES_OK != 0 && !acceptable {
                 status &= !STATUS_FEATURES_OK;
             }
+            // A driver that has agreed on nothing does not start (3.1.1).
+            if status & STATUS_FEATURES_OK == 0 {
+                status &= !STATUS_DRIVER_OK;
+            }
             let started = status & STATUS_DRIVER_OK != 0 && common.status & STATUS_DRIVER_OK == 0;
             common.status = status;
             started.then_some(common.driver_features)
