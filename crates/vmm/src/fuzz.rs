@@ -357,7 +357,7 @@ impl Rig {
                 self.mmio.read(address, &mut [0; 8][..width]);
             }
             7 => self.bring_up(),
-            8 => self.from_outside(choices),
+            8 => self.act_outside(choices),
             9 if self.kind != Kind::Nvme => self.set(20, 0, 1),
             _ if self.kind == Kind::Nvme => {
                 let opcode = match choices.byte() {
@@ -378,7 +378,7 @@ impl Rig {
         }
     }
 
-    fn from_outside(&self, choices: &mut Choices<'_>) {
+    fn act_outside(&self, choices: &mut Choices<'_>) {
         let len = usize::from(choices.byte()) * 16;
         match &self.outside {
             Outside::Nothing => {}
@@ -423,7 +423,7 @@ pub fn fuzz_device(kind: Kind, data: &[u8]) -> std::io::Result<()> {
     let disk: Arc<dyn Disk> = Arc::new(RawDisk::open(&path, false).map_err(std::io::Error::other)?);
     let mut rig = Rig::new(kind, &disk, &folder.0)?;
     let mut choices = Choices(data);
-    if !data.first().is_some_and(|first| first & 1 == 0) {
+    if data.first().is_none_or(|first| first & 1 != 0) {
         rig.bring_up();
     }
     let mut steps = 0u32;
