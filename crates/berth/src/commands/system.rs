@@ -130,11 +130,14 @@ fn usage(df: &Value) -> [Usage; 4] {
             total: images.len(),
             active: images.iter().filter(used_image).count(),
             size: number(df, "LayersSize"),
-            reclaimable: images
-                .iter()
-                .filter(|i| !used_image(i))
-                .map(|i| number(i, "Size").saturating_sub(number(i, "SharedSize")))
-                .sum(),
+            // As docker counts: all layers but those that only images in use have.
+            reclaimable: number(df, "LayersSize").saturating_sub(
+                images
+                    .iter()
+                    .filter(used_image)
+                    .map(|i| number(i, "Size").saturating_sub(number(i, "SharedSize")))
+                    .sum(),
+            ),
         },
         Usage {
             kind: "Containers",
