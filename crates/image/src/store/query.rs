@@ -1,5 +1,6 @@
 //! Finding images and telling about them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::{ImageRecord, State, Store, Stored};
@@ -246,18 +247,26 @@ impl Store {
         self.state().layers.values().map(|l| l.size).sum()
     }
 
-    /// Bytes of this image's layers that other images have too.
+    /// Bytes of this image's layers that other images have too. Images that are only steps on the way to
+    /// another one (not the end of a line of builds) do not count, as in a list without `all`.
     pub fn shared_size(&self, id: &ImageId) -> u64 {
         let state = self.state();
         let Some(own) = state.images.get(id) else {
             return 0;
         };
+        let steps: HashSet<ImageId> = state
+            .images
+            .values()
+            .filter_map(|stored| stored.record.parent)
+            .collect();
         own.record
             .layers
             .iter()
             .filter(|layer| {
                 state.images.iter().any(|(other, stored)| {
                     other != id
+                        && (!steps.contains(other)
+                            || !Image::new(&state, *other, stored).repo_tags.is_empty())
                         && stored
                             .record
                             .layers
