@@ -43,6 +43,19 @@ pub(crate) struct Options {
     pub data: Vec<String>,
 }
 
+impl Options {
+    /// What a new file system takes of them: attributes, flags of the super block, data.
+    pub fn of_filesystem(&self) -> Options {
+        Options {
+            set: self.set,
+            clear: self.clear,
+            super_flags: self.super_flags.clone(),
+            data: self.data.clone(),
+            ..Options::default()
+        }
+    }
+}
+
 /// Sorts the options as mount(8) and the runtime specification name them; unknown ones are the file system's.
 pub(crate) fn parse_options(mount: &Mount) -> Result<Options> {
     let mut options = Options {
