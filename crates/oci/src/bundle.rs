@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
 use crate::error::{Context, Error, Result};
+use crate::netdevice;
 
 /// A bundle's configuration with the bytes it came from.
 pub struct Bundle {
@@ -150,14 +151,13 @@ pub fn validate(spec: &Spec) -> Result<()> {
             "config.json: linux.intelRdt is asked for, but resctrl is not mounted on this host",
         ));
     }
-    if linux
-        .net_devices()
-        .as_ref()
-        .is_some_and(|devices| !devices.is_empty())
-    {
-        return Err(Error::unsupported(
-            "config.json: linux.netDevices is not supported: give the container a network namespace that has the device",
-        ));
+    if let Some(devices) = linux.net_devices().as_ref().filter(|map| !map.is_empty()) {
+        if !has(LinuxNamespaceType::Network) {
+            return Err(Error::invalid(
+                "config.json: linux.netDevices without a network namespace to move them into",
+            ));
+        }
+        netdevice::validate(devices)?;
     }
     if let Some(process) = spec.process() {
         validate_process(process)?;

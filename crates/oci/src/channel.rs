@@ -1,7 +1,7 @@
 //! The conversation between the runtime and a container's first process, over a SEQPACKET socket pair.
 //!
 //! ```text
-//! runtime ──m──▶ init   the id mappings are written (only with a new user namespace)
+//! runtime ──m──▶ init   go on: id mappings, scope, network devices stand (only where one is asked for)
 //! runtime ──p──▶ init   proceed: host pid, descriptors of v1 `tasks` files to join
 //! init    ──T──▶ runtime   the terminal's master, by SCM_RIGHTS
 //! init    ──H──▶ runtime   namespaces and mounts stand, the root is not switched: run the runtime's hooks

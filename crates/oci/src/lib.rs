@@ -19,6 +19,7 @@ mod init;
 mod launch;
 mod mount;
 mod namespace;
+mod netdevice;
 mod process;
 mod rootfs;
 mod scheduling;
@@ -35,4 +36,4 @@ pub use rootfs::Rootfs;
 pub use terminal::{Size, set_size};
 
 /// The version of the runtime specification this follows.
-pub const OCI_VERSION: &str = "1.2.1";
+pub const OCI_VERSION: &str = "1.3.0";

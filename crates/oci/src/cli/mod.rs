@@ -3,6 +3,7 @@
 mod commands;
 mod exec;
 mod foreground;
+mod quick;
 mod report;
 mod run;
 
@@ -199,7 +200,12 @@ pub(crate) struct Context {
 /// Runs the command line `arguments` (the first is the program's name) and returns its exit code: the container's for
 /// `run` and `exec` in the foreground, 255 for a failed `exec`, else 1 for a failure.
 pub fn main<I: IntoIterator<Item = OsString>>(arguments: I) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let parsed = match quick::parse(&arguments) {
+        Some(cli) => Ok(cli),
+        None => Cli::try_parse_from(arguments),
+    };
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();

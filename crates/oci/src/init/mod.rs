@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags};
 pub(crate) use finish::Finish;
 pub(crate) use join::{Join, join};
 
-use crate::cgroup::{self, Cgroup, CgroupTarget, Hierarchies};
+use crate::cgroup::{self, Cgroup, Hierarchies};
 use crate::channel::Channel;
 use crate::error::{Context, Error, Result};
 use crate::hook::{self, HookState};
@@ -88,7 +88,7 @@ impl Init<'_, '_> {
     fn set_up(&mut self) -> Result<Option<Label>> {
         syscall::reset_known_signals();
         let new_user = self.namespaces.is_new(libc::CLONE_NEWUSER);
-        if new_user || matches!(self.launch.cgroup, CgroupTarget::Systemd { .. }) {
+        if self.launch.holds_init(new_user) {
             self.channel.expect(b'm')?;
         }
         cgroup::join(&self.tasks)?;

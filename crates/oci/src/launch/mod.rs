@@ -4,10 +4,11 @@ mod clone;
 mod exec;
 mod talk;
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNetDevice, Spec};
 
 pub use exec::{Exec, exec};
 pub(crate) use talk::start_at;
@@ -22,6 +23,7 @@ use crate::error::{Context, Error, Result};
 use crate::init::{self, Init};
 use crate::mount::{self, Options};
 use crate::namespace::{self, Namespaces};
+use crate::netdevice;
 use crate::process;
 use crate::rootfs::Rootfs;
 use crate::seccomp;
@@ -101,6 +103,19 @@ impl<'a> Launch<'a> {
             rootless: !rustix::process::geteuid().is_root(),
             on_clone: None,
         })
+    }
+
+    /// The network devices to be moved into the container.
+    fn net_devices(&self) -> Option<&'a HashMap<String, LinuxNetDevice>> {
+        let linux = self.spec.linux().as_ref()?;
+        linux.net_devices().as_ref().filter(|map| !map.is_empty())
+    }
+
+    /// Whether init waits until the runtime has seen to what only it can do from outside.
+    pub(crate) fn holds_init(&self, new_user: bool) -> bool {
+        new_user
+            || matches!(self.cgroup, CgroupTarget::Systemd { .. })
+            || self.net_devices().is_some()
     }
 }
 
@@ -244,6 +259,14 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         None
     };
 
+    // Kept beyond the clone, with which the list of namespaces goes.
+    let network = match (
+        launch.net_devices(),
+        namespaces.joined_fd(libc::CLONE_NEWNET),
+    ) {
+        (Some(_), Some(fd)) => Some(fd.try_clone_to_owned().during(|| "dup".into())?),
+        _ => None,
+    };
     let (ours, theirs) = Channel::pair()?;
     let staged = namespaces.joins(libc::CLONE_NEWUSER)
         || (namespaces.joins(libc::CLONE_NEWPID) && !privileged);
@@ -299,7 +322,13 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         }
         unfinished.cgroup = Some(cgroup);
     }
-    if new_user || matches!(launch.cgroup, CgroupTarget::Systemd { .. }) {
+    if let Some(devices) = launch.net_devices() {
+        match &network {
+            Some(joined) => netdevice::move_all(devices, joined.as_fd())?,
+            None => netdevice::move_all(devices, network_of(pid)?.as_fd())?,
+        }
+    }
+    if launch.holds_init(new_user) {
         ours.send(b'm', &[], &[])?;
     }
     if let Some(notify) = &mut launch.on_clone {
@@ -401,6 +430,15 @@ fn prepare_mounts(
         )?));
     }
     Ok(prepared)
+}
+
+fn network_of(pid: i32) -> Result<OwnedFd> {
+    rustix::fs::open(
+        format!("/proc/{pid}/ns/net"),
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )
+    .during(|| "open the container's network namespace".into())
 }
 
 fn set_oom_score(pid: i32, adjustment: i32, tolerant: bool) -> Result<()> {
