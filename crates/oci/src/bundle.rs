@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
+use crate::cgroup::{CgroupTarget, rdt};
 use crate::error::{Context, Error, Result};
-use crate::netdevice;
+use crate::{mount, netdevice, process, seccomp};
 
 /// A bundle's configuration with the bytes it came from.
 pub struct Bundle {
@@ -45,10 +46,29 @@ pub fn parse(raw: &[u8], path: &Path) -> Result<Spec> {
     })
 }
 
-/// Entry of the fuzz target: any bytes are a configuration or an error.
+/// Entry of the fuzz target: any bytes are a configuration or an error, and so is each part of it that is read before
+/// anything is made.
 pub fn fuzz_config(data: &[u8]) {
-    if let Ok(spec) = parse(data, Path::new("config.json")) {
-        let _ = validate(&spec);
+    let Ok(spec) = parse(data, Path::new("config.json")) else {
+        return;
+    };
+    let _ = validate(&spec);
+    let _ = root(&spec, Path::new("/bundle"));
+    for mount in spec.mounts().iter().flatten() {
+        let _ = mount::parse_options(mount);
+        let _ = mount::idmap_ranges(mount, (&[], &[]));
+        let _ = mount::bind_source(mount, Path::new("/bundle"));
+    }
+    for systemd in [false, true] {
+        let _ = CgroupTarget::of(&spec, "id", systemd);
+    }
+    if let Some(process) = spec.process() {
+        let _ = process::arguments(process);
+        let _ = process::environment(process, 1);
+    }
+    let profile = spec.linux().as_ref().and_then(|it| it.seccomp().as_ref());
+    if let Some(profile) = profile {
+        let _ = seccomp::compile(profile);
     }
 }
 
@@ -146,10 +166,8 @@ pub fn validate(spec: &Spec) -> Result<()> {
             )));
         }
     }
-    if linux.intel_rdt().is_some() && !Path::new("/sys/fs/resctrl/schemata").exists() {
-        return Err(Error::unsupported(
-            "config.json: linux.intelRdt is asked for, but resctrl is not mounted on this host",
-        ));
+    if let Some(config) = linux.intel_rdt() {
+        rdt::validate(config)?;
     }
     if let Some(devices) = linux.net_devices().as_ref().filter(|map| !map.is_empty()) {
         if !has(LinuxNamespaceType::Network) {
@@ -215,6 +233,7 @@ fn sysctl_namespace(name: &str) -> Option<LinuxNamespaceType> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use serde_json::{Value, json};
 
     fn check(json: &str) -> String {
         match validate(&parse(json.as_bytes(), Path::new("config.json")).unwrap()) {
@@ -247,7 +266,65 @@ mod tests {
         assert!(check(cwd).contains("cwd"));
     }
 
+    /// A configuration with something of everything.
+    fn rich() -> Value {
+        json!({
+            "ociVersion": "1.2.0", "hostname": "h",
+            "process": {"user": {"uid": 1, "gid": 2, "additionalGids": [3]}, "cwd": "/", "args": ["a", "b"], "env": ["PATH=/bin", "X"],
+                "capabilities": {"bounding": ["CAP_KILL"]}, "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}],
+                "scheduler": {"policy": "SCHED_BATCH", "nice": 1}, "oomScoreAdj": 5, "consoleSize": {"height": 1, "width": 2}},
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": [{"destination": "/a", "type": "bind", "source": "b", "options": ["rbind", "rro", "size=1"],
+                "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}]}],
+            "hooks": {"poststop": [{"path": "/x", "args": ["x"], "timeout": 1}]},
+            "annotations": {"a": "b"},
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "network"}, {"type": "uts", "path": "/x"}], "cgroupsPath": "a:b:c",
+                "sysctl": {"net.a.b": "1"}, "netDevices": {"eth9": {"name": "eth%d"}}, "maskedPaths": ["/m"],
+                "devices": [{"path": "/dev/x", "type": "c", "major": 1, "minor": 2, "fileMode": 438}],
+                "resources": {"memory": {"limit": 1}, "devices": [{"allow": false, "access": "rwm"}]},
+                "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0-1"}, "timeOffsets": {"monotonic": {"secs": 1}},
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86_64"],
+                    "syscalls": [{"names": ["read", "clone"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 1, "valueTwo": 2, "op": "SCMP_CMP_MASKED_EQ"}]}]}}
+        })
+    }
+
+    /// Replaces the `at`th value of a tree, counted in order.
+    fn replace(tree: &mut Value, at: &mut usize, with: &Value) {
+        if *at == 0 {
+            *tree = with.clone();
+        }
+        *at = at.wrapping_sub(1);
+        match tree {
+            Value::Array(list) => list.iter_mut().for_each(|item| replace(item, at, with)),
+            Value::Object(map) => map.values_mut().for_each(|item| replace(item, at, with)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_rich_configuration_is_read_whole() {
+        let spec = parse(rich().to_string().as_bytes(), Path::new("config.json")).unwrap();
+        let _ = validate(&spec);
+        assert!(
+            seccomp::compile(spec.linux().as_ref().unwrap().seccomp().as_ref().unwrap()).is_ok()
+        );
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #[test]
+        fn no_field_panics(places in proptest::collection::vec((0usize..140, prop_oneof![
+            any::<i64>().prop_map(Value::from), any::<u64>().prop_map(Value::from), any::<f64>().prop_map(Value::from),
+            ".{0,12}".prop_map(Value::from), "[/.:%a0-9-]{0,20}".prop_map(Value::from), Just(Value::Null), Just(json!([])), Just(json!({})),
+            any::<bool>().prop_map(Value::from), Just(json!([""])), Just(json!({"": ""})), Just(json!(u32::MAX)),
+        ]), 1..4)) {
+            let mut tree = rich();
+            for (mut at, with) in places {
+                replace(&mut tree, &mut at, &with);
+            }
+            fuzz_config(tree.to_string().as_bytes());
+        }
+
         #[test]
         fn no_bytes_panic(data in proptest::collection::vec(any::<u8>(), 0..200)) {
             fuzz_config(&data);

@@ -187,7 +187,7 @@ fn run(words: &mut Words<'_>) -> Option<RunArgs> {
             Word::Flag("preserve-fds", with) => {
                 let count = words.value(with)?;
                 let plain = count.bytes().all(|byte| byte.is_ascii_digit());
-                once(&mut preserve, count.parse().ok().filter(|_| plain)?)?;
+                once(&mut preserve, count.parse::<u32>().ok().filter(|_| plain)?)?;
             }
             Word::Flag("no-pivot", with) => switch(&mut create.no_pivot, with)?,
             Word::Flag("no-new-keyring", with) => switch(&mut create.no_new_keyring, with)?,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNetDevice, Spec};
+use oci_spec::runtime::{LinuxIntelRdt, LinuxNetDevice, Spec};
 
 pub use exec::{Exec, exec};
 pub(crate) use talk::start_at;
@@ -111,11 +111,16 @@ impl<'a> Launch<'a> {
         linux.net_devices().as_ref().filter(|map| !map.is_empty())
     }
 
+    fn intel_rdt(&self) -> Option<&'a LinuxIntelRdt> {
+        self.spec.linux().as_ref()?.intel_rdt().as_ref()
+    }
+
     /// Whether init waits until the runtime has seen to what only it can do from outside.
     pub(crate) fn holds_init(&self, new_user: bool) -> bool {
         new_user
             || matches!(self.cgroup, CgroupTarget::Systemd { .. })
             || self.net_devices().is_some()
+            || self.intel_rdt().is_some()
     }
 }
 
@@ -321,6 +326,12 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
             cgroup.apply(limits)?;
         }
         unfinished.cgroup = Some(cgroup);
+    }
+    if let Some(config) = launch.intel_rdt() {
+        unfinished
+            .cgroup
+            .get_or_insert_default()
+            .join_resctrl(config, launch.id, pid)?;
     }
     if let Some(devices) = launch.net_devices() {
         match &network {
