@@ -11,6 +11,8 @@ mod native;
 mod output;
 mod progress;
 mod serve;
+#[cfg(stage)]
+mod stage;
 mod terminal;
 
 use std::process::ExitCode;

@@ -269,7 +269,10 @@ fn podman_leads_a_container_through_its_life() {
             .ends_with("berth-oci")
     );
     p.ok(&["pause", "one"]);
-    assert!(p.ok(&["ps", "--format", "{{.Status}}"]).contains("aused"));
+    assert!(
+        p.ok(&["ps", "--all", "--format", "{{.Status}}"])
+            .contains("aused")
+    );
     p.ok(&["unpause", "one"]);
     fs::write(p.path("file"), "copied\n").unwrap();
     p.ok(&["cp", p.path("file").to_str().unwrap(), "one:/file"]);

@@ -5,6 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use super::exec::ExecArgs;
 use super::{Cli, Command, CreateArgs, LogFormat, RunArgs};
 
 /// The words after a flag that takes one, and the flags that take none.
@@ -35,6 +36,10 @@ impl<'a> Words<'a> {
                 "-d" => Some(Word::Flag("detach", None)),
                 "-f" => Some(Word::Flag("force", None)),
                 "-a" => Some(Word::Flag("all", None)),
+                "-e" => Some(Word::Flag("env", None)),
+                "-t" => Some(Word::Flag("tty", None)),
+                "-u" => Some(Word::Flag("user", None)),
+                "-p" => Some(Word::Flag("process", None)),
                 _ => (!word.starts_with('-') && !word.is_empty()).then_some(Word::Plain(word)),
             }
         }))
@@ -107,6 +112,7 @@ pub(super) fn parse(arguments: &[OsString]) -> Option<Cli> {
             }
             Command::Create(run.create)
         }
+        "exec" => Command::Exec(exec(&mut words)?),
         "start" => Command::Start {
             id: only(&mut words)?,
         },
@@ -204,6 +210,61 @@ fn run(words: &mut Words<'_>) -> Option<RunArgs> {
     Some(run)
 }
 
+fn exec(words: &mut Words<'_>) -> Option<ExecArgs> {
+    let mut exec = ExecArgs {
+        console_socket: None,
+        pidfd_socket: None,
+        cwd: None,
+        env: Vec::new(),
+        tty: false,
+        user: None,
+        additional_gids: Vec::new(),
+        process: None,
+        detach: false,
+        pid_file: None,
+        process_label: None,
+        apparmor: None,
+        no_new_privs: false,
+        cap: Vec::new(),
+        preserve_fds: 0,
+        cgroup: None,
+        ignore_paused: false,
+        no_subreaper: false,
+        id: String::new(),
+        command: Vec::new(),
+    };
+    loop {
+        match words.next()?? {
+            Word::Flag("console-socket", with) => {
+                once(&mut exec.console_socket, path(words.value(with)?))?;
+            }
+            Word::Flag("pidfd-socket", with) => {
+                once(&mut exec.pidfd_socket, path(words.value(with)?))?;
+            }
+            Word::Flag("pid-file", with) => once(&mut exec.pid_file, path(words.value(with)?))?,
+            Word::Flag("process", with) => once(&mut exec.process, path(words.value(with)?))?,
+            Word::Flag("cwd", with) => once(&mut exec.cwd, path(words.value(with)?))?,
+            Word::Flag("user", with) => once(&mut exec.user, words.value(with)?.to_owned())?,
+            Word::Flag("env", with) => exec.env.push(words.value(with)?.to_owned()),
+            Word::Flag("tty", with) => switch(&mut exec.tty, with)?,
+            Word::Flag("detach", with) => switch(&mut exec.detach, with)?,
+            Word::Plain(id) => {
+                exec.id = id.to_owned();
+                break;
+            }
+            Word::Flag(..) => return None,
+        }
+    }
+    let command: Option<Vec<&str>> = words.rest.by_ref().map(|word| word.to_str()).collect();
+    let command = command?;
+    // Flags may come behind the id, and only from the command on all words are its own.
+    if command.first().is_some_and(|word| word.starts_with('-')) {
+        return None;
+    }
+    exec.command = command.into_iter().map(str::to_owned).collect();
+    Some(exec)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,6 +288,8 @@ mod tests {
             "kill --all c1 KILL",
             "delete --force c1",
             "state c1",
+            "exec --pid-file /p --process /j --detach c1",
+            "exec -e A=b -u 1:2 -t c1 sh -c exit",
         ] {
             let line: Vec<String> = line.split(' ').map(str::to_owned).collect();
             assert!(parse(&words(&line)).is_some(), "{line:?}");
@@ -238,7 +301,7 @@ mod tests {
         #[test]
         fn clap_says_the_same(line in proptest::collection::vec(prop_oneof![
             4 => proptest::sample::select(vec![
-                "run", "create", "start", "state", "kill", "delete", "--root", "--root=/r", "--log", "--log-format",
+                "run", "create", "start", "state", "exec", "-e", "--env=A=b", "-t", "-u", "1:2", "-p", "--process", "--cwd", "kill", "delete", "--root", "--root=/r", "--log", "--log-format",
                 "--log-format=json", "json", "--rootless", "true", "--rootless=false", "--debug", "--systemd-cgroup", "-b",
                 "--bundle", "/b", "--bundle=", "--pid-file", "--console-socket", "--preserve-fds", "--preserve-fds=2", "3",
                 "-d", "--detach", "--detach=x", "--keep", "--no-pivot", "-f", "--force", "-a", "--all", "c1", "c2", "KILL",

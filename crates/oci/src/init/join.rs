@@ -17,6 +17,8 @@ use crate::terminal::{self, Size};
 pub(crate) struct Join<'a> {
     pub target: BorrowedFd<'a>,
     pub flags: i32,
+    /// The user namespace has been joined on the way here.
+    pub staged: bool,
     pub tasks: Vec<OwnedFd>,
     /// `Some` where it gets a terminal of the container.
     pub terminal: Option<Option<Size>>,
@@ -52,8 +54,7 @@ impl Join<'_> {
         // The label's file is opened while /proc still is the host's.
         self.finish.label = process::open_label(self.finish.process)?;
         let rest = self.flags & !libc::CLONE_NEWPID;
-        let staged = !rustix::process::geteuid().is_root() && rest & libc::CLONE_NEWUSER != 0;
-        let rest = if staged {
+        let rest = if self.staged {
             rest & !libc::CLONE_NEWUSER
         } else {
             rest

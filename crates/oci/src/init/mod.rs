@@ -20,7 +20,7 @@ use crate::cgroup::{self, Cgroup, Hierarchies};
 use crate::channel::Channel;
 use crate::error::{Context, Error, Result};
 use crate::hook::{self, HookState};
-use crate::launch::{Launch, Stdio};
+use crate::launch::{Launch, Stdio, set_oom_score};
 use crate::namespace::{self, CLONE_NEWTIME, Namespaces};
 use crate::process::{self, Label};
 use crate::rootfs::Root;
@@ -88,12 +88,16 @@ impl Init<'_, '_> {
     fn set_up(&mut self) -> Result<Option<Label>> {
         syscall::reset_known_signals();
         let new_user = self.namespaces.is_new(libc::CLONE_NEWUSER);
-        if self.launch.holds_init(new_user) {
+        let has_user = self.namespaces.has(libc::CLONE_NEWUSER);
+        if self.launch.holds_init(has_user) {
             self.channel.expect(b'm')?;
         }
         cgroup::join(&self.tasks)?;
         self.tasks.clear();
-        if self.namespaces.has(libc::CLONE_NEWUSER) {
+        if let Some(adjustment) = self.process.oom_score_adj().filter(|_| !has_user) {
+            set_oom_score("self", adjustment, self.launch.rootless)?;
+        }
+        if has_user {
             // Refused where setgroups(2) is denied: then there are no groups to lose either.
             let _ = syscall::set_groups(&[]);
             if namespace::outside(&self.namespaces.uid_map, 0).is_some() || !new_user {

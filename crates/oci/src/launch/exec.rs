@@ -73,6 +73,7 @@ pub fn exec(request: Exec<'_>) -> Result<Running> {
         init::join(init::Join {
             target: target.as_fd(),
             flags,
+            staged: joins_by_stage(flags, privileged),
             tasks,
             terminal: match request.stdio {
                 Stdio::Terminal { size } => Some(size),
@@ -104,7 +105,7 @@ pub fn exec(request: Exec<'_>) -> Result<Running> {
     };
     if let Some(adjustment) = request.process.oom_score_adj() {
         set_oom_score(
-            pid,
+            &pid.to_string(),
             adjustment,
             request.rootless || flags & libc::CLONE_NEWUSER != 0,
         )?;
@@ -139,6 +140,11 @@ pub fn exec(request: Exec<'_>) -> Result<Running> {
     })
 }
 
+/// Whether a process in between joins the user namespace, which alone gives the right to join the others.
+fn joins_by_stage(flags: i32, privileged: bool) -> bool {
+    !privileged && flags & libc::CLONE_NEWUSER != 0
+}
+
 fn exec_clone(
     request: &Exec<'_>,
     flags: i32,
@@ -146,7 +152,7 @@ fn exec_clone(
     birthplace: Option<BorrowedFd<'_>>,
     privileged: bool,
 ) -> Result<Option<Child>> {
-    if !privileged && flags & libc::CLONE_NEWUSER != 0 {
+    if joins_by_stage(flags, privileged) {
         let open = |name: &str| {
             rustix::fs::open(
                 format!("/proc/{}/ns/{name}", request.pid),

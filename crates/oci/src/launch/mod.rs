@@ -116,8 +116,8 @@ impl<'a> Launch<'a> {
     }
 
     /// Whether init waits until the runtime has seen to what only it can do from outside.
-    pub(crate) fn holds_init(&self, new_user: bool) -> bool {
-        new_user
+    pub(crate) fn holds_init(&self, has_user: bool) -> bool {
+        has_user
             || matches!(self.cgroup, CgroupTarget::Systemd { .. })
             || self.net_devices().is_some()
             || self.intel_rdt().is_some()
@@ -240,6 +240,7 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         .map(seccomp::compiled)
         .transpose()?;
     let new_user = namespaces.is_new(libc::CLONE_NEWUSER);
+    let has_user = namespaces.has(libc::CLONE_NEWUSER);
     let hierarchies = match launch.cgroup {
         CgroupTarget::None => None,
         _ => Some(Hierarchies::of_host()?),
@@ -307,9 +308,9 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         return Err(Error::invalid("no pidfd"));
     };
 
-    // Written from outside: in a user namespace, init could not.
-    if let Some(adjustment) = process.oom_score_adj() {
-        set_oom_score(pid, adjustment, new_user || launch.rootless)?;
+    // In a user namespace, init could not.
+    if let Some(adjustment) = process.oom_score_adj().filter(|_| has_user) {
+        set_oom_score(&pid.to_string(), adjustment, true)?;
     }
     if new_user {
         namespace::write_mappings(pid, &namespaces.uid_map, &namespaces.gid_map)?;
@@ -339,7 +340,7 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
             None => netdevice::move_all(devices, network_of(pid)?.as_fd())?,
         }
     }
-    if launch.holds_init(new_user) {
+    if launch.holds_init(has_user) {
         ours.send(b'm', &[], &[])?;
     }
     if let Some(notify) = &mut launch.on_clone {
@@ -452,8 +453,9 @@ fn network_of(pid: i32) -> Result<OwnedFd> {
     .during(|| "open the container's network namespace".into())
 }
 
-fn set_oom_score(pid: i32, adjustment: i32, tolerant: bool) -> Result<()> {
-    let path = format!("/proc/{pid}/oom_score_adj");
+/// Sets it for `/proc/PROCESS`.
+pub(crate) fn set_oom_score(process: &str, adjustment: i32, tolerant: bool) -> Result<()> {
+    let path = format!("/proc/{process}/oom_score_adj");
     match std::fs::write(&path, adjustment.to_string()) {
         Ok(()) => Ok(()),
         Err(error) if tolerant && matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => Ok(()),
