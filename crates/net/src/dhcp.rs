@@ -59,7 +59,7 @@ impl Server {
     }
 }
 
-fn bind_to_device(socket: &std::os::fd::OwnedFd, name: &str) -> io::Result<()> {
+pub(crate) fn bind_to_device(socket: &std::os::fd::OwnedFd, name: &str) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let length = name.len() as libc::socklen_t;
     // SAFETY: the pointer and the length are those of `name`, which outlives the call; the kernel copies it.

@@ -5,7 +5,9 @@
 //! caller says are alive ([`Manager::restore`]). Everything else that carries this daemon's tag is swept.
 
 mod address;
+mod conntrack;
 mod dhcp;
+mod dhcp6;
 mod directory;
 mod dns;
 mod endpoint;
@@ -26,6 +28,7 @@ pub mod user;
 
 pub use address::{InvalidAddress, Mac, Subnet};
 pub use dhcp::fuzz_dhcp;
+pub use dhcp6::fuzz_dhcp6;
 pub use dns::fuzz_dns;
 pub use endpoint::{Endpoint, EndpointSpec, PortMap, Protocol, PublishedPort};
 pub use error::{Error, Result};
@@ -33,6 +36,7 @@ pub use ipam::{SubnetPool, default_pools};
 pub use manager::{Manager, NetConfig};
 pub use namespace::Sandbox;
 pub use neighbour::Finding;
+pub use netlink::fuzz_netlink;
 pub use network::{
     Driver, Ipam, IpamConfig, Network, NetworkSpec, OPTION_BRIDGE_NAME, OPTION_DEFAULT,
     OPTION_HOST_BINDING, OPTION_ICC, OPTION_MASQUERADE, OPTION_MTU,

@@ -87,43 +87,8 @@ impl Netlink {
         let mut answers = Vec::new();
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
-            let mut rest = &datagram[..];
-            while rest.len() >= 16 {
-                let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
-                if length < 16 || length > rest.len() {
-                    return Err(io::Error::new(
-                        io::ErrorKind::InvalidData,
-                        "netlink answer cut short",
-                    ));
-                }
-                // A message of a kind the decoder does not know must not end a dump.
-                let kind = u16::from_ne_bytes([rest[4], rest[5]]);
-                let sequence = u32::from_ne_bytes([rest[8], rest[9], rest[10], rest[11]]);
-                let parsed = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]);
-                rest = &rest[((length + 3) & !3).min(rest.len())..];
-                if sequence != self.sequence {
-                    continue;
-                }
-                match parsed {
-                    Ok(message) => match message.payload {
-                        NetlinkPayload::Done(_) => return Ok(answers),
-                        NetlinkPayload::Error(error) => {
-                            return match error.raw_code() {
-                                0 => Ok(answers),
-                                code => Err(io::Error::from_raw_os_error(-code)),
-                            };
-                        }
-                        NetlinkPayload::InnerMessage(inner) => answers.push(inner),
-                        _ => {}
-                    },
-                    Err(_) if kind >= 16 => {}
-                    Err(error) => {
-                        return Err(io::Error::new(
-                            io::ErrorKind::InvalidData,
-                            error.to_string(),
-                        ));
-                    }
-                }
+            if take_answers(&datagram, self.sequence, &mut answers)? {
+                return Ok(answers);
             }
         }
     }
@@ -365,6 +330,60 @@ fn family(address: IpAddr) -> AddressFamily {
     } else {
         AddressFamily::Inet6
     }
+}
+
+/// Takes the answers to the request `sequence` out of a datagram; true where they are complete.
+///
+/// # Errors
+/// What the kernel refused, and `InvalidData`.
+fn take_answers(
+    datagram: &[u8],
+    sequence: u32,
+    answers: &mut Vec<RouteNetlinkMessage>,
+) -> io::Result<bool> {
+    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+    let mut rest = datagram;
+    while rest.len() >= 16 {
+        let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
+        if length < 16 || length > rest.len() {
+            return Err(invalid("netlink answer cut short".to_owned()));
+        }
+        // A message of a kind the decoder does not know must not end a dump.
+        let kind = u16::from_ne_bytes([rest[4], rest[5]]);
+        let of = u32::from_ne_bytes([rest[8], rest[9], rest[10], rest[11]]);
+        let parsed = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]);
+        rest = &rest[((length + 3) & !3).min(rest.len())..];
+        if of != sequence {
+            continue;
+        }
+        match parsed {
+            Ok(message) => match message.payload {
+                NetlinkPayload::Done(_) => return Ok(true),
+                NetlinkPayload::Error(error) => {
+                    return match error.raw_code() {
+                        0 => Ok(true),
+                        code => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+                    };
+                }
+                NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                _ => {}
+            },
+            Err(_) if kind >= 16 => {}
+            Err(error) => return Err(invalid(error.to_string())),
+        }
+    }
+    Ok(false)
+}
+
+/// Fuzz entry: datagrams as the kernel would send them, of interfaces and routes and of remembered flows.
+pub fn fuzz_netlink(data: &[u8]) {
+    let sequence = data.get(8..12).and_then(|b| b.try_into().ok());
+    let mut answers = Vec::new();
+    let _ = take_answers(data, sequence.map_or(1, u32::from_ne_bytes), &mut answers);
+    for answer in answers {
+        let _ = link_of(answer);
+    }
+    crate::conntrack::fuzz(data);
 }
 
 fn link_of(message: RouteNetlinkMessage) -> Option<Link> {

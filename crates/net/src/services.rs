@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::address::Mac;
 use crate::dhcp;
+use crate::dhcp6;
 use crate::directory::Directory;
 use crate::dns;
 use crate::endpoint::{Endpoint, Protocol};
@@ -27,6 +28,7 @@ pub(crate) struct Services {
     thread: Option<thread::JoinHandle<()>>,
     directory: Arc<RwLock<Directory>>,
     dhcp: Mutex<HashMap<Id, dhcp::Server>>,
+    dhcp6: Mutex<HashMap<Id, dhcp6::Server>>,
     /// Which lease is an endpoint's.
     leased: Mutex<HashMap<Id, (Id, Mac)>>,
     names: Mutex<HashMap<Id, Vec<dns::Server>>>,
@@ -55,6 +57,7 @@ impl Services {
             directory: Arc::default(),
             names: Mutex::default(),
             dhcp: Mutex::default(),
+            dhcp6: Mutex::default(),
             leased: Mutex::default(),
         })
     }
@@ -102,10 +105,19 @@ impl Services {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(network);
+        self.dhcp6
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(network);
     }
 
-    /// Answers a machine's DHCP requests from now on.
+    /// Answers a machine's DHCP requests from now on, in both families.
     pub(crate) fn add_lease(&self, network: &Network, endpoint: &Endpoint) -> io::Result<()> {
+        if let Some(mac) = endpoint.mac {
+            let mut leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner);
+            leased.insert(endpoint.id.clone(), (network.id.clone(), mac));
+        }
+        self.add_lease_v6(network, endpoint)?;
         let (Some(mac), Some(address), Some(own)) =
             (endpoint.mac, endpoint.v4, network.gateway_v4())
         else {
@@ -129,8 +141,32 @@ impl Services {
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(mac, lease);
         }
-        let mut leased = self.leased.lock().unwrap_or_else(PoisonError::into_inner);
-        leased.insert(endpoint.id.clone(), (network.id.clone(), mac));
+        Ok(())
+    }
+
+    fn add_lease_v6(&self, network: &Network, endpoint: &Endpoint) -> io::Result<()> {
+        let (Some(mac), Some(address), Some(own)) =
+            (endpoint.mac, endpoint.v6, network.gateway_v6())
+        else {
+            return Ok(());
+        };
+        let mut servers = self.dhcp6.lock().unwrap_or_else(PoisonError::into_inner);
+        if !servers.contains_key(&network.id) {
+            let server = dhcp6::Server::start(&self.runtime, &network.bridge, own)?;
+            servers.insert(network.id.clone(), server);
+        }
+        let lease = dhcp6::Lease {
+            address,
+            router: endpoint.gateway_v6.is_some(),
+            mtu: network.mtu(),
+        };
+        if let Some(server) = servers.get(&network.id) {
+            server
+                .leases
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(mac, lease);
+        }
         Ok(())
     }
 
@@ -151,18 +187,22 @@ impl Services {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(endpoint);
-        if let Some((network, mac)) = leased
-            && let Some(server) = self
-                .dhcp
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get(&network)
-        {
-            server
+        let Some((network, mac)) = leased else { return };
+        let servers = self.dhcp.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = servers.get(&network) {
+            let mut leases = server
                 .leases
                 .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&mac);
+                .unwrap_or_else(PoisonError::into_inner);
+            leases.remove(&mac);
+        }
+        let servers = self.dhcp6.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = servers.get(&network) {
+            let mut leases = server
+                .leases
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            leases.remove(&mac);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The room as a whole, each test in a fresh network namespace that stands for the host.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -294,6 +294,50 @@ fn a_published_port_is_reached_from_everywhere_it_should_be() {
         manager.release("a");
         assert!(ask(&world, at("192.0.2.1:8080")).is_err());
         assert!(!ruleset().contains("8080"));
+    });
+}
+
+#[test]
+fn a_udp_flow_follows_its_published_port_from_container_to_container() {
+    on_a_host_of_its_own(|directory| {
+        let world = outside();
+        let manager = open(directory);
+        let (one, two) = (manager.sandbox().unwrap(), manager.sandbox().unwrap());
+        let a = manager.connect(&one, spec("bridge", "a")).unwrap();
+        let b = manager.connect(&two, spec("bridge", "b")).unwrap();
+        for (netns, name) in [(&one.netns, "a"), (&two.netns, "b")] {
+            let server = within(netns.as_fd(), || UdpSocket::bind("0.0.0.0:53")).unwrap();
+            thread::spawn(move || {
+                let mut buffer = [0; 16];
+                while let Ok((_, peer)) = server.recv_from(&mut buffer) {
+                    let _ = server.send_to(name.as_bytes(), peer);
+                }
+            });
+        }
+        // One socket and one target: one flow to the kernel, kept alive by every try.
+        let client = within(world.as_fd(), || UdpSocket::bind("192.0.2.9:4000")).unwrap();
+        client
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
+        let mut buffer = [0; 16];
+        let mut ask = |tries: u32| {
+            (0..tries).find_map(|_| {
+                client.send_to(b"?", "192.0.2.1:5353").unwrap();
+                let (length, _) = client.recv_from(&mut buffer).ok()?;
+                Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+            })
+        };
+        assert_eq!(ask(2), None);
+        let wish = PortMap {
+            protocol: Protocol::Udp,
+            ..port(None, 5353, 53)
+        };
+        manager.publish(&a, std::slice::from_ref(&wish)).unwrap();
+        assert_eq!(ask(20).as_deref(), Some("a"));
+        manager.unpublish(&a.id);
+        assert_eq!(ask(2), None);
+        manager.publish(&b, &[wish]).unwrap();
+        assert_eq!(ask(20).as_deref(), Some("b"));
     });
 }
 
@@ -758,6 +802,224 @@ fn the_network_none_has_only_loopback() {
         );
         assert!(manager.publish(&endpoint, &[port(None, 80, 80)]).is_err());
         manager.release("a");
+    });
+}
+
+/// A resolver at 192.0.2.9 in `world`: one address in UDP, many (of which UDP gets none, and "truncated") in TCP.
+/// Before each of its answers in UDP it sends one to another question and one with another number.
+fn resolver(world: &OwnedFd) {
+    use hickory_proto::op::Message;
+    use hickory_proto::rr::{RData, Record, rdata::A};
+    let answer = |query: &[u8], tcp: bool| {
+        let query = Message::from_vec(query).unwrap();
+        let name = query.queries[0].name().clone();
+        let many = name.to_ascii().starts_with("many.");
+        let mut answer = Message::response(query.metadata.id, query.metadata.op_code);
+        answer.add_queries(query.queries.iter().cloned());
+        answer.metadata.truncation = many && !tcp;
+        let count = if many { 100 } else { 1 };
+        for n in (1..=count).take_while(|_| tcp || !many) {
+            let data = RData::A(A(Ipv4Addr::new(203, 0, 113, n)));
+            answer.add_answer(Record::from_rdata(name.clone(), 60, data));
+        }
+        answer.to_vec().unwrap()
+    };
+    let (udp, tcp) = within(world.as_fd(), || {
+        Ok((
+            UdpSocket::bind("192.0.2.9:53")?,
+            TcpListener::bind("192.0.2.9:53")?,
+        ))
+    })
+    .unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok((length, peer)) = udp.recv_from(&mut buffer) {
+            let right = answer(&buffer[..length], false);
+            let mut other_number = right.clone();
+            other_number[0] ^= 0xff;
+            let mut other_question = right.clone();
+            other_question[13] ^= 1;
+            for bytes in [other_number, other_question, right] {
+                let _ = udp.send_to(&bytes, peer);
+            }
+        }
+    });
+    thread::spawn(move || {
+        while let Ok((mut stream, _)) = tcp.accept() {
+            let mut length = [0; 2];
+            while stream.read_exact(&mut length).is_ok() {
+                let mut query = vec![0; usize::from(u16::from_be_bytes(length))];
+                stream.read_exact(&mut query).unwrap();
+                let answer = answer(&query, true);
+                stream
+                    .write_all(&(answer.len() as u16).to_be_bytes())
+                    .unwrap();
+                stream.write_all(&answer).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn other_names_are_asked_of_the_containers_own_servers_over_udp_and_tcp() {
+    use hickory_proto::op::{Message, Query};
+    use hickory_proto::rr::{Name, RecordType};
+    on_a_host_of_its_own(|directory| {
+        let world = outside();
+        resolver(&world);
+        let manager = open(directory);
+        manager
+            .create_network(NetworkSpec {
+                internal: true,
+                ..NetworkSpec::bridge("inside")
+            })
+            .unwrap();
+        let sandbox = manager.sandbox().unwrap();
+        let spec = |network: &str, container: &str| EndpointSpec {
+            dns: vec!["192.0.2.9".parse().unwrap()],
+            ..spec(network, container)
+        };
+        let endpoint = manager.connect(&sandbox, spec("bridge", "a")).unwrap();
+        let gateway = IpAddr::V4(endpoint.gateway_v4.unwrap());
+        assert_eq!(
+            look_up(&sandbox.netns, gateway, "one.test.").unwrap(),
+            (0, vec!["203.0.113.1".to_owned()])
+        );
+        // Cut short in UDP, whole in TCP: two questions on one connection.
+        assert_eq!(
+            look_up(&sandbox.netns, gateway, "many.test.").unwrap(),
+            (0, vec![])
+        );
+        let answers = within(sandbox.netns.as_fd(), || {
+            let mut stream = TcpStream::connect((gateway, 53))?;
+            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            let mut answers = Vec::new();
+            for name in ["many.test.", "a."] {
+                let mut query = Message::query();
+                query.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+                let bytes = query.to_vec().unwrap();
+                stream.write_all(&(bytes.len() as u16).to_be_bytes())?;
+                stream.write_all(&bytes)?;
+                let mut length = [0; 2];
+                stream.read_exact(&mut length)?;
+                let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+                stream.read_exact(&mut answer)?;
+                answers.push(Message::from_vec(&answer).unwrap().answers.len());
+            }
+            Ok(answers)
+        })
+        .unwrap();
+        assert_eq!(answers, [100, 1]);
+        // Nothing is asked for a container that has only an internal network.
+        let alone = manager.sandbox().unwrap();
+        let inside = manager.connect(&alone, spec("inside", "b")).unwrap();
+        let network = manager.inspect("inside").unwrap();
+        let server = IpAddr::V4(network.gateway_v4().unwrap());
+        assert!(inside.gateway_v4.is_none());
+        assert_eq!(look_up(&alone.netns, server, "one.test.").unwrap().0, 3);
+    });
+}
+
+#[test]
+fn a_machine_gets_its_ipv6_address_and_router_and_a_container_beside_it_does_not() {
+    on_a_host_of_its_own(|directory| {
+        if !std::path::Path::new("/dev/net/tun").exists() {
+            eprintln!("SKIPPED: no /dev/net/tun");
+            return;
+        }
+        let manager = open(directory);
+        let mut network = NetworkSpec::bridge("six");
+        network.ipv6 = true;
+        let network = manager.create_network(network).unwrap();
+        let tap = manager.tap(
+            spec("six", "machine"),
+            TapOptions {
+                vnet_header: false,
+                queues: 1,
+            },
+        );
+        let tap = tap.unwrap();
+        // The guest is the kernel itself: a namespace with the machine's MAC address on the same bridge.
+        let guest = thread::spawn(|| {
+            // SAFETY: as above.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            current().unwrap()
+        })
+        .join()
+        .unwrap();
+        let mut netlink = Netlink::open().unwrap();
+        netlink.add_veth("guest0", "eth0", guest.as_fd()).unwrap();
+        let bridge = netlink.link(&network.bridge).unwrap().unwrap().index;
+        let index = netlink.link("guest0").unwrap().unwrap().index;
+        let up = LinkChange {
+            up: Some(true),
+            master: Some(bridge),
+            ..LinkChange::default()
+        };
+        netlink.set_link(index, &up).unwrap();
+        let mac = tap.endpoint.mac;
+        within(guest.as_fd(), || {
+            for (key, value) in [
+                ("accept_ra", "1"),
+                ("accept_dad", "0"),
+                ("router_solicitation_delay", "0"),
+            ] {
+                crate::sysctl::write(&format!("ipv6/conf/eth0/{key}"), value)?;
+            }
+            let mut netlink = Netlink::open()?;
+            let index = netlink.link("eth0")?.unwrap().index;
+            netlink.set_link(
+                index,
+                &LinkChange {
+                    mac,
+                    up: Some(true),
+                    ..LinkChange::default()
+                },
+            )
+        })
+        .unwrap();
+        let began = Instant::now();
+        let routes = |netns: &OwnedFd| {
+            within(netns.as_fd(), || {
+                Ok(Netlink::open()?
+                    .routes()?
+                    .into_iter()
+                    .filter(|r| {
+                        !r.destination.is_v4() && r.destination.prefix() == 0 && r.has_gateway
+                    })
+                    .count())
+            })
+            .unwrap()
+        };
+        while routes(&guest) == 0 {
+            assert!(
+                began.elapsed() < Duration::from_secs(30),
+                "no router was advertised"
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+        // Its address by DHCPv6, as a client on the link asks.
+        let address = within(guest.as_fd(), || {
+            let index = Netlink::open()?.link("eth0")?.unwrap().index;
+            let socket = UdpSocket::bind("[::]:546")?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+            let servers: std::net::Ipv6Addr = "ff02::1:2".parse().unwrap();
+            let to = std::net::SocketAddrV6::new(servers, 547, 0, index);
+            let mut buffer = [0; 1024];
+            for _ in 0..40 {
+                // Solicit with rapid commit.
+                let _ = socket.send_to(&dhcp6::tests::client_message(1, &[0, 14, 0, 0]), to);
+                if let Ok((length, _)) = socket.recv_from(&mut buffer) {
+                    return Ok(buffer[..length].to_vec());
+                }
+            }
+            Err(io::ErrorKind::TimedOut.into())
+        })
+        .unwrap();
+        let wanted = tap.endpoint.ipv6().unwrap().octets();
+        assert_eq!(address[0], 7);
+        assert!(address.windows(16).any(|w| w == wanted));
+        drop(tap);
     });
 }
 

@@ -65,6 +65,7 @@ impl Manager {
             .filter_map(|port| forward_of(endpoint, port))
             .collect();
         self.firewall.add_forwards(&forwards)?;
+        crate::conntrack::forget(&forwards);
         self.allow_return(endpoint);
         let mut state = lock(&self.state);
         let Some(held) = state.endpoints.get_mut(&endpoint.id) else {
@@ -100,7 +101,9 @@ impl Manager {
 
     /// Takes rules away; where nft finds them gone, the table is put back as it shall be.
     pub(super) fn withdraw(&self, forwards: &[Forward]) {
-        if self.firewall.remove_forwards(forwards).is_ok() {
+        let removed = self.firewall.remove_forwards(forwards);
+        crate::conntrack::forget(forwards);
+        if removed.is_ok() {
             return;
         }
         let mut setup = lock(&self.setup);
