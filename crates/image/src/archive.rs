@@ -361,6 +361,7 @@ impl Store {
             Compression::None => media::OCI_LAYER,
             Compression::Gzip => media::OCI_LAYER_GZIP,
             Compression::Zstd => media::OCI_LAYER_ZSTD,
+            Compression::Xz => media::LAYER_XZ,
         })
     }
 }

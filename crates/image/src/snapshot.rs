@@ -133,11 +133,7 @@ impl Store {
             if state.snapshots.contains_key(key) {
                 return Err(Error::SnapshotExists(key.to_owned()));
             }
-            let mut lower = Vec::with_capacity(record.chain.len());
-            for chain in record.chain.iter().rev() {
-                let info = state.layers.get(chain).ok_or(Error::NoSuchBlob(*chain))?;
-                lower.push(info.folder(&self.0.directory));
-            }
+            let lower = state.folders(&self.0.directory, record.chain.iter().rev())?;
             // From here on the collector leaves the layers alone.
             state
                 .snapshots
@@ -194,11 +190,7 @@ impl Store {
     pub fn snapshot_layers(&self, key: &str) -> Result<Layers> {
         let record = self.snapshot_record(key)?;
         let state = self.state();
-        let mut lower = Vec::with_capacity(record.chain.len());
-        for chain in record.chain.iter().rev() {
-            let info = state.layers.get(chain).ok_or(Error::NoSuchBlob(*chain))?;
-            lower.push(info.folder(&self.0.directory));
-        }
+        let lower = state.folders(&self.0.directory, record.chain.iter().rev())?;
         Ok(layers_in(&self.snapshot_folder(key), lower))
     }
 

@@ -492,3 +492,36 @@ fn what_a_power_cut_tore_is_unpacked_again_or_dropped() {
     let store = Store::open(&root).unwrap();
     assert!(matches!(store.resolve("a:1"), Err(Error::NoSuchImage(_))));
 }
+
+#[test]
+fn a_mark_at_the_root_of_a_layer_hides_everything_beneath_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = store(directory.path());
+    let lease = store.lease();
+    let layer = |bytes: Vec<u8>, parent| {
+        store
+            .layer_from_tar(&bytes[..], parent, &lease, &Cancel::default())
+            .unwrap()
+    };
+    let (lowest, first) = layer(tar(&[(file("old"), b"1")]), None);
+    let marks = tar(&[(file(".wh..wh..opq"), b""), (file("new"), b"2")]);
+    let (marked, second) = layer(marks, Some(lowest.chain_id));
+    let (top, third) = layer(tar(&[(file("newest"), b"3")]), Some(marked.chain_id));
+    let mut config = image::ImageConfig::blank(&image::Platform::host());
+    config.rootfs.diff_ids = vec![lowest.diff_id, marked.diff_id, top.diff_id];
+    let id = store
+        .assemble(&config, vec![first, second, third], None, &[])
+        .unwrap();
+    let folders = store.layer_folders(&id).unwrap();
+    assert_eq!(folders.len(), 2);
+    assert!(folders[0].join("newest").exists() && folders[1].join("new").exists());
+    assert!(!folders[1].join(".wh..wh..opq").exists());
+    assert_eq!(store.snapshot("s", &id).unwrap().lower, folders);
+    drop(lease);
+    drop(store);
+    // The next daemon knows it too, and the hidden layer is kept: the image has it.
+    let store = self::store(directory.path());
+    assert_eq!(store.layer_folders(&id).unwrap(), folders);
+    store.gc().unwrap();
+    assert!(store.layer(&lowest.chain_id).is_some());
+}

@@ -10,12 +10,16 @@ pub enum Compression {
     None,
     Gzip,
     Zstd,
+    Xz,
 }
+
+/// Bytes that an archive may make the xz decoder take: `xz -9` needs 65 MiB, its largest dictionary 1.5 GiB.
+const XZ_MEMORY: u64 = 256 << 20;
 
 /// Tells the compression of content that begins with `head`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for xz and bzip2, with the way around.
+/// [`Error::Unsupported`] for bzip2, with the way around.
 pub fn detect(head: &[u8]) -> Result<Compression> {
     let other = |name: &str, program: &str| {
         Err(Error::Unsupported(format!(
@@ -27,7 +31,7 @@ pub fn detect(head: &[u8]) -> Result<Compression> {
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Ok(Compression::Zstd),
         // A skippable frame in front, as zstd:chunked and eStargz-like tools may write.
         [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Compression::Zstd),
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => other("xz", "xz"),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => Ok(Compression::Xz),
         [b'B', b'Z', b'h', ..] => other("bzip2", "bzip2"),
         _ => Ok(Compression::None),
     }
@@ -50,6 +54,14 @@ pub fn reader<'a, R: BufRead + Send + 'a>(
             zstd::stream::read::Decoder::with_buffer(source)
                 .map_err(|e| Error::DamagedLayer(e.to_string()))?,
         ),
+        Compression::Xz => {
+            let stream = liblzma::stream::Stream::new_stream_decoder(
+                XZ_MEMORY,
+                liblzma::stream::CONCATENATED,
+            )
+            .map_err(|e| Error::DamagedLayer(e.to_string()))?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(source, stream))
+        }
     };
     Ok((kind, reader))
 }
@@ -90,6 +102,7 @@ mod tests {
         for (bytes, kind) in [
             (gz.finish().unwrap(), Compression::Gzip),
             (zst, Compression::Zstd),
+            (liblzma::encode_all(&text[..], 6).unwrap(), Compression::Xz),
             (text.clone(), Compression::None),
         ] {
             let (found, mut reader) = reader(&bytes[..]).unwrap();
@@ -98,7 +111,7 @@ mod tests {
             reader.read_to_end(&mut read).unwrap();
             assert_eq!(read, text);
         }
-        assert!(matches!(detect(b"\xfd7zXZ\0"), Err(Error::Unsupported(_))));
+        assert!(matches!(detect(b"BZh9"), Err(Error::Unsupported(_))));
         assert_eq!(detect(b"").unwrap(), Compression::None);
     }
 }

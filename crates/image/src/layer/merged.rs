@@ -1,6 +1,6 @@
 //! What overlayfs would show of stacked folders, looked up without mounting anything.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -34,53 +34,11 @@ impl Stack {
 
     /// The topmost file or folder by the clean path `path`, links not followed; the empty path is the root.
     pub fn find(&self, path: &[u8]) -> io::Result<Option<Found>> {
-        let components: Vec<&[u8]> = path
-            .split(|b| *b == b'/')
-            .filter(|c| !c.is_empty())
-            .collect();
-        'layers: for root in &self.0 {
-            let mut here = rustix::fs::openat(
-                root,
-                ".",
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            let Some((last, folders)) = components.split_last() else {
-                let stat = rustix::fs::fstat(&here)?;
-                return Ok(Some(Found {
-                    parent: here,
-                    name: c".".to_owned(),
-                    stat,
-                }));
-            };
-            let mut opaque = false;
-            for (i, component) in folders.iter().chain([last]).enumerate() {
-                let Some(stat) = tree::stat_at(&here, component)? else {
-                    if opaque {
-                        return Ok(None);
-                    }
-                    continue 'layers;
-                };
-                if tree::is_whiteout(&stat) {
-                    return Ok(None);
-                }
-                if i == folders.len() {
-                    return Ok(Some(Found {
-                        parent: here,
-                        name: CString::new(*component)?,
-                        stat,
-                    }));
-                }
-                if tree::file_type(&stat) != FileType::Directory {
-                    return Ok(None);
-                }
-                here = rustix::fs::openat(
-                    &here,
-                    *component,
-                    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )?;
-                opaque |= tree::is_opaque(here.as_fd());
+        for root in &self.0 {
+            match walk(root, path)? {
+                Walk::Absent { opaque: false } => {}
+                Walk::Absent { opaque: true } | Walk::Hidden => return Ok(None),
+                Walk::Here { found, .. } => return Ok(Some(found)),
             }
         }
         Ok(None)
@@ -119,35 +77,82 @@ impl Stack {
 
     /// Whether these layers hide what lies beneath them at `path`.
     fn hides(&self, path: &[u8]) -> io::Result<bool> {
-        let components: Vec<&[u8]> = path
-            .split(|b| *b == b'/')
-            .filter(|c| !c.is_empty())
-            .collect();
-        'layers: for root in &self.0 {
-            let mut here = rustix::fs::openat(
-                root,
-                ".",
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            for component in &components {
-                let Some(stat) = tree::stat_at(&here, component)? else {
-                    continue 'layers;
-                };
-                if tree::file_type(&stat) != FileType::Directory {
-                    return Ok(true);
+        for root in &self.0 {
+            let hidden = match walk(root, path)? {
+                Walk::Absent { opaque } => opaque,
+                Walk::Hidden => true,
+                Walk::Here { found, opaque } => {
+                    opaque
+                        || tree::file_type(&found.stat) != FileType::Directory
+                        || tree::is_opaque(open_folder(&found.parent, &found.name)?.as_fd())
                 }
-                here = rustix::fs::openat(
-                    &here,
-                    *component,
-                    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )?;
-                if tree::is_opaque(here.as_fd()) {
-                    return Ok(true);
-                }
+            };
+            if hidden {
+                return Ok(true);
             }
         }
         Ok(false)
     }
+}
+
+/// What one layer says of a path.
+enum Walk {
+    /// Nothing; `opaque`: and what lower layers have there does not show either.
+    Absent { opaque: bool },
+    /// It was removed, or a part of the path is no folder here.
+    Hidden,
+    /// It has it; `opaque`: in a folder that hides what lower layers have.
+    Here { found: Found, opaque: bool },
+}
+
+/// Follows the clean path `path` in one layer, links not followed.
+fn walk(root: &OwnedFd, path: &[u8]) -> io::Result<Walk> {
+    let mut here = open_folder(root, c".")?;
+    let components: Vec<&[u8]> = path
+        .split(|b| *b == b'/')
+        .filter(|c| !c.is_empty())
+        .collect();
+    let Some((last, folders)) = components.split_last() else {
+        let stat = rustix::fs::fstat(&here)?;
+        let found = Found {
+            parent: here,
+            name: c".".to_owned(),
+            stat,
+        };
+        return Ok(Walk::Here {
+            found,
+            opaque: false,
+        });
+    };
+    let mut opaque = false;
+    for folder in folders {
+        match tree::stat_at(&here, folder)? {
+            None => return Ok(Walk::Absent { opaque }),
+            Some(stat) if tree::file_type(&stat) != FileType::Directory => return Ok(Walk::Hidden),
+            Some(_) => {}
+        }
+        here = open_folder(&here, &CString::new(*folder)?)?;
+        opaque |= tree::is_opaque(here.as_fd());
+    }
+    Ok(match tree::stat_at(&here, last)? {
+        None => Walk::Absent { opaque },
+        Some(stat) if tree::is_whiteout(&stat) => Walk::Hidden,
+        Some(stat) => Walk::Here {
+            found: Found {
+                parent: here,
+                name: CString::new(*last)?,
+                stat,
+            },
+            opaque,
+        },
+    })
+}
+
+fn open_folder(parent: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::openat(
+        parent,
+        name,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
 }

@@ -30,6 +30,8 @@ pub struct Unpacked {
     /// Folders that had to be made though the tar does not describe them: their owner and mode belong to the
     /// layers beneath. The empty path is the root.
     pub implied: BTreeSet<Vec<u8>>,
+    /// The root itself is marked as hiding everything in the layers beneath.
+    pub hides_beneath: bool,
 }
 
 /// How to unpack into a tree that is in use, rather than into a layer: whiteouts are ordinary names there.
@@ -48,6 +50,8 @@ pub struct CopyInto {
 }
 
 struct Directory {
+    /// Owner and group, where they are not those of a new file.
+    owner: Option<(u32, u32)>,
     mode: u32,
     mtime: (i64, u32),
     xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -61,6 +65,8 @@ pub struct Unpacker<'a> {
     /// Whiteouts are kept only where there is something beneath to hide.
     lowest: bool,
     privileged: bool,
+    /// Owner and group that new files have by themselves; `None` where that is not sure.
+    native: Option<(u32, u32)>,
     copy: Option<CopyInto>,
     /// The folder of the last entry: most entries share it with the one before.
     parent: Option<(Vec<u8>, OwnedFd)>,
@@ -86,7 +92,12 @@ impl<'a> Unpacker<'a> {
         })?;
         let mut done = Unpacked::default();
         done.implied.insert(Vec::new());
+        let native = native_owner(&root).map_err(|errno| Error::Io {
+            what: "the layer's folder".to_owned(),
+            source: errno.into(),
+        })?;
         Ok(Unpacker {
+            native,
             root,
             limits,
             cancel,
@@ -109,6 +120,7 @@ impl<'a> Unpacker<'a> {
         cancel: &'a Cancel,
     ) -> Unpacker<'a> {
         Unpacker {
+            native: None,
             root,
             limits,
             cancel,
@@ -172,7 +184,7 @@ impl<'a> Unpacker<'a> {
                 return Err(hostile("it would replace the root itself"));
             }
             self.done.implied.remove(&path);
-            self.own_directory(path, entry)?;
+            self.own_directory(path, entry);
             return Ok(());
         }
         let (folder, name) = tree::split(&path);
@@ -281,17 +293,7 @@ impl<'a> Unpacker<'a> {
         }
         if entry.kind == EntryKind::Directory {
             self.done.implied.remove(&path);
-            if self.privileged {
-                rustix::fs::chownat(
-                    &parent,
-                    &*name,
-                    uid(entry),
-                    gid(entry),
-                    AtFlags::SYMLINK_NOFOLLOW,
-                )
-                .map_err(at)?;
-            }
-            self.own_directory(path.clone(), entry)?;
+            self.own_directory(path.clone(), entry);
         }
         self.parent = Some((folder.to_vec(), parent));
         Ok(())
@@ -301,8 +303,8 @@ impl<'a> Unpacker<'a> {
     fn parent(&mut self, folder: &[u8], entry: &Entry) -> Result<OwnedFd> {
         if let Some((path, fd)) = self.parent.take()
             && path == folder
-            // A folder removed since then has no links left, and entries in it would be lost.
-            && rustix::fs::fstat(&fd).is_ok_and(|s| s.st_nlink > 0)
+            // In a tree in use others may have removed it: then it has no links left, and entries would be lost.
+            && (self.copy.is_none() || rustix::fs::fstat(&fd).is_ok_and(|s| s.st_nlink > 0))
         {
             return Ok(fd);
         }
@@ -373,6 +375,7 @@ impl<'a> Unpacker<'a> {
     fn imply(&mut self, path: &[u8]) {
         self.done.implied.insert(path.to_vec());
         let directory = Directory {
+            owner: None,
             mode: 0o755,
             mtime: (0, 0),
             xattrs: BTreeMap::new(),
@@ -380,18 +383,19 @@ impl<'a> Unpacker<'a> {
         self.directories.insert(path.to_vec(), directory);
     }
 
-    fn own_directory(&mut self, path: Vec<u8>, entry: &Entry) -> Result<()> {
-        if path.is_empty() && self.privileged {
-            rustix::fs::fchown(&self.root, uid(entry), gid(entry))
-                .map_err(|e| entry_error(entry, e))?;
-        }
+    fn own_directory(&mut self, path: Vec<u8>, entry: &Entry) {
         let directory = Directory {
+            owner: self.is_foreign(entry).then_some((entry.uid, entry.gid)),
             mode: entry.mode,
             mtime: entry.mtime,
             xattrs: entry.xattrs.clone(),
         };
         self.directories.insert(path, directory);
-        Ok(())
+    }
+
+    /// Whether an entry's owner must be set.
+    fn is_foreign(&self, entry: &Entry) -> bool {
+        self.privileged && self.native != Some((entry.uid, entry.gid))
     }
 
     fn own_special(
@@ -400,12 +404,12 @@ impl<'a> Unpacker<'a> {
         name: &CString,
         entry: &Entry,
     ) -> rustix::io::Result<()> {
-        if self.privileged {
+        if self.is_foreign(entry) {
             rustix::fs::chownat(
                 parent,
                 &**name,
-                uid(entry),
-                gid(entry),
+                uid(entry.uid),
+                gid(entry.gid),
                 AtFlags::SYMLINK_NOFOLLOW,
             )?;
         }
@@ -494,7 +498,9 @@ impl<'a> Unpacker<'a> {
     ) -> Result<()> {
         let at = |errno| entry_error(entry, errno);
         if hidden == b".wh..opq" {
-            if !self.lowest {
+            if folder.is_empty() {
+                self.done.hides_beneath = !self.lowest;
+            } else if !self.lowest {
                 let directory =
                     tree::open_in(&self.root, folder, OFlags::RDONLY | OFlags::DIRECTORY)
                         .map_err(at)?;
@@ -586,8 +592,8 @@ impl<'a> Unpacker<'a> {
                 file.set_len(entry.size).map_err(|e| at(errno_of(&e)))?;
             }
         }
-        if self.privileged {
-            rustix::fs::fchown(&file, uid(entry), gid(entry)).map_err(at)?;
+        if self.is_foreign(entry) {
+            rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(at)?;
         }
         rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode)).map_err(at)?;
         // Capabilities come last: a change of owner takes them away.
@@ -657,7 +663,12 @@ impl<'a> Unpacker<'a> {
                     });
                 }
             };
-            self.attributes(&fd, &directory.xattrs)
+            let owned = match directory.owner {
+                Some((user, group)) => rustix::fs::fchown(&fd, uid(user), gid(group)),
+                None => Ok(()),
+            };
+            owned
+                .and_then(|()| self.attributes(&fd, &directory.xattrs))
                 .and_then(|()| rustix::fs::fchmod(&fd, Mode::from_raw_mode(directory.mode)))
                 .and_then(|()| rustix::fs::futimens(&fd, &times(directory.mtime)))
                 .map_err(|errno| Error::Io {
@@ -685,13 +696,25 @@ pub(crate) fn set_attribute(file: impl AsFd, name: &[u8], value: &[u8]) -> rusti
     rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())
 }
 
-fn uid(entry: &Entry) -> Option<Uid> {
+fn uid(id: u32) -> Option<Uid> {
     // The value -1 means "leave it" to chown(2).
-    (entry.uid != u32::MAX).then(|| Uid::from_raw(entry.uid))
+    (id != u32::MAX).then(|| Uid::from_raw(id))
 }
 
-fn gid(entry: &Entry) -> Option<Gid> {
-    (entry.gid != u32::MAX).then(|| Gid::from_raw(entry.gid))
+fn gid(id: u32) -> Option<Gid> {
+    (id != u32::MAX).then(|| Gid::from_raw(id))
+}
+
+/// Owner and group that files made in the fresh folder `root` have: the process' own, unless the folder passes on
+/// its group (setgid, or a file system mounted with `grpid`).
+fn native_owner(root: &OwnedFd) -> rustix::io::Result<Option<(u32, u32)>> {
+    let stat = rustix::fs::fstat(root)?;
+    let own = (
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getegid().as_raw(),
+    );
+    let setgid = Mode::from_raw_mode(stat.st_mode).contains(Mode::SGID);
+    Ok((!setgid && (stat.st_uid, stat.st_gid) == own).then_some(own))
 }
 
 pub(crate) fn times((seconds, nanoseconds): (i64, u32)) -> Timestamps {

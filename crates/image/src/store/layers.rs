@@ -30,6 +30,9 @@ pub struct LayerInfo {
     pub parent: Option<Digest>,
     /// Bytes of its files.
     pub size: u64,
+    /// It hides everything beneath it. overlayfs takes no such mark at a layer's root, so the chain is cut here.
+    #[serde(default)]
+    pub hides_beneath: bool,
     #[serde(skip)]
     pub(crate) number: u64,
 }
@@ -69,6 +72,25 @@ pub(super) fn load(inner: &Inner, state: &mut State, suspects: &[Digest]) -> Res
         }
     }
     Ok(())
+}
+
+impl State {
+    /// The folders of a chain given topmost first, as overlayfs' `lowerdir` lists them.
+    pub(crate) fn folders<'a>(
+        &self,
+        store: &Path,
+        chain: impl IntoIterator<Item = &'a Digest>,
+    ) -> Result<Vec<PathBuf>> {
+        let mut folders = Vec::new();
+        for id in chain {
+            let info = self.layers.get(id).ok_or(Error::NoSuchBlob(*id))?;
+            folders.push(info.folder(store));
+            if info.hides_beneath {
+                break;
+            }
+        }
+        Ok(folders)
+    }
 }
 
 /// A layer that was unpacked but has no place in a chain yet.
@@ -134,6 +156,7 @@ impl Store {
             diff_id,
             parent,
             size: staged.applied.unpacked.size,
+            hides_beneath: staged.applied.unpacked.hides_beneath,
             number: 0,
         };
         let record = staged.scratch.path().join("layer.json");
@@ -159,14 +182,13 @@ impl Store {
     /// The folders of a chain, topmost first.
     pub(crate) fn chain_folders(&self, top: Digest) -> Result<Vec<PathBuf>> {
         let state = self.state();
-        let mut folders = Vec::new();
+        let mut chain = Vec::new();
         let mut next = Some(top);
-        while let Some(chain) = next {
-            let info = state.layers.get(&chain).ok_or(Error::NoSuchBlob(chain))?;
-            folders.push(info.folder(&self.0.directory));
-            next = info.parent;
+        while let Some(id) = next {
+            chain.push(id);
+            next = state.layers.get(&id).ok_or(Error::NoSuchBlob(id))?.parent;
         }
-        Ok(folders)
+        state.folders(&self.0.directory, &chain)
     }
 
     /// Makes a layer on top of `parent` from an uncompressed tar: hashed, compressed into a blob and unpacked in one

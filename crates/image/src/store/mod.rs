@@ -432,15 +432,8 @@ impl Store {
             .images
             .get(id)
             .ok_or_else(|| Error::NoSuchImage(id.to_string()))?;
-        let mut folders = Vec::with_capacity(stored.record.layers.len());
-        for layer in stored.record.layers.iter().rev() {
-            let info = state
-                .layers
-                .get(&layer.chain_id)
-                .ok_or(Error::NoSuchBlob(layer.blob.digest))?;
-            folders.push(info.folder(&self.0.directory));
-        }
-        Ok(folders)
+        let chain = stored.record.layers.iter().rev().map(|l| &l.chain_id);
+        state.folders(&self.0.directory, chain)
     }
 }
 
