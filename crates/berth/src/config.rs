@@ -78,6 +78,8 @@ pub struct Network {
 pub struct Registries {
     /// Registries spoken to over plain HTTP, as in "registry.test:5000"; loopback always is.
     pub insecure: Vec<String>,
+    /// PEM files of authorities that vouch for registries, besides the system's.
+    pub authorities: Vec<PathBuf>,
 }
 
 impl Config {
@@ -138,6 +140,7 @@ mod tests {
         assert!(containers.shm_size.is_some() && containers.cgroup_parent.is_some());
         assert!(config.network.default_subnet.is_some() && !config.network.dns.is_empty());
         assert!(!config.registries.insecure.is_empty());
+        assert!(!config.registries.authorities.is_empty());
     }
 
     proptest! {

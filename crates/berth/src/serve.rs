@@ -301,9 +301,10 @@ fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, 
     if let Some(parent) = &containers.cgroup_parent {
         settings.cgroup_parent.clone_from(parent);
     }
-    settings
-        .insecure_registries
-        .clone_from(&config.registries.insecure);
+    settings.registries = image::registry::Trust {
+        insecure: config.registries.insecure.clone(),
+        authorities: config.registries.authorities.clone(),
+    };
     if let Some(subnet) = &config.network.default_subnet {
         let parsed = subnet
             .parse()

@@ -19,8 +19,8 @@ pub struct EngineConfig {
     pub stop_timeout: Duration,
     /// `/dev/shm` unless the container says otherwise, bytes.
     pub shm_size: u64,
-    /// Registries that may be spoken to without TLS; this machine's own always may.
-    pub insecure_registries: Vec<String>,
+    /// Registries that may be spoken to without TLS (this machine's own always may), and further authorities.
+    pub registries: image::registry::Trust,
     /// How networks are set up.
     pub networks: net::NetConfig,
     /// The parent of the containers' cgroups; must differ between daemons of one host.
@@ -43,7 +43,7 @@ impl EngineConfig {
             init: false,
             stop_timeout: Duration::from_secs(10),
             shm_size: 64 << 20,
-            insecure_registries: Vec::new(),
+            registries: Default::default(),
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use ::image::registry::{Insecure, PullOptions, PushOptions, Pushed};
+use ::image::registry::{PullOptions, PushOptions, Pushed, Trust};
 use ::image::store::{Filter, HistoryLine, Image, InUse, RemoveOptions, Removed};
 use ::image::{ImageId, Platform, Reference};
 
@@ -394,7 +394,7 @@ impl Engine {
         let options = PullOptions {
             credentials: credentials.given(),
             platform: self::platform(platform)?,
-            insecure: self.insecure(),
+            trust: self.trust(),
             ..PullOptions::default()
         };
         let pulled = ::image::registry::pull(self.images(), &reference, &options, progress, cancel)
@@ -431,7 +431,7 @@ impl Engine {
         }
         let options = PushOptions {
             credentials: credentials.given(),
-            insecure: self.insecure(),
+            trust: self.trust(),
             ..PushOptions::default()
         };
         let mut sent = Vec::new();
@@ -462,8 +462,8 @@ impl Engine {
         Ok(sent)
     }
 
-    fn insecure(&self) -> Insecure {
-        Insecure(self.config().insecure_registries.clone())
+    fn trust(&self) -> Trust {
+        self.config().registries.clone()
     }
 
     /// Reads images of an archive, Docker's or OCI's; answers their names (or ids).
@@ -611,7 +611,7 @@ impl Engine {
             server => server,
         };
         let credentials = credentials.given().unwrap_or_default();
-        ::image::registry::login(server, &credentials, &self.insecure())
+        ::image::registry::login(server, &credentials, &self.trust())
             .await
             .map_err(|error| match error {
                 ::image::Error::Denied { .. } => Error::Unauthorized(error.to_string()),

@@ -88,6 +88,11 @@ pub enum Error {
     #[error("the registry {registry} cannot be reached: {why}")]
     Unreachable { registry: String, why: String },
 
+    #[error(
+        "the registry {registry} has a certificate that nobody trusted here vouches for: {why}"
+    )]
+    Untrusted { registry: String, why: String },
+
     #[error("the registry {registry} refused access to {what}: {why}")]
     Denied {
         registry: String,
@@ -167,7 +172,7 @@ impl Classified for Error {
             Error::SnapshotExists(_) | Error::Conflict(_) => Kind::Conflict,
             Error::NoRoom(_) => Kind::Capacity,
             Error::Unsupported(_) | Error::MissingProgram { .. } => Kind::Unsupported,
-            Error::Denied { .. } => Kind::Permission,
+            Error::Denied { .. } | Error::Untrusted { .. } => Kind::Permission,
             Error::Registry { status: 404, .. } => Kind::NotFound,
             Error::Registry {
                 status: 401 | 403, ..
@@ -186,6 +191,10 @@ impl Classified for Error {
             Error::NoSuchImage(name) => Some(format!("berth pull {name}")),
             Error::NoRoom(_) => Some("berth system prune".to_owned()),
             Error::NoArchive { .. } => Some("name the archive: --mirror URL".to_owned()),
+            Error::Untrusted { .. } => Some(
+                "name its authority's certificate (PEM) in the configuration: [registries] authorities = [\"…\"]"
+                    .to_owned(),
+            ),
             Error::Denied { registry, .. } => Some(format!("berth login {registry}")),
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("berth system prune".to_owned())

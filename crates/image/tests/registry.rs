@@ -1,97 +1,15 @@
 //! Pull and push against Debian's `docker-registry`, on this machine's own address.
 
+mod support;
+
 use std::fs;
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use image::layer::tar::TarWriter;
-use image::{
-    Cancel, Event, ImportOptions, Platform, PullOptions, PushOptions, Reference, RemoveOptions,
-    Store,
-};
+use image::{Cancel, Event, Platform, PullOptions, PushOptions, Reference, RemoveOptions, Store};
 
-struct Registry {
-    process: Child,
-    port: u16,
-}
-
-impl Registry {
-    fn start(directory: &Path) -> Option<Registry> {
-        let port = TcpListener::bind("127.0.0.1:0")
-            .ok()?
-            .local_addr()
-            .ok()?
-            .port();
-        let config = directory.join("registry.yml");
-        fs::write(
-            &config,
-            format!(
-                "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
-                 http: {{addr: \"127.0.0.1:{port}\"}}\n",
-                directory.join("registry").display()
-            ),
-        )
-        .unwrap();
-        let spawned = Command::new("docker-registry")
-            .arg("serve")
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let Ok(process) = spawned else {
-            eprintln!(
-                "SKIPPED: docker-registry is not installed (apt-get install docker-registry)"
-            );
-            return None;
-        };
-        let registry = Registry { process, port };
-        for _ in 0..300 {
-            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
-                return Some(registry);
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        eprintln!("SKIPPED: docker-registry does not answer");
-        None
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn make_image(store: &Store, name: &str, text: &[u8]) {
-    let mut tar = TarWriter::new(Vec::new());
-    tar.file("hello", 0o644, text).unwrap();
-    // Noise does not compress, so that the blob is of some size.
-    let noise: Vec<u8> = (0u64..300_000)
-        .map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 37) as u8)
-        .collect();
-    tar.file("noise", 0o600, &noise).unwrap();
-    let bytes = tar.finish().unwrap();
-    let options = ImportOptions {
-        reference: Some(name.parse().unwrap()),
-        ..ImportOptions::default()
-    };
-    store
-        .import(&bytes[..], &options, &Cancel::default())
-        .unwrap();
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
-}
+use support::{Registry, make_image, runtime};
 
 #[test]
 fn what_is_pushed_is_pulled_again() {
@@ -291,5 +209,90 @@ fn a_registry_that_is_not_there_is_named_in_the_error() {
     assert!(
         error.to_string().contains(&format!("127.0.0.1:{port}")),
         "{error}"
+    );
+}
+
+#[test]
+fn collecting_garbage_takes_nothing_from_pulls_on_their_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(registry) = Registry::start(directory.path()) else {
+        return;
+    };
+    let here = Store::open(&directory.path().join("here")).unwrap();
+    let runtime = runtime();
+    let silent = Arc::new(image::Silent);
+    let names: Vec<Reference> = (0..3)
+        .map(|n| format!("127.0.0.1:{}/many/{n}:1", registry.port))
+        .map(|name| {
+            make_image(&here, &name, name.as_bytes());
+            let reference: Reference = name.parse().unwrap();
+            runtime
+                .block_on(image::push(
+                    &here,
+                    &reference,
+                    &PushOptions::default(),
+                    silent.clone(),
+                    Cancel::default(),
+                ))
+                .unwrap();
+            reference
+        })
+        .collect();
+    let there = Store::open(&directory.path().join("there")).unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    struct Stop<'a>(&'a std::sync::atomic::AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, std::sync::atomic::Ordering::Release);
+        }
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Acquire) {
+                there.gc().unwrap();
+            }
+        });
+        // However this ends, the collector ends too.
+        let _stop = Stop(&done);
+        for round in 0..10 {
+            let pulls = names.iter().chain(&names).map(|reference| {
+                image::pull(
+                    &there,
+                    reference,
+                    &PullOptions::default(),
+                    silent.clone(),
+                    Cancel::default(),
+                )
+            });
+            for pulled in runtime.block_on(futures_util::future::join_all(pulls)) {
+                let id = pulled.unwrap_or_else(|e| panic!("round {round}: {e}")).id;
+                let image = there.inspect(&id.to_string()).unwrap();
+                for layer in &image.record.layers {
+                    assert!(there.content().has(&layer.blob.digest));
+                }
+                let folders = there.layer_folders(&id).unwrap();
+                assert!(folders.iter().all(|folder| folder.join("hello").exists()));
+            }
+            for reference in &names {
+                there
+                    .remove(
+                        &reference.to_string(),
+                        RemoveOptions {
+                            force: true,
+                            ..RemoveOptions::default()
+                        },
+                        &|_| Vec::new(),
+                    )
+                    .unwrap();
+            }
+        }
+    });
+    there.gc().unwrap();
+    assert!(there.content().list().unwrap().is_empty());
+    assert_eq!(
+        fs::read_dir(directory.path().join("there/layers"))
+            .unwrap()
+            .count(),
+        0
     );
 }

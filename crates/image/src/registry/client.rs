@@ -1,5 +1,6 @@
 //! Requests to one registry: where it is, who we are, and trying again.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -10,8 +11,9 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 
 use super::auth::{Challenge, Credentials, parse_challenge};
-use super::{Insecure, is_local};
+use super::{Trust, is_local};
 use crate::config::MAX_DOCUMENT;
+use crate::error::At;
 use crate::reference::DEFAULT_DOMAIN;
 use crate::{Error, Result};
 
@@ -25,8 +27,8 @@ pub struct Client {
     base: String,
     domain: String,
     credentials: Option<Credentials>,
-    /// The Authorization header that worked last, for a scope.
-    authorization: Mutex<Option<(String, String)>>,
+    /// The Authorization header by scope; `*` for all.
+    authorization: Mutex<HashMap<String, String>>,
 }
 
 #[derive(Deserialize)]
@@ -54,18 +56,18 @@ impl Client {
     /// Finds out how the registry speaks.
     ///
     /// # Errors
-    /// [`Error::Unreachable`].
+    /// [`Error::Unreachable`], [`Error::Untrusted`], and [`Error::Io`] for an authority's file.
     pub async fn connect(
         domain: &str,
         credentials: Option<Credentials>,
-        insecure: &Insecure,
+        trust: &Trust,
     ) -> Result<Client> {
         let host = if domain == DEFAULT_DOMAIN {
             "registry-1.docker.io"
         } else {
             domain
         };
-        let lax = insecure.allows(domain);
+        let lax = trust.is_lax(domain);
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(15))
@@ -74,6 +76,14 @@ impl Client {
             .danger_accept_invalid_certs(lax && !is_local(domain));
         if is_local(domain) {
             builder = builder.no_proxy().danger_accept_invalid_certs(true);
+        }
+        for path in &trust.authorities {
+            let pem = tokio::fs::read(path).await.at(path)?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem)
+                .map_err(|e| Error::malformed(path.display().to_string(), chain(&e)))?;
+            for certificate in certificates {
+                builder = builder.add_root_certificate(certificate);
+            }
         }
         let unreachable = |why: String| Error::Unreachable {
             registry: domain.to_owned(),
@@ -98,7 +108,7 @@ impl Client {
             base,
             domain: domain.to_owned(),
             credentials,
-            authorization: Mutex::new(None),
+            authorization: Mutex::new(HashMap::new()),
         })
     }
 
@@ -187,9 +197,7 @@ impl Client {
 
     async fn authorization_for(&self, scope: &str) -> Option<String> {
         let kept = self.authorization.lock().await;
-        kept.as_ref()
-            .filter(|(of, _)| of == scope || of == "*")
-            .map(|(_, header)| header.clone())
+        kept.get("*").or_else(|| kept.get(scope)).cloned()
     }
 
     /// Answers the challenge; false where there is nothing new to offer.
@@ -222,7 +230,7 @@ impl Client {
                 (scope.to_owned(), format!("Bearer {token}"))
             }
         };
-        *self.authorization.lock().await = Some((of, header));
+        self.authorization.lock().await.insert(of, header);
         Ok(true)
     }
 
@@ -249,12 +257,15 @@ impl Client {
         if let Some(service) = service {
             query.push(("service", service));
         }
-        if !scope.is_empty() {
-            query.push(("scope", scope));
-        }
+        // Several scopes are several parameters here, and words of one in a form (RFC 6749).
+        let scopes = scope
+            .split(' ')
+            .filter(|s| !s.is_empty())
+            .map(|s| ("scope", s));
         let request = match credentials {
             Some(c) if !c.identitytoken.is_empty() => {
                 query.extend([
+                    ("scope", scope),
                     ("grant_type", "refresh_token"),
                     ("refresh_token", c.identitytoken.as_str()),
                     ("client_id", "berth"),
@@ -269,13 +280,17 @@ impl Client {
                     .body(form.join("&"))
             }
             Some(c) => {
+                query.extend(scopes);
                 query.push(("account", c.username.as_str()));
                 self.http
                     .get(realm)
                     .query(&query)
                     .header(AUTHORIZATION, basic(c))
             }
-            None => self.http.get(realm).query(&query),
+            None => {
+                query.extend(scopes);
+                self.http.get(realm).query(&query)
+            }
         };
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         if !response.status().is_success() {
@@ -334,9 +349,11 @@ impl Client {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Error {
-        Error::Unreachable {
-            registry: self.domain.clone(),
-            why: chain(error),
+        let (registry, why) = (self.domain.clone(), chain(error));
+        if why.contains("invalid peer certificate") {
+            Error::Untrusted { registry, why }
+        } else {
+            Error::Unreachable { registry, why }
         }
     }
 

@@ -7,24 +7,30 @@ mod push;
 
 pub use auth::{Credentials, fuzz_challenge};
 pub use client::Client;
+pub(crate) use client::chain;
 pub use pull::{PullOptions, Pulled, pull};
 pub use push::{PushOptions, Pushed, push};
 
+use std::path::PathBuf;
+
 use crate::Result;
 
-/// Which registries may be spoken to without TLS, or with a certificate nobody vouches for.
+/// Whom to believe beyond what the system's certificates say.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Insecure(
-    /// Hosts, with their port where it is not the usual one.
-    pub Vec<String>,
-);
+pub struct Trust {
+    /// Hosts, with their port where it is not the usual one, that may be spoken to without TLS, or with a
+    /// certificate nobody vouches for.
+    pub insecure: Vec<String>,
+    /// PEM files with certificates of further authorities.
+    pub authorities: Vec<PathBuf>,
+}
 
-impl Insecure {
-    /// Whether `domain` is listed, or is this machine itself.
-    pub fn allows(&self, domain: &str) -> bool {
+impl Trust {
+    /// Whether `domain` is listed as insecure, or is this machine itself.
+    pub fn is_lax(&self, domain: &str) -> bool {
         is_local(domain)
             || self
-                .0
+                .insecure
                 .iter()
                 .any(|listed| listed == domain || domain.split(':').next() == Some(listed))
     }
@@ -46,12 +52,12 @@ pub(crate) fn is_local(domain: &str) -> bool {
 ///
 /// # Errors
 /// [`crate::Error::Denied`], [`crate::Error::Unreachable`].
-pub async fn login(domain: &str, credentials: &Credentials, insecure: &Insecure) -> Result<()> {
+pub async fn login(domain: &str, credentials: &Credentials, trust: &Trust) -> Result<()> {
     let domain = domain
         .trim_start_matches("https://")
         .trim_start_matches("http://");
     let domain = domain.split('/').next().unwrap_or(domain);
-    Client::connect(domain, Some(credentials.clone()), insecure)
+    Client::connect(domain, Some(credentials.clone()), trust)
         .await?
         .check()
         .await
@@ -63,10 +69,10 @@ mod tests {
 
     #[test]
     fn only_this_machine_and_listed_hosts_may_be_without_tls() {
-        let listed = Insecure(vec![
-            "registry.test:5000".to_owned(),
-            "plain.test".to_owned(),
-        ]);
+        let listed = Trust {
+            insecure: vec!["registry.test:5000".to_owned(), "plain.test".to_owned()],
+            ..Trust::default()
+        };
         for local in [
             "localhost",
             "localhost:5000",
@@ -74,16 +80,16 @@ mod tests {
             "127.9.9.9",
             "[::1]:5000",
         ] {
-            assert!(Insecure::default().allows(local), "{local}");
+            assert!(Trust::default().is_lax(local), "{local}");
         }
-        assert!(listed.allows("registry.test:5000") && listed.allows("plain.test:80"));
+        assert!(listed.is_lax("registry.test:5000") && listed.is_lax("plain.test:80"));
         for other in [
             "registry.test",
             "docker.io",
             "localhost.test",
             "10.0.0.1:5000",
         ] {
-            assert!(!listed.allows(other), "{other}");
+            assert!(!listed.is_lax(other), "{other}");
         }
     }
 }

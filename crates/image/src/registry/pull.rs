@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use super::client::{ATTEMPTS, chain};
-use super::{Client, Credentials, Insecure};
+use super::{Client, Credentials, Trust};
 use crate::config::ImageConfig;
 use crate::digest::Hasher;
 use crate::error::At;
@@ -36,7 +36,7 @@ pub struct PullOptions {
     pub credentials: Option<Credentials>,
     /// This host's where not given.
     pub platform: Option<Platform>,
-    pub insecure: Insecure,
+    pub trust: Trust,
     /// Layers at once; 0 for the default of 4.
     pub parallel: usize,
 }
@@ -75,7 +75,7 @@ pub async fn pull(
         Client::connect(
             reference.domain(),
             options.credentials.clone(),
-            &options.insecure,
+            &options.trust,
         )
         .await?,
     );
@@ -561,6 +561,8 @@ fn write_blob(
         hasher.update(&buffer);
         heard = heard && to_stage.send(Ok(Bytes::from(buffer))).is_ok();
     }
+    // Chunks come as the network cuts them, some 16 KiB each.
+    let mut file = io::BufWriter::with_capacity(1 << 20, file);
     let mut size = resume;
     while let Some(chunk) = incoming.blocking_recv() {
         file.write_all(&chunk).at(&path)?;
@@ -582,6 +584,7 @@ fn write_blob(
             actual: size,
         });
     }
+    file.flush().at(&path)?;
     let actual = hasher.finish();
     if actual != blob.digest {
         let _ = std::fs::remove_file(&path);

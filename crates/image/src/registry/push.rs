@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::io::ReaderStream;
 
 use super::client::{ATTEMPTS, escape};
-use super::{Client, Credentials, Insecure};
+use super::{Client, Credentials, Trust};
 use crate::error::At;
 use crate::manifest::{Descriptor, Document};
 use crate::progress::{Cancel, Event, Listener};
@@ -24,9 +24,11 @@ const CHUNK: u64 = 64 << 20;
 #[derive(Debug, Clone, Default)]
 pub struct PushOptions {
     pub credentials: Option<Credentials>,
-    pub insecure: Insecure,
+    pub trust: Trust,
     /// Blobs at once; 0 for the default of 4.
     pub parallel: usize,
+    /// Bytes of the pieces that larger blobs are sent in; 0 for the default of 64 MiB.
+    pub chunk: u64,
 }
 
 /// What was pushed.
@@ -60,7 +62,7 @@ pub async fn push(
         Client::connect(
             reference.domain(),
             options.credentials.clone(),
-            &options.insecure,
+            &options.trust,
         )
         .await?,
     );
@@ -85,6 +87,11 @@ pub async fn push(
             repository: reference.path().to_owned(),
             neighbours: store.neighbours(&reference, &blob.digest),
             blob: blob.clone(),
+            chunk: if options.chunk == 0 {
+                CHUNK
+            } else {
+                options.chunk
+            },
             progress: if quiet {
                 Arc::new(crate::Silent)
             } else {
@@ -133,6 +140,7 @@ struct Upload {
     /// Repositories of the same registry that may have the blob.
     neighbours: Vec<String>,
     blob: Descriptor,
+    chunk: u64,
     progress: Listener,
     cancel: Cancel,
 }
@@ -179,12 +187,18 @@ impl Upload {
                 escape(&self.blob.digest.to_string()),
                 escape(neighbour)
             );
-            let response = self
+            // The neighbour must be readable too.
+            let both = format!("{scope} repository:{neighbour}:pull");
+            let response = match self
                 .client
-                .send(Method::POST, &mount, scope, |r| {
+                .send(Method::POST, &mount, &both, |r| {
                     r.header("content-length", 0)
                 })
-                .await?;
+                .await
+            {
+                Err(Error::Denied { .. }) => continue,
+                other => other?,
+            };
             if response.status() == StatusCode::CREATED {
                 self.progress
                     .report(Event::about(id, format!("Mounted from {neighbour}")));
@@ -211,17 +225,17 @@ impl Upload {
         let size = tokio::fs::metadata(&path).await.at(&path)?.len();
         let mut offset = 0;
         // All but the last piece; a small blob has only that, and goes with the PUT.
-        while size - offset > CHUNK {
+        while size - offset > self.chunk {
             self.cancel.check()?;
-            let end = offset + CHUNK;
-            let body = self.body(id, offset, CHUNK, size).await?;
+            let end = offset + self.chunk;
+            let body = self.body(id, offset, self.chunk, size).await?;
             let response = self
                 .once(
                     Method::PATCH,
                     &location,
                     scope,
                     body,
-                    CHUNK,
+                    self.chunk,
                     Some(format!("{offset}-{}", end - 1)),
                 )
                 .await?;
