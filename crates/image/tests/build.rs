@@ -233,7 +233,12 @@ fn a_failing_step_and_a_wrong_dockerfile_say_so_and_leave_no_snapshot() {
     assert!(fails("FROM scratch\nCOPY missing /\n").contains("missing"));
     assert!(fails("FROM scratch\nCOPY ../../etc/passwd /\n").contains("outside the build context"));
     assert!(fails("FROM nowhere:1\n").contains("nowhere:1"));
-    assert!(fails("FROM scratch\nADD https://example.test/x /\n").contains("not fetched"));
+    assert!(fails("FROM scratch\nADD git@example.test:x.git /\n").contains("git clone"));
+    assert!(fails("FROM scratch\nADD http://127.0.0.1:1/x /\n").contains("http://127.0.0.1:1/x"));
+    assert!(fails("FROM scratch\nADD http://127.0.0.1:1/ /x/\n").contains("filename"));
+    assert!(fails("FROM scratch\nADD --checksum=sha256:00 http://h/x /\n").contains("sha256"));
+    let sum = format!("sha256:{}", "0".repeat(64));
+    assert!(fails(&format!("FROM scratch\nADD --checksum={sum} a /\n")).contains("--checksum"));
     assert!(fails("FROM scratch\nNONSENSE\n").contains("Dockerfile"));
     assert!(fails("FROM scratch\nCOPY --from=nostage a /\n").contains("nostage"));
     assert!(bench.store.snapshots().is_empty());
@@ -271,4 +276,110 @@ fn an_archive_is_unpacked_by_add_and_a_link_does_not_lead_a_copy_out() {
             .0
             .is_err()
     );
+}
+
+/// Answers every request with `body`, last modified at second 1445412480.
+fn web_server(body: &'static [u8]) -> String {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
+                head.push(byte[0]);
+            }
+            let status = if head.starts_with(b"GET /missing") {
+                "404 Not Found"
+            } else {
+                "200 OK"
+            };
+            let _ = write!(
+                stream,
+                "HTTP/1.1 {status}\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                body.len()
+            );
+            let _ = stream.write_all(body);
+        }
+    });
+    address
+}
+
+#[test]
+fn add_fetches_from_the_web_and_holds_it_to_its_checksum() {
+    let Some(bench) = Bench::new() else { return };
+    let server = web_server(b"from the web");
+    let sum = Digest::of(b"from the web");
+    let dockerfile = format!(
+        "FROM scratch\nADD {server}/a/tool.bin?v=1 /opt/\nADD --checksum={sum} --chmod=755 {server}/x /bin/tool\n"
+    );
+    let (id, said) = bench.build(&dockerfile, BuildOptions::default());
+    let id = id.unwrap_or_else(|e| panic!("{e}\n{said}"));
+    bench.show(&id, |root| {
+        let plain = root.join("opt/tool.bin");
+        assert_eq!(fs::read(&plain).unwrap(), b"from the web");
+        let about = fs::metadata(&plain).unwrap();
+        assert_eq!(about.permissions().mode() & 0o7777, 0o600);
+        assert_eq!(about.mtime(), 1_445_412_480);
+        let about = fs::metadata(root.join("bin/tool")).unwrap();
+        assert_eq!(about.permissions().mode() & 0o7777, 0o755);
+    });
+    let (again, said) = bench.build(&dockerfile, BuildOptions::default());
+    assert_eq!(again.unwrap(), id);
+    assert_eq!(said.matches("Using cache").count(), 2, "{said}");
+    let other = Digest::of(b"something else");
+    let lies = format!("FROM scratch\nADD --checksum={other} {server}/x /x\n");
+    assert!(matches!(
+        bench.build(&lies, BuildOptions::default()).0,
+        Err(Error::DigestMismatch { .. })
+    ));
+    let missing = format!("FROM scratch\nADD {server}/missing /x\n");
+    let error = bench
+        .build(&missing, BuildOptions::default())
+        .0
+        .unwrap_err();
+    assert!(error.to_string().contains("404"), "{error}");
+    let left: Vec<_> = fs::read_dir(bench.directory.path().join("store/ingest"))
+        .unwrap()
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_copy_leaves_out_what_it_is_told_and_keeps_parents_from_the_pivot_on() {
+    let Some(bench) = Bench::new() else { return };
+    for name in ["src/a.txt", "src/a.md", "src/deep/b.md", "src/deep/c.txt"] {
+        bench.file(name, name);
+    }
+    let (id, said) = bench.build(
+        "FROM scratch\nCOPY --exclude=*.md --exclude=deep/*.txt src /kept/\n\
+         COPY --parents src/deep/b.md src/./deep/c.txt /all\nCOPY --parents src/./deep /folder/\n",
+        BuildOptions::default(),
+    );
+    let id = id.unwrap_or_else(|e| panic!("{e}\n{said}"));
+    bench.show(&id, |root| {
+        let files = |top: &str| {
+            let mut found = Vec::new();
+            let mut pending = vec![root.join(top)];
+            while let Some(folder) = pending.pop() {
+                for entry in fs::read_dir(folder).unwrap() {
+                    let entry = entry.unwrap();
+                    if entry.file_type().unwrap().is_dir() {
+                        pending.push(entry.path());
+                    } else {
+                        let path = entry.path();
+                        let path = path.strip_prefix(root).unwrap();
+                        found.push(path.to_string_lossy().into_owned());
+                    }
+                }
+            }
+            found.sort();
+            found
+        };
+        assert_eq!(files("kept"), ["kept/a.txt", "kept/deep/b.md"]);
+        assert_eq!(files("all"), ["all/deep/c.txt", "all/src/deep/b.md"]);
+        assert_eq!(files("folder"), ["folder/deep/b.md", "folder/deep/c.txt"]);
+    });
 }

@@ -32,8 +32,19 @@ pub(super) struct Item {
     pub of_folder: bool,
 }
 
+/// Which of the files found are copied, and what they are called.
+pub(super) struct Choice<'a> {
+    /// Of the context; paths in the root.
+    pub ignore: &'a Ignore,
+    /// `--exclude`; paths in the source as written.
+    pub excluded: &'a Ignore,
+    /// `--parents`: sources keep their folders, from a `/./` in them on.
+    pub parents: bool,
+}
+
 /// Finds what `sources` mean in `root`. Links at the end of a source are followed, inside the root.
-pub(super) fn find(root: &OwnedFd, sources: &[String], ignore: &Ignore) -> Result<Vec<Item>> {
+pub(super) fn find(root: &OwnedFd, sources: &[String], choice: &Choice<'_>) -> Result<Vec<Item>> {
+    let ignore = choice.ignore;
     let mut items = Vec::new();
     for (number, source) in sources.iter().enumerate() {
         let path = tree::clean(source.as_bytes())
@@ -49,9 +60,16 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], ignore: &Ignore) -> Resul
         } else {
             vec![path]
         };
+        let pivot = match source.split_once("/./") {
+            Some((before, _)) if choice.parents => {
+                tree::clean(before.as_bytes()).map_or(0, |b| b.len() + 1)
+            }
+            _ => 0,
+        };
         let mut found = false;
         for path in matches {
             let shown = lossy(&path);
+            let first = items.len();
             if !path.is_empty() && ignore.excludes(&shown) && !ignore.has_exceptions() {
                 continue;
             }
@@ -87,6 +105,16 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], ignore: &Ignore) -> Resul
                     of_folder: false,
                 });
             }
+            let new = items.split_off(first);
+            let kept = new
+                .into_iter()
+                .filter(|item| !choice.excluded.excludes(&lossy(&item.to)));
+            items.extend(kept.map(|mut item| {
+                if choice.parents {
+                    item.to = item.from.get(pivot..).unwrap_or_default().to_vec();
+                }
+                item
+            }));
         }
         if !found {
             return Err(Error::Dockerfile(format!(
@@ -285,6 +313,8 @@ pub(super) struct Manner {
     pub mode: Option<u32>,
     /// ADD: archives are unpacked.
     pub extract: bool,
+    /// The target is a folder, whatever it looks like.
+    pub into_folder: bool,
 }
 
 /// Copies the items into `target` (a path in the tree `into`): a folder where it ends with a slash, is one already,
@@ -298,7 +328,8 @@ pub(super) fn copy(
 ) -> Result<()> {
     let cleaned = lexical_in(target.as_bytes());
     let files = items.iter().filter(|i| !i.of_folder).count();
-    let is_folder = target.ends_with('/')
+    let is_folder = manner.into_folder
+        || target.ends_with('/')
         || target.ends_with("/.")
         || cleaned.is_empty()
         || files != 1
@@ -443,9 +474,6 @@ fn archive(mut probe: std::fs::File, file: std::fs::File) -> Result<Option<Box<d
     let mut head = [0u8; 6];
     let read = probe.read(&mut head).doing(|| "an archive".to_owned())?;
     let program = match &head[..read] {
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            Some(("xz", "unpack a .xz archive", "apt-get install xz-utils"))
-        }
         [b'B', b'Z', b'h', ..] => Some(("bzip2", "unpack a .bz2 archive", "apt-get install bzip2")),
         _ => None,
     };

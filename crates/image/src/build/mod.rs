@@ -6,6 +6,7 @@
 
 mod change;
 mod copy;
+mod fetch;
 pub mod ignore;
 mod stage;
 pub mod words;
@@ -311,7 +312,9 @@ pub fn build(
 fn target(file: &Dockerfile<'_>, wanted: Option<&str>) -> Result<usize> {
     let count = file.stages().len();
     let Some(wanted) = wanted.filter(|w| !w.is_empty()) else {
-        return Ok(count - 1);
+        return count
+            .checked_sub(1)
+            .ok_or_else(|| Error::Dockerfile("it has no FROM".to_owned()));
     };
     let by_name = file.stages().position(|stage| {
         stage
@@ -323,6 +326,19 @@ fn target(file: &Dockerfile<'_>, wanted: Option<&str>) -> Result<usize> {
     by_name
         .or_else(|| wanted.parse().ok().filter(|n| *n < count))
         .ok_or_else(|| Error::Dockerfile(format!("target stage {wanted:?} could not be found")))
+}
+
+/// Fuzz entry: what is done with a Dockerfile's text before anything runs.
+pub fn fuzz_dockerfile(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let Ok(file) = parse_dockerfile::parse(&text) else {
+        return;
+    };
+    let _ = target(&file, None);
+    let _ = target(&file, Some("one"));
+    for instruction in &file.instructions {
+        let _ = words::join_lines(&text[start(instruction)..], '\\');
+    }
 }
 
 impl Build<'_> {

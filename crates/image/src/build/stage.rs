@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parse_dockerfile::{Command, Flag, FromInstruction, Instruction, Source};
 use rustix::fs::OFlags;
 
-use super::copy::{self, Item, Manner};
+use super::copy::{self, Choice, Manner};
+use super::fetch;
 use super::ignore::Ignore;
 use super::words::{expand, join_lines};
 use super::{Build, PROXIES, RunStep, StepMount, StepMountKind, change};
@@ -571,7 +572,8 @@ impl Build<'_> {
         lookup: super::words::Lookup<'_>,
     ) -> Result<()> {
         let word = if add { "ADD" } else { "COPY" };
-        let (mut from, mut chown, mut mode) = (None, None, None);
+        let (mut from, mut chown, mut mode, mut checksum) = (None, None, None, None);
+        let (mut parents, mut excluded) = (false, Vec::new());
         for option in options {
             let value = option
                 .value
@@ -590,6 +592,19 @@ impl Build<'_> {
                         ))
                     })?);
                 }
+                "exclude" => excluded.push(value),
+                "parents" if !add => {
+                    parents = match value.as_str() {
+                        "" | "true" => true,
+                        "false" => false,
+                        other => {
+                            return Err(Error::Dockerfile(format!(
+                                "{word} --parents={other}: true or false is wanted"
+                            )));
+                        }
+                    };
+                }
+                "checksum" if add => checksum = Some(value.parse::<Digest>()?),
                 // Every copy is a layer of its own already.
                 "link" => {}
                 other => {
@@ -600,14 +615,19 @@ impl Build<'_> {
             }
         }
         let mut paths = Vec::new();
+        let mut web = Vec::new();
         let mut inline = None;
         for source in sources {
             match source {
                 Source::Path(path) => {
                     let path = expand(&path.value, self.escape, lookup)?;
+                    if add && fetch::is_web(&path) && !path.ends_with(".git") {
+                        web.push(path);
+                        continue;
+                    }
                     if add && (path.contains("://") || path.starts_with("git@")) {
                         return Err(Error::Unsupported(format!(
-                            "ADD {path}: remote sources are not fetched; RUN a download tool with its checksum instead"
+                            "ADD {path}: only http:// and https:// are fetched; RUN git clone instead"
                         )));
                     }
                     paths.push(path);
@@ -626,6 +646,16 @@ impl Build<'_> {
         let dest = expand(dest, self.escape, lookup)?;
         let ends_with_slash =
             dest.ends_with('/') || dest.ends_with("/.") || dest == "." || dest == "..";
+        if checksum.is_some() && (web.len() != 1 || !paths.is_empty()) {
+            return Err(Error::Dockerfile(
+                "ADD --checksum is for one http:// or https:// source".to_owned(),
+            ));
+        }
+        if !web.is_empty() && web.len() + paths.len() + usize::from(inline.is_some()) > 1 {
+            return Err(Error::Unsupported(
+                "ADD of an address together with other sources: write one ADD for each".to_owned(),
+            ));
+        }
         if paths.len() > 1 && !ends_with_slash {
             return Err(Error::Dockerfile(format!(
                 "When using {word} with more than one source file, the destination must be a directory and end with a /"
@@ -653,6 +683,20 @@ impl Build<'_> {
             paths.push(name);
             written = Some(scratch);
             (tree::open_root(&path).at(&path)?, &none)
+        } else if let Some(address) = web.first() {
+            // In the tree it is called as the target says, or as the address does in a folder.
+            let name = fetch::file_name(address);
+            let name = if target.ends_with('/') {
+                name?
+            } else {
+                name.unwrap_or("file".to_owned())
+            };
+            self.output.write(&format!("Downloading {address}\n"));
+            let scratch = fetch::fetch(self.store, address, &name, checksum, self.cancel)?;
+            let root = tree::open_root(scratch.path()).at(scratch.path())?;
+            paths.push(name);
+            written = Some(scratch);
+            (root, &none)
         } else if let Some(name) = &from {
             let id = match self.stage_image(name)? {
                 Some(id) => id,
@@ -674,7 +718,12 @@ impl Build<'_> {
             let path = self.context.path();
             (tree::open_root(path).at(path)?, &self.ignore)
         };
-        let items: Vec<Item> = copy::find(&root, &paths, ignore)?;
+        let choice = Choice {
+            ignore,
+            excluded: &Ignore::parse(&excluded.join("\n")),
+            parents,
+        };
+        let items = copy::find(&root, &paths, &choice)?;
         let hash = copy::hash(&root, &items)?;
         let kind = if from.is_some() || sources.len() > 1 {
             "multi"
@@ -706,7 +755,8 @@ impl Build<'_> {
                 &Manner {
                     owner,
                     mode,
-                    extract: add,
+                    extract: add && web.is_empty(),
+                    into_folder: parents,
                 },
             )?;
             // The overlay must be gone before its upper folder is read as it is.
