@@ -59,9 +59,7 @@ fn archive(top: &Path, home: &Path) {
     fs::write(folder.join("Packages"), packages).unwrap();
     let release = format!(
         "Origin: Test\nSuite: sid\nCodename: sid\nDate: {}\nArchitectures: amd64 arm64\nComponents: main\nSHA256:\n {} {} main/binary-amd64/Packages\n",
-        jiff::fmt::rfc2822::to_string(&jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC))
-            .unwrap()
-            .replace("+0000", "UTC"),
+        jiff::Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S UTC"),
         Digest::of(packages.as_bytes()).hex(),
         packages.len()
     );

@@ -355,7 +355,7 @@ fn a_copy_leaves_out_what_it_is_told_and_keeps_parents_from_the_pivot_on() {
     }
     let (id, said) = bench.build(
         "FROM scratch\nCOPY --exclude=*.md --exclude=deep/*.txt src /kept/\n\
-         COPY --parents src/deep/b.md src/./deep/c.txt /all\nCOPY --parents src/./deep /folder/\n",
+         COPY --parents src/deep/b.md src/./deep/c.txt /all/\nCOPY --parents src/./deep /folder/\n",
         BuildOptions::default(),
     );
     let id = id.unwrap_or_else(|e| panic!("{e}\n{said}"));

@@ -254,12 +254,14 @@ fn collecting_garbage_takes_nothing_from_pulls_on_their_way() {
         });
         // However this ends, the collector ends too.
         let _stop = Stop(&done);
+        let options = PullOptions::default();
         for round in 0..10 {
+            // Each twice at once.
             let pulls = names.iter().chain(&names).map(|reference| {
                 image::pull(
                     &there,
                     reference,
-                    &PullOptions::default(),
+                    &options,
                     silent.clone(),
                     Cancel::default(),
                 )

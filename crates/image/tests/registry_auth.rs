@@ -348,15 +348,39 @@ fn own_network() -> bool {
 #[test]
 fn a_registry_with_a_certificate_of_its_own_is_trusted_when_the_configuration_says_so() {
     let directory = tempfile::tempdir().unwrap();
-    let Some((key, certificate)) = certificate(directory.path(), "IP:10.99.0.1") else {
+    let Some((authority, certificate)) = certificate(directory.path(), "DNS:authority") else {
         return;
     };
+    let (key, leaf) = (
+        directory.path().join("leaf.key"),
+        directory.path().join("leaf.pem"),
+    );
+    let made = Command::new("openssl")
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ])
+        .args(["-subj", "/CN=registry"])
+        .args(["-addext", "subjectAltName=IP:10.99.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .arg("-CA")
+        .arg(&certificate)
+        .arg("-CAkey")
+        .arg(&authority)
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&leaf)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(made.success());
     if !own_network() {
         return;
     }
     let tls = format!(
         ", tls: {{certificate: \"{}\", key: \"{}\"}}",
-        certificate.display(),
+        leaf.display(),
         key.display()
     );
     let Some(registry) = Registry::with(directory.path(), "10.99.0.1", "", &tls) else {

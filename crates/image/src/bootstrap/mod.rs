@@ -18,7 +18,7 @@ use crate::error::At;
 use crate::layer::tree::Scratch;
 use crate::manifest::go_architecture;
 use crate::progress::{Cancel, Event, Progress};
-use crate::{Error, ImageId, Platform, Reference, Result, Store};
+use crate::{Error, ImageId, Platform, Reference, RemoveOptions, Result, Store};
 
 /// What image to make.
 #[derive(Debug, Clone, Default)]
@@ -252,6 +252,13 @@ pub fn bootstrap(
     cancel.check()?;
     let status = status?;
     if !status.success() {
+        // What it wrote until then may have been a whole archive.
+        if let Ok(id) = &imported
+            && let Ok(image) = store.inspect(&id.to_string())
+            && image.repo_tags.is_empty()
+        {
+            store.remove(&id.to_string(), RemoveOptions::default(), &|_| Vec::new())?;
+        }
         let words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
         // Errors first; without any, the end of what it said.
         let errors: Vec<String> = words

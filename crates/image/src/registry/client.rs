@@ -349,7 +349,12 @@ impl Client {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Error {
-        let (registry, why) = (self.domain.clone(), chain(error));
+        let (registry, mut why) = (self.domain.clone(), chain(error));
+        if why.contains("CaUsedAsEndEntity") {
+            why = "its certificate is an authority's own (CA:TRUE): give the server one that the authority signed"
+                .to_owned();
+            return Error::Untrusted { registry, why };
+        }
         if why.contains("invalid peer certificate") {
             Error::Untrusted { registry, why }
         } else {

@@ -186,6 +186,23 @@ mod tests {
     }
 
     #[test]
+    fn a_long_name_whose_first_hundred_bytes_end_with_a_slash_is_a_files() {
+        let path = format!("{}/{}", "a".repeat(99), "b".repeat(150));
+        let mut writer = TarWriter::new(Vec::new());
+        writer.file(&path, 0o644, b"content").unwrap();
+        writer.file("next", 0o644, b"").unwrap();
+        let bytes = writer.finish().unwrap();
+        let mut reader = TarReader::new(&bytes[..]);
+        let entry = reader.next_entry().unwrap().unwrap();
+        assert_eq!(
+            (entry.kind, entry.path),
+            (EntryKind::File, path.into_bytes())
+        );
+        let next = reader.next_entry().unwrap().unwrap();
+        assert_eq!(next.path, b"next");
+    }
+
+    #[test]
     fn a_name_without_end_is_refused_before_it_is_read() {
         let mut header = [0u8; BLOCK];
         octal(&mut header[124..136], 1 << 30);

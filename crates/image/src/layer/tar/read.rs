@@ -179,10 +179,6 @@ impl<R: Read> TarReader<R> {
             xattrs: BTreeMap::new(),
             sparse: None,
         };
-        // In the oldest tars a directory is a file whose name ends with a slash.
-        if entry.kind == EntryKind::File && flag != b'S' && entry.path.ends_with(b"/") {
-            entry.kind = EntryKind::Directory;
-        }
         let (mut stored, mut real_size, mut sparse_major, mut sparse_map) =
             (size, None, None, None);
         let records = self
@@ -223,13 +219,15 @@ impl<R: Read> TarReader<R> {
         if let Some(name) = pax.get(&b"GNU.sparse.name"[..]) {
             entry.path = name.clone();
         }
+        // In the oldest tars a directory is a file whose name ends with a slash: the whole name, since the header's own
+        // may be a longer one's beginning.
+        if entry.kind == EntryKind::File && flag != b'S' && entry.path.ends_with(b"/") {
+            entry.kind = EntryKind::Directory;
+        }
         let has_content = entry.kind == EntryKind::File;
         if !has_content {
             // Some writers put a size on links and directories without any content behind it.
-            stored = match entry.kind {
-                EntryKind::HardLink | EntryKind::Symlink | EntryKind::Directory => 0,
-                _ => 0,
-            };
+            stored = 0;
         }
         entry.size = stored;
         self.left = stored;
