@@ -412,31 +412,57 @@ fn ring(queue: u64) -> u64 {
     ARENA + queue % 16 * 0x400
 }
 
+/// A device that was driven and is left as it is.
+pub struct Driven {
+    rig: Rig,
+    disk: Arc<dyn Disk>,
+    folder: Scratch,
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        self.rig.device.close();
+    }
+}
+
 /// Drives a device of `kind` by `data`.
 ///
 /// # Errors
 /// Where the host gives no file or thread.
-pub fn fuzz_device(kind: Kind, data: &[u8]) -> std::io::Result<()> {
+pub fn drive(kind: Kind, data: &[u8]) -> std::io::Result<Driven> {
     let folder = Scratch::new()?;
     let path = folder.0.join("disk");
     std::fs::File::create(&path)?.set_len(1 << 20)?;
     let disk: Arc<dyn Disk> = Arc::new(RawDisk::open(&path, false).map_err(std::io::Error::other)?);
-    let mut rig = Rig::new(kind, &disk, &folder.0)?;
+    let rig = Rig::new(kind, &disk, &folder.0)?;
+    let mut driven = Driven { rig, disk, folder };
     let mut choices = Choices(data);
     if data.first().is_none_or(|first| first & 1 != 0) {
-        rig.bring_up();
+        driven.rig.bring_up();
     }
     let mut steps = 0u32;
     while !choices.0.is_empty() {
-        rig.step(&mut choices);
+        driven.rig.step(&mut choices);
         steps += 1;
         if steps.is_multiple_of(64) {
-            rig.keeps_its_state(&disk, &folder.0)?;
+            driven.keeps_its_state()?;
         }
     }
-    rig.keeps_its_state(&disk, &folder.0)?;
-    rig.device.close();
-    Ok(())
+    Ok(driven)
+}
+
+impl Driven {
+    fn keeps_its_state(&self) -> std::io::Result<()> {
+        self.rig.keeps_its_state(&self.disk, &self.folder.0)
+    }
+}
+
+/// Drives a device of `kind` by `data` and looks at its state then.
+///
+/// # Errors
+/// Where the host gives no file or thread.
+pub fn fuzz_device(kind: Kind, data: &[u8]) -> std::io::Result<()> {
+    drive(kind, data)?.keeps_its_state()
 }
 
 /// A folder that goes with its value.

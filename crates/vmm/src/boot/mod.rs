@@ -566,6 +566,42 @@ mod tests {
     }
 
     #[test]
+    fn an_initrd_larger_than_memory_is_refused_with_what_to_do() {
+        let vmlinux = elf::tests::kernel(b"code", 0x100_0000);
+        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let kernel = Kernel::parse(vmlinux, Protocol::Linux64).unwrap();
+        let mut state = cpu::x86::CpuState::default();
+        for len in [60 << 20, 80 << 20] {
+            let initrd = vec![0; len];
+            let error = place(
+                &memory,
+                &kernel,
+                Some(&initrd),
+                "",
+                0,
+                Protocol::Linux64,
+                &mut state,
+            )
+            .unwrap_err();
+            assert_eq!(error.kind(), Kind::Capacity);
+            assert_eq!(error.fix().unwrap(), "give a larger --memory");
+            assert!(error.to_string().contains("initrd"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_told_from_its_words() {
+        let disk = |text: &str| text.parse::<DiskConfig>().unwrap();
+        assert_eq!(disk("a,b"), disk("a,b,nvme"));
+        let odd = disk("a,b,virtio,ro");
+        assert_eq!(
+            (odd.path.to_str(), odd.read_only, odd.bus),
+            (Some("a,b"), true, DiskBus::Virtio)
+        );
+        assert!(",ro".parse::<DiskConfig>().is_err());
+    }
+
+    #[test]
     fn a_file_that_is_no_kernel_is_refused() {
         assert!(matches!(
             Kernel::parse(b"hello".to_vec(), Protocol::Linux64),
