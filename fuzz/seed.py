@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 import struct
 import sys
 import tarfile
@@ -168,6 +169,9 @@ SEEDS = {
     "disk_qcow2_header": [qcow2()],
     "disk_qcow2_image": [qcow2()],
     "vmm_kernel": [elf(), bzimage()],
+    # Any bytes are a sequence of accesses; the first byte of a device's is its kind, an odd second one sets it up.
+    "vmm_device": [bytes([kind, 1]) + random.Random(kind).randbytes(600) for kind in range(7)],
+    "vmm_board": [random.Random(0).randbytes(600)],
 }
 
 
