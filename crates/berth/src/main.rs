@@ -14,6 +14,7 @@ mod serve;
 #[cfg(stage)]
 mod stage;
 mod terminal;
+mod user_network;
 
 use std::process::ExitCode;
 
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     match args.next().as_ref().and_then(|word| word.to_str()) {
         Some("oci") => return oci::cli::main(std::iter::once("berth oci".into()).chain(args)),
         Some("keeper") => return engine::keeper::main(words()),
-        Some("machine-process") => return vmm::process::main(words()),
+        Some("machine-process") => return vmm::process::main(words(), user_network::open),
         _ => {}
     }
     let cli = match Cli::try_parse() {

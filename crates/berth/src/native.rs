@@ -11,7 +11,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use base::{Classified, Kind};
 use engine::Engine;
-use engine::machine::{MachineSpec, Machines};
+use engine::machine::{MachineChange, MachineSpec, Machines};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::json;
@@ -58,7 +58,11 @@ pub fn router(engine: Arc<Engine>, machines: Arc<Machines>, stop: CancellationTo
         .route("/berth/v1/machines/{name}/stats", get(stats))
         .route("/berth/v1/machines/{name}/logs", get(logs))
         .route("/berth/v1/machines/{name}/console", post(console))
+        .route("/berth/v1/machines/{name}/update", post(update))
+        .route("/berth/v1/machines/{name}/rename", post(rename))
+        .route("/berth/v1/machines/{name}/wait", post(wait))
         .route("/berth/v1/machines/{name}/{verb}", post(act))
+        .route("/berth/v1/storage", get(storage))
         .with_state(machines);
     let own = Router::new().route(
         "/berth/v1/shutdown",
@@ -123,12 +127,111 @@ async fn stats(
     Ok(Json(blocking(move || machines.stats(&name)).await?))
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct LogsQuery {
+    follow: bool,
+    /// The last lines only.
+    tail: Option<usize>,
+}
+
+/// Between two looks at a log that is followed.
+const LOOK: Duration = Duration::from_millis(100);
+
 async fn logs(
     State(machines): State<Arc<Machines>>,
     Path(name): Path<String>,
+    Query(query): Query<LogsQuery>,
 ) -> Answer<impl IntoResponse> {
-    let bytes = blocking(move || machines.logs(&name)).await?;
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
+    let mut reader = blocking(move || {
+        let mut reader = machines.logs(&name)?;
+        if let Some(lines) = query.tail {
+            reader.tail(lines)?;
+        }
+        Ok(reader)
+    })
+    .await?;
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Vec<u8>, std::io::Error>>(4);
+    tokio::task::spawn_blocking(move || {
+        loop {
+            // Whether it ended is asked before the last read, so that nothing is missed.
+            let live = reader.is_live();
+            match reader.read() {
+                Ok(bytes) if bytes.is_empty() => {
+                    if !query.follow || !live || sender.is_closed() {
+                        return;
+                    }
+                    std::thread::sleep(LOOK);
+                }
+                Ok(bytes) => {
+                    if sender.blocking_send(Ok(bytes)).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    let _ = sender.blocking_send(Err(std::io::Error::other(error.to_string())));
+                    return;
+                }
+            }
+        }
+    });
+    let stream = futures_util::stream::unfold(receiver, async |mut receiver| {
+        receiver.recv().await.map(|bytes| (bytes, receiver))
+    });
+    Ok((
+        [(header::CONTENT_TYPE, "application/octet-stream")],
+        Body::from_stream(stream),
+    ))
+}
+
+async fn update(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    body: axum::body::Bytes,
+) -> Answer<StatusCode> {
+    let change: MachineChange = serde_json::from_slice(&body).map_err(|e| {
+        Refusal(engine::Error::Invalid(format!(
+            "this is no change of a machine: {e}"
+        )))
+    })?;
+    blocking(move || machines.update(&name, &change)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RenameQuery {
+    name: String,
+}
+
+async fn rename(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<RenameQuery>,
+) -> Answer<StatusCode> {
+    blocking(move || machines.rename(&name, &query.name)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct WaitQuery {
+    /// Seconds, at most a minute.
+    timeout: Option<u64>,
+}
+
+/// How a machine ended: null where it still runs after the timeout.
+async fn wait(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<WaitQuery>,
+) -> Answer<impl IntoResponse> {
+    let timeout = Duration::from_secs(query.timeout.unwrap_or(30).min(60));
+    Ok(Json(blocking(move || machines.wait(&name, timeout)).await?))
+}
+
+async fn storage(State(machines): State<Arc<Machines>>) -> Answer<impl IntoResponse> {
+    Ok(Json(blocking(move || Ok(machines.storage())).await?))
 }
 
 #[derive(Debug, Default, Deserialize)]

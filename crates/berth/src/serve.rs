@@ -349,6 +349,7 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         .collect::<io::Result<Vec<_>>>()
         .map_err(|e| Failure::io("cannot use the sockets", &e))?;
     let stop = CancellationToken::new();
+    watch_storage(machines.clone(), stop.clone());
     let router = crate::native::router(engine.clone(), machines, stop.clone());
     info!(
         state = %paths.state.display(),
@@ -376,6 +377,21 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         Err(error) => warn!(%error, "ended; the networks could not be taken off the host"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Looks now and then whether the space that machines were promised is there.
+fn watch_storage(machines: std::sync::Arc<engine::machine::Machines>, stop: CancellationToken) {
+    const PAUSE: Duration = Duration::from_secs(300);
+    tokio::spawn(async move {
+        while stop
+            .run_until_cancelled(tokio::time::sleep(PAUSE))
+            .await
+            .is_some()
+        {
+            let machines = machines.clone();
+            let _ = tokio::task::spawn_blocking(move || machines.watch_storage()).await;
+        }
+    });
 }
 
 async fn stop_on_signal(stop: CancellationToken) {

@@ -2,41 +2,13 @@
 //!
 //! They need the kernel that `scripts/guest-kernel` fetches into `build/guest` (`make test` does).
 
+mod guest;
 mod host;
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use guest::{file_like, import_tiny, kernel_package, root};
 use host::{BERTH, has, start};
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../..")
-        .canonicalize()
-        .unwrap()
-}
-
-/// The folder of the unpacked kernel package, with `boot` and `lib/modules`.
-fn kernel_package() -> Option<PathBuf> {
-    let folder = root().join("build/guest/linux-image-cloud-amd64");
-    if cfg!(not(target_arch = "x86_64")) {
-        eprintln!("SKIPPED: the guest's kernel is for x86-64");
-        return None;
-    }
-    if !folder.is_dir() {
-        eprintln!("SKIPPED: no guest kernel; scripts/guest-kernel fetches it");
-        return None;
-    }
-    Some(folder)
-}
-
-fn file_like(folder: &Path, start: &str) -> PathBuf {
-    std::fs::read_dir(folder)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(start))
-        .unwrap()
-}
 
 fn boot_to_power_off(cpus: &str) {
     let Some(package) = kernel_package() else {
@@ -108,84 +80,6 @@ fn a_missing_kernel_is_named() {
         .unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/kernel"));
-}
-
-/// Drivers in the order in which they need each other.
-const MODULES: [&str; 8] = [
-    "drivers/virtio/virtio_ring.ko",
-    "drivers/virtio/virtio.ko",
-    "drivers/virtio/virtio_pci_modern_dev.ko",
-    "drivers/virtio/virtio_pci_legacy_dev.ko",
-    "drivers/virtio/virtio_pci.ko",
-    "net/core/failover.ko",
-    "drivers/net/net_failover.ko",
-    "drivers/net/virtio_net.ko",
-];
-
-/// An image `tiny` of busybox and Debian's kernel that serves a page and keeps a stamp on its disk.
-fn import_tiny(host: &host::Host, package: &Path) {
-    let mut builder = tar::Builder::new(Vec::new());
-    let mut add = |name: &str, mode: u32, bytes: &[u8]| {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes.len() as u64);
-        header.set_mode(mode);
-        builder.append_data(&mut header, name, bytes).unwrap();
-    };
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let busybox = std::env::split_paths(&path)
-        .map(|f| f.join("busybox"))
-        .find(|f| f.is_file())
-        .unwrap();
-    add("bin/busybox", 0o755, &std::fs::read(busybox).unwrap());
-    for name in ["vmlinuz-", "config-"] {
-        let file = file_like(&package.join("boot"), name);
-        add(
-            &format!("boot/{}", file.file_name().unwrap().to_str().unwrap()),
-            0o644,
-            &std::fs::read(&file).unwrap(),
-        );
-    }
-    let modules = std::fs::read_dir(package.join("lib/modules"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path()
-        .join("kernel");
-    let mut load = String::new();
-    for module in MODULES {
-        let name = module.rsplit('/').next().unwrap();
-        add(
-            &format!("modules/{name}"),
-            0o644,
-            &std::fs::read(modules.join(module)).unwrap(),
-        );
-        load.push_str(&format!("insmod /modules/{name}\n"));
-    }
-    add("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
-    add("proc/.keep", 0o644, b"");
-    add("sys/.keep", 0o644, b"");
-    add("dev/.keep", 0o644, b"");
-    add("www/index.html", 0o644, b"page of a machine\n");
-    add(
-        "etc/udhcpc.script",
-        0o755,
-        b"#!/bin/busybox sh\n[ \"$1\" = bound ] && /bin/busybox ip addr add $ip/$mask dev $interface && echo LEASE $ip\n",
-    );
-    let init = format!(
-        "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\nmount -t proc none /proc\nmount -t devtmpfs none /dev\n\
-         if [ -e /stamp ]; then echo STAMP-FOUND $(cat /stamp); else echo precious > /stamp; sync; echo STAMP-WRITTEN; fi\n\
-         {load}ip link set eth0 up\nudhcpc -i eth0 -s /etc/udhcpc.script -q -n -t 20\nhttpd -p 80 -h /www\necho READY\n\
-         while read word; do [ \"$word\" = off ] && poweroff -f; done < /dev/ttyS0\n"
-    );
-    add("sbin/init", 0o755, init.as_bytes());
-    let archive = builder.into_inner().unwrap();
-    let output = host.with_input(&["import", "-", "tiny"], &archive);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[test]

@@ -100,9 +100,10 @@ pub trait Disk: Send + Sync {
 }
 
 /// The formats known here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
+    #[default]
     Raw,
     Qcow2,
 }
@@ -141,6 +142,17 @@ pub fn open(
         Format::Raw => Box::new(RawDisk::open(path, read_only)?),
         Format::Qcow2 => Box::new(Qcow2Disk::open(path, read_only, backing)?),
     })
+}
+
+/// Makes a disk larger. Its image must not be in use.
+///
+/// # Errors
+/// [`DiskError::Unusable`] where `size` is smaller than the disk: what is cut off would be lost.
+pub fn grow(path: &Path, format: Format, size: u64) -> Result<(), DiskError> {
+    match format {
+        Format::Raw => RawDisk::grow(path, size),
+        Format::Qcow2 => Qcow2Disk::grow(path, size),
+    }
 }
 
 /// Locks an image against other machines; false where one has it. A process just forked anywhere in this program holds

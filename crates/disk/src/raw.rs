@@ -76,6 +76,37 @@ impl RawDisk {
         })
     }
 
+    /// Makes a file larger, with nothing in what is new. It must not be in use.
+    ///
+    /// # Errors
+    /// [`DiskError::Unusable`] for a block device, whose size is not ours, and for a smaller size.
+    pub fn grow(path: &Path, size: u64) -> Result<(), DiskError> {
+        let disk = RawDisk::open(path, false)?;
+        let unusable = |reason: String| DiskError::Unusable {
+            path: path.to_owned(),
+            reason,
+        };
+        let about = disk.file.metadata();
+        if !about.is_ok_and(|about| about.is_file()) {
+            return Err(unusable("a block device cannot be made larger".into()));
+        }
+        if size < disk.len {
+            return Err(unusable(format!(
+                "it has {} bytes; a disk cannot be made smaller",
+                disk.len
+            )));
+        }
+        let grown = disk.file.set_len(size.next_multiple_of(512));
+        grown
+            .and_then(|()| disk.file.sync_all())
+            .map_err(|source| DiskError::Io {
+                what: "growing",
+                offset: disk.len,
+                len: size - disk.len,
+                source,
+            })
+    }
+
     fn check(
         &self,
         what: &'static str,
@@ -345,6 +376,34 @@ mod tests {
         disk.read_volatile_at(100, &into).unwrap();
         assert_eq!([first, second].concat(), whole);
         assert!(disk.read_volatile_at((64 << 10) - 5, &slices).is_err());
+    }
+
+    #[test]
+    fn a_disk_grows_and_never_shrinks() {
+        let (file, disk) = disk(8192);
+        disk.write_at(0, &[9; 512]).unwrap();
+        assert!(RawDisk::grow(file.path(), 1 << 20).is_err(), "it is in use");
+        drop(disk);
+        RawDisk::grow(file.path(), 1 << 20).unwrap();
+        assert!(RawDisk::grow(file.path(), 4096).is_err());
+        let disk = RawDisk::open(file.path(), false).unwrap();
+        let (mut first, mut last) = ([0; 512], [1; 512]);
+        disk.read_at(0, &mut first).unwrap();
+        disk.read_at((1 << 20) - 512, &mut last).unwrap();
+        assert!(first == [9; 512] && last == [0; 512] && disk.len() == 1 << 20);
+    }
+
+    #[test]
+    fn a_discard_gives_space_back_to_the_host() {
+        use std::os::unix::fs::MetadataExt;
+        let (file, disk) = disk(8 << 20);
+        disk.write_at(0, &vec![5; 4 << 20]).unwrap();
+        disk.flush().unwrap();
+        let before = file.as_file().metadata().unwrap().blocks();
+        disk.discard(0, 4 << 20).unwrap();
+        disk.flush().unwrap();
+        let after = file.as_file().metadata().unwrap().blocks();
+        assert!(after * 512 + (3 << 20) < before * 512, "{before} {after}");
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Engine {
     /// What could not be removed.
     pub async fn leave_host(self: &Arc<Self>) -> Result<bool> {
         let running = self.list(container::ListOptions::default()).await?;
-        if !running.is_empty() || !machine::live_endpoints(&self.config.paths.state).is_empty() {
+        if !running.is_empty() || machine::any_alive(&self.config.paths.state) {
             return Ok(false);
         }
         let networks = self.networks.clone();

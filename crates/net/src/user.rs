@@ -1,10 +1,12 @@
 //! A network for users without rights: Ethernet frames on a descriptor, the host's own sockets on the other side.
 //!
 //! The guest is alone on a small IPv4 network with a gateway that answers ARP, DHCP and ping, forwards DNS to the host's
-//! resolver, and makes each TCP connection and UDP flow of the guest one of the daemon's. The TCP towards the guest
+//! resolver, and makes each TCP connection, UDP flow and ping of the guest one of this process's. The TCP towards the guest
 //! is smoltcp's. Everything is on one thread, by poll(2).
 
+mod echo;
 mod flow;
+mod forward;
 mod frame;
 
 use std::io;
@@ -19,7 +21,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use crate::address::{Mac, Subnet};
 use crate::dhcp::{self, Lease};
 use crate::error::{Context, Error, Result};
+use echo::Echoes;
 use flow::{TcpFlows, UdpFlows};
+use forward::UdpForwards;
 use frame::{Frame, Transport};
 
 /// The guest's side of the network. The default is the one users of other user-mode stacks know.
@@ -36,6 +40,8 @@ pub struct UserConfig {
     pub host_loopback: bool,
     /// Host addresses that lead to TCP ports of the guest.
     pub forwards: Vec<(SocketAddr, u16)>,
+    /// The same for UDP.
+    pub udp_forwards: Vec<(SocketAddr, u16)>,
 }
 
 impl UserConfig {
@@ -48,6 +54,7 @@ impl UserConfig {
             hostname: "machine".into(),
             host_loopback: false,
             forwards: Vec::new(),
+            udp_forwards: Vec::new(),
         }
     }
 
@@ -66,6 +73,7 @@ pub struct UserNet {
     thread: Option<thread::JoinHandle<()>>,
     /// Where the forwarded ports really are, in the order asked: port 0 was chosen by the kernel.
     pub forwards: Vec<SocketAddr>,
+    pub udp_forwards: Vec<SocketAddr>,
 }
 
 impl UserNet {
@@ -74,6 +82,14 @@ impl UserNet {
     /// # Errors
     /// A configuration that makes no sense, and forwarded ports that are taken.
     pub fn spawn(link: OwnedFd, config: UserConfig) -> Result<UserNet> {
+        UserNet::spawn_with(link, config, || {})
+    }
+
+    /// [`UserNet::spawn`] with what the network's thread does first, as confining itself.
+    ///
+    /// # Errors
+    /// As [`UserNet::spawn`].
+    pub fn spawn_with(link: OwnedFd, config: UserConfig, first: fn()) -> Result<UserNet> {
         let guest = config
             .guest_v4()
             .ok_or_else(|| Error::invalid("the guest needs an IPv4 address"))?;
@@ -87,6 +103,8 @@ impl UserNet {
         rustix::io::ioctl_fionbio(&link, true).context(|| "setting up the link".into())?;
         let tcp = TcpFlows::new(&config, guest)?;
         let forwards = tcp.listening();
+        let inbound = UdpForwards::new(&config.udp_forwards)?;
+        let udp_forwards = inbound.listening();
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context(|| "making an eventfd".into())?);
         let stopped = Arc::clone(&stop);
@@ -96,10 +114,13 @@ impl UserNet {
             config,
             tcp,
             udp: UdpFlows::default(),
+            inbound,
+            echoes: Echoes::default(),
         };
         let thread = thread::Builder::new()
             .name("berth-usernet".into())
             .spawn(move || {
+                first();
                 if let Err(error) = state.run(stopped.as_fd()) {
                     tracing::warn!(%error, "a user-mode network ended");
                 }
@@ -109,6 +130,7 @@ impl UserNet {
             stop,
             thread: Some(thread),
             forwards,
+            udp_forwards,
         })
     }
 }
@@ -128,6 +150,8 @@ struct State {
     config: UserConfig,
     tcp: TcpFlows,
     udp: UdpFlows,
+    inbound: UdpForwards,
+    echoes: Echoes,
 }
 
 impl State {
@@ -142,6 +166,8 @@ impl State {
                 ];
                 self.tcp.interests(&mut fds);
                 self.udp.interests(&mut fds);
+                self.inbound.interests(&mut fds);
+                self.echoes.interests(&mut fds);
                 let timeout = Timespec {
                     tv_sec: wait.as_secs().cast_signed(),
                     tv_nsec: i64::from(wait.subsec_nanos()),
@@ -177,6 +203,14 @@ impl State {
                     (self.guest, to),
                     &reply.data,
                 ));
+            }
+            for arrived in self.inbound.receive(Instant::now()) {
+                let from = (self.config.gateway, arrived.from);
+                let to = (self.guest, arrived.to);
+                self.send(frame::udp(self.ethernet(), from, to, &arrived.data));
+            }
+            for (from, data) in self.echoes.receive(Instant::now()) {
+                self.send(frame::echo_reply(self.ethernet(), from, self.guest, &data));
             }
             self.tcp.pump();
             while let Some(packet) = self.tcp.outgoing() {
@@ -253,6 +287,15 @@ impl State {
                 let (guest, gateway) = (self.guest, destination);
                 self.send(frame::echo_reply(self.ethernet(), gateway, guest, data));
             }
+            Transport::Echo { data } if self.target(destination, 1, false).is_some() => {
+                self.echoes.send(destination, data);
+            }
+            Transport::Udp {
+                source_port,
+                destination_port,
+                data,
+            } if destination == self.config.gateway
+                && self.inbound.answer(destination_port, source_port, data) => {}
             Transport::Udp {
                 source_port,
                 destination_port,

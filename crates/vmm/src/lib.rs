@@ -11,6 +11,7 @@ pub mod boot;
 pub mod bus;
 mod complaint;
 pub mod control;
+pub mod crash;
 pub mod devices;
 pub mod fuzz;
 pub mod machine;

@@ -382,6 +382,7 @@ impl Machine {
             let thread = std::thread::Builder::new()
                 .name(format!("cpu{id}"))
                 .spawn(move || {
+                    crate::process::jail::confine(crate::process::jail::Thread::Cpu);
                     // A defect in a device or a CPU ends this machine with a word, not the process.
                     let run = std::panic::AssertUnwindSafe(|| run_cpu(&vcpu, &control, &mut port));
                     if let Err(panic) = std::panic::catch_unwind(run) {

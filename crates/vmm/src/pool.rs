@@ -76,7 +76,10 @@ impl Pool {
             let shared = pool.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("{name}-io{number}"))
-                .spawn(move || shared.work())?;
+                .spawn(move || {
+                    crate::process::jail::confine(crate::process::jail::Thread::Io);
+                    shared.work();
+                })?;
             pool.threads
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)

@@ -172,7 +172,9 @@ fn usage(df: &Value) -> [Usage; 4] {
 }
 
 async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
-    let df: Value = context.client.get("/system/df", &[]).await?;
+    let mut df: Value = context.client.get("/system/df", &[]).await?;
+    let machines: Value = context.client.get("/berth/v1/storage", &[]).await?;
+    df["Machines"] = machines.clone();
     if args.format != Format::Table {
         output::document(args.format, &df)?;
         return Ok(ExitCode::SUCCESS);
@@ -190,7 +192,27 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
             format!("{}{percent}", format_size_decimal(row.reclaimable)),
         ]);
     }
+    let figure = |key: &str| machines[key].as_u64().unwrap_or(0);
+    table.row(vec![
+        "Machines".to_owned(),
+        figure("machines").to_string(),
+        figure("running").to_string(),
+        format_size_decimal(figure("used") + figure("shared")),
+        format_size_decimal(figure("reclaimable")),
+    ]);
     output::print(&table.render());
+    if figure("machines") > 0 {
+        output::line(format!(
+            "\nMachines' disks: {} promised, {} used, {} still to grow; {} are free.",
+            format_size_decimal(figure("promised")),
+            format_size_decimal(figure("used")),
+            format_size_decimal(figure("outstanding")),
+            format_size_decimal(figure("free")),
+        ));
+    }
+    if let Some(warning) = machines["warning"].as_str() {
+        eprintln!("berth: warning: {warning}");
+    }
     if args.verbose {
         let mut table = Table::new(&["KIND", "NAME", "SIZE"]);
         for image in list(&df, "/Images") {

@@ -22,6 +22,7 @@ pub fn all(state: &Path) -> Vec<Check> {
         forwarding(),
         tunnel(),
         space(state),
+        promised(state),
         reflinks(state),
         ports(),
         resolver(),
@@ -371,6 +372,30 @@ fn existing(path: &Path) -> PathBuf {
         .find(|p| p.is_dir())
         .unwrap_or(Path::new("/"))
         .to_owned()
+}
+
+/// Whether the disks that machines were promised fit.
+fn promised(state: &Path) -> Check {
+    const NAME: &str = "machines' disks";
+    let storage = engine::machine::Storage::of_state(state);
+    match storage.warning {
+        Some(warning) => Check::warn(
+            NAME,
+            warning,
+            "berth system df; berth machine rm, berth system prune, or another --state-dir",
+        ),
+        None if storage.machines == 0 => Check::pass(NAME, "no machine has one"),
+        None => Check::pass(
+            NAME,
+            format!(
+                "{} promised to {} machines, {} used, {} free",
+                format_size(storage.promised),
+                storage.machines,
+                format_size(storage.used),
+                format_size(storage.free)
+            ),
+        ),
+    }
 }
 
 fn space(state: &Path) -> Check {

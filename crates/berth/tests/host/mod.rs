@@ -277,7 +277,7 @@ impl Host {
 
     /// Waits until `probe` holds.
     pub fn eventually(&self, what: &str, mut probe: impl FnMut() -> bool) {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + Duration::from_secs(240);
         while !probe() {
             assert!(
                 Instant::now() < end,

@@ -470,11 +470,18 @@ impl Qcow2Disk {
         } else {
             metadata.allocate(&self.file, 1)?
         };
-        self.file.write_all_at(bytes, host)?;
-        metadata.set_entry(&self.file, start, host | COPIED)?;
+        let written = self
+            .file
+            .write_all_at(bytes, host)
+            .and_then(|()| metadata.set_entry(&self.file, start, host | COPIED));
         if !keeps_place {
-            self.release(metadata, entry);
+            match written {
+                Ok(()) => self.release(metadata, entry),
+                // A full host disk: the write comes again, and shall not leave a cluster behind each time.
+                Err(_) => metadata.free(host, 1),
+            }
         }
+        written?;
         if metadata.wants_flush() {
             metadata.flush(&self.file)?;
         }

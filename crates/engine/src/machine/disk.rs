@@ -1,133 +1,173 @@
-//! The disk of a machine, made of an image: its files with a few of our own above, as an ext4 file system.
+//! The disks of one machine: an overlay on the shared base with the machine's own files, a copy of a disk image, and
+//! further drives.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use image::{ImageId, Layers, Store};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use base::units::format_size;
+use disk::qcow2::{Backing, CreateOptions};
+use disk::{BackingFiles, Disk as _, Format, Qcow2Disk};
 
-use super::record::MachineSpec;
+use super::bases::{self, Base};
+use super::record::{Drive, DriveSpec, MachineSpec};
 use crate::{Error, Result};
 
-/// What a machine boots with.
-pub struct BootFiles {
-    pub initrd: bool,
+/// The unit in which a changed file system is compared and written.
+const BLOCK: usize = 4096;
+const SCRATCH: &str = "meta.raw";
+const OWN: &str = "own";
+
+/// The root disk's file in a machine's folder.
+pub fn file_name(format: Format) -> &'static str {
+    match format {
+        Format::Raw => "disk.raw",
+        Format::Qcow2 => "disk.qcow2",
+    }
 }
 
-/// File names inside a machine's folder.
-pub const DISK: &str = "disk.raw";
-pub const KERNEL: &str = "vmlinuz";
-pub const INITRD: &str = "initrd";
-
-/// Makes disk and kernel of `image` in `folder`. `resolver` is the name server the guest shall ask.
+/// Makes the root disk of a machine of an image, in `folder`. `resolver` is the name server the guest shall ask.
 ///
 /// # Errors
-/// Where the image has no kernel, or mke2fs is missing or fails. The folder is the caller's to remove.
-pub fn make(
-    store: &Store,
-    image: &ImageId,
-    spec: &MachineSpec,
-    folder: &Path,
-    resolver: &str,
-) -> Result<BootFiles> {
-    let own = folder.join("own");
+/// Where the image does not fit, a tool fails, or there is no room. The folder is the caller's to remove.
+pub fn make_overlay(base: &Base, spec: &MachineSpec, folder: &Path, resolver: &str) -> Result<()> {
+    if spec.disk < base.size {
+        return Err(Error::Capacity(format!(
+            "the image does not fit on a disk of {}: it needs {}; give a larger --disk",
+            format_size(spec.disk),
+            format_size(base.size)
+        )));
+    }
+    if spec.disk > bases::LARGEST_DISK {
+        return Err(Error::Capacity(format!(
+            "a root disk has at most {}; give the rest as a --drive",
+            format_size(bases::LARGEST_DISK)
+        )));
+    }
     let failed = |what: &str| Error::io(format!("{what} in {}", folder.display()));
-    let mut lower = store.layer_folders(image).map_err(Error::room)?;
-    let plain = mount(folder, lower.clone())?;
-    let shadow = read(&plain, "etc/shadow").unwrap_or_default();
-    let boot = copy_kernel(&plain, folder, &spec.image)?;
-    drop(plain);
-    write_own_files(&own, spec, resolver, &shadow)
+    let (own, scratch) = (folder.join(OWN), folder.join(SCRATCH));
+    let meta = base.folder.join(bases::META);
+    copy_sparse(&meta, &scratch).map_err(failed("cannot copy the file system's tables"))?;
+    write_own_files(&own, spec, resolver, &base.shadow)
         .map_err(failed("cannot write the machine's own files"))?;
-    lower.insert(0, own.clone());
-    let tree = mount(folder, lower)?;
-    let made = make_file_system(&tree, &folder.join(DISK), spec.disk);
-    drop(tree);
-    for scratch in [own, folder.join("upper"), folder.join("work")] {
-        let _ = fs::remove_dir_all(scratch);
-    }
-    made?;
-    Ok(boot)
-}
-
-/// The merged files, mounted nowhere.
-fn mount(folder: &Path, lower: Vec<PathBuf>) -> Result<OwnedFd> {
-    let (upper, work) = (folder.join("upper"), folder.join("work"));
-    for path in [&upper, &work] {
-        fs::create_dir_all(path).map_err(Error::io(format!("cannot make {}", path.display())))?;
-    }
-    let layers = Layers {
-        lower,
-        upper,
-        work,
-        userxattr: false,
+    let size = format!("{}K", spec.disk / 1024);
+    bases::tool(
+        "resize2fs",
+        &["-f".as_ref(), scratch.as_os_str(), size.as_ref()],
+    )?;
+    place_own_files(&own, &scratch, folder)?;
+    let disk = folder.join(file_name(Format::Qcow2));
+    let options = CreateOptions {
+        size: spec.disk,
+        backing: Some(Backing {
+            file: backing_name(base),
+            format: Some("raw".into()),
+        }),
+        ..CreateOptions::default()
     };
-    image::mount_detached(&layers, false).map_err(Error::room)
+    Qcow2Disk::create(&disk, &options).map_err(Error::room)?;
+    let image = Qcow2Disk::open(&disk, false, BackingFiles::Allowed).map_err(Error::room)?;
+    copy_changes(&meta, &scratch, &image)?;
+    image.flush().map_err(Error::room)?;
+    drop(image);
+    let _ = fs::remove_file(scratch);
+    let _ = fs::remove_dir_all(own);
+    Ok(())
 }
 
-/// Opens a file of the tree; its links cannot lead out of it.
-fn open(tree: &OwnedFd, path: &str) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-    Ok(openat2(tree, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
+/// The base's disk as a machine's disk names it: beside it, so that the state folder may move.
+fn backing_name(base: &Base) -> String {
+    let name = base.folder.file_name().unwrap_or_default();
+    format!(
+        "../../machine-bases/{}/{}",
+        name.to_string_lossy(),
+        bases::DISK
+    )
 }
 
-fn read(tree: &OwnedFd, path: &str) -> io::Result<String> {
-    use io::Read;
-    let mut text = String::new();
-    open(tree, path)?.take(1 << 20).read_to_string(&mut text)?;
-    Ok(text)
-}
-
-fn copy_kernel(tree: &OwnedFd, folder: &Path, image: &str) -> Result<BootFiles> {
-    let no_kernel = || {
-        Error::Invalid(format!(
-            "the image {image} has no kernel in /boot; make one that has: berth image bootstrap debian:bookworm --kernel"
-        ))
-    };
-    let boot = open(tree, "boot").map_err(|_| no_kernel())?;
-    let failed = || Error::io("cannot list /boot of the image".to_owned());
-    let mut kernels: Vec<String> = rustix::fs::Dir::read_from(&boot)
-        .map_err(io::Error::from)
-        .map_err(failed())?
-        .filter_map(|entry| entry.ok()?.file_name().to_str().ok().map(str::to_owned))
-        .filter(|name| name.starts_with("vmlinuz-"))
-        .collect();
-    kernels.sort();
-    let kernel = kernels.pop().ok_or_else(no_kernel)?;
-    let version = kernel.trim_start_matches("vmlinuz-").to_owned();
-    copy(tree, &format!("boot/{kernel}"), &folder.join(KERNEL))?;
-    let config = read(tree, &format!("boot/config-{version}")).unwrap_or_default();
-    let built_in = |option: &str| {
-        config
-            .lines()
-            .any(|line| line.strip_prefix(option) == Some("=y"))
-    };
-    // With the drivers of its disk inside, a kernel needs no initial RAM disk, which would only cost time.
-    let needs_initrd = !(built_in("CONFIG_BLK_DEV_NVME") && built_in("CONFIG_EXT4_FS"));
-    let initrd = needs_initrd
-        && copy(
-            tree,
-            &format!("boot/initrd.img-{version}"),
-            &folder.join(INITRD),
-        )
-        .is_ok();
-    Ok(BootFiles { initrd })
-}
-
-fn copy(tree: &OwnedFd, from: &str, to: &Path) -> Result<()> {
-    let done = (|| {
-        let mut source = open(tree, from)?;
-        if !source.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file"));
+/// Calls `each` with offset and content of every block of `file` that is no hole.
+fn each_block(file: &File, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+    let failed = || Error::io("cannot read the file system's tables".to_owned());
+    let mut at = 0;
+    let mut block = [0u8; BLOCK];
+    loop {
+        let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(failed()(error.into())),
+        };
+        let end = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start))
+            .map_err(|error| failed()(error.into()))?;
+        let mut offset = start - start % BLOCK as u64;
+        while offset < end {
+            let count = read_full(file, &mut block, offset).map_err(failed())?;
+            block[count..].fill(0);
+            each(offset, &block)?;
+            offset += BLOCK as u64;
         }
-        io::copy(&mut source, &mut File::create(to)?)
-    })();
-    done.map(drop)
-        .map_err(Error::io(format!("cannot copy /{from} of the image")))
+        at = end;
+    }
+}
+
+/// Reads up to the file's end; how much that was.
+fn read_full(file: &File, data: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < data.len() {
+        match file.read_at(&mut data[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Copies a file without its holes.
+pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let (source, target) = (File::open(from)?, File::create_new(to)?);
+    // A file system that can share blocks copies nothing at all.
+    if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+        return Ok(());
+    }
+    let len = source.metadata()?.len();
+    target.set_len(len)?;
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut at = 0;
+    while let Ok(start) = rustix::fs::seek(&source, rustix::fs::SeekFrom::Data(at)) {
+        let end = rustix::fs::seek(&source, rustix::fs::SeekFrom::Hole(start))?;
+        let mut offset = start;
+        while offset < end {
+            let wanted = buffer.len().min((end - offset) as usize);
+            let count = read_full(&source, &mut buffer[..wanted], offset)?;
+            if count == 0 {
+                break;
+            }
+            target.write_all_at(&buffer[..count], offset)?;
+            offset += count as u64;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// Writes to `image` what `scratch` has and `meta` has not.
+fn copy_changes(meta: &Path, scratch: &Path, image: &Qcow2Disk) -> Result<()> {
+    let failed = || Error::io("cannot compare the file system's tables".to_owned());
+    let (meta, scratch) = (
+        File::open(meta).map_err(failed())?,
+        File::open(scratch).map_err(failed())?,
+    );
+    let mut before = [0u8; BLOCK];
+    each_block(&scratch, |offset, after| {
+        let count = read_full(&meta, &mut before, offset).map_err(failed())?;
+        before[count..].fill(0);
+        if before != after {
+            image.write_at(offset, after).map_err(Error::room)?;
+        }
+        Ok(())
+    })
 }
 
 /// What makes this machine this one.
@@ -191,23 +231,7 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
         )?;
     }
     if let Some(hash) = &spec.password_hash {
-        let mut found = false;
-        let mut lines: Vec<String> = shadow
-            .lines()
-            .map(|line| match line.strip_prefix("root:") {
-                Some(rest) => {
-                    found = true;
-                    let tail = rest.split_once(':').map_or("::::::", |(_, tail)| tail);
-                    format!("root:{hash}:{tail}")
-                }
-                None => line.to_owned(),
-            })
-            .collect();
-        if !found {
-            lines.push(format!("root:{hash}:::::::"));
-        }
-        file("etc/shadow", &(lines.join("\n") + "\n"), 0o640)?;
-        std::os::unix::fs::chown(own.join("etc/shadow"), Some(0), Some(42))?;
+        file("etc/shadow", &with_password(shadow, hash), 0o640)?;
     }
     if !spec.ssh_keys.is_empty() {
         file(
@@ -215,70 +239,203 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
             &(spec.ssh_keys.join("\n") + "\n"),
             0o600,
         )?;
-        fs::set_permissions(own.join("root"), Permissions::from_mode(0o700))?;
-        fs::set_permissions(own.join("root/.ssh"), Permissions::from_mode(0o700))?;
     }
     Ok(())
 }
 
-fn make_file_system(tree: &OwnedFd, disk: &Path, size: u64) -> Result<()> {
-    let file =
-        File::create_new(disk).map_err(Error::io(format!("cannot make {}", disk.display())))?;
-    file.set_len(size)
-        .map_err(Error::io(format!("cannot size {}", disk.display())))?;
-    drop(file);
-    let inherited = rustix::io::fcntl_dupfd_cloexec(tree, 10)
-        .map_err(io::Error::from)
-        .map_err(Error::io("cannot share the tree".to_owned()))?;
-    rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty())
-        .map_err(io::Error::from)
-        .map_err(Error::io("cannot share the tree".to_owned()))?;
-    let output = Command::new("mke2fs")
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .args([
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-L",
-            "root",
-            "-m",
-            "1",
-            "-E",
-            "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0",
-        ])
-        .arg("-d")
-        .arg(format!("/proc/self/fd/{}", inherited.as_raw_fd()))
-        .arg(disk)
-        .stdin(Stdio::null())
-        .output();
-    match output {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => {
-            let _ = fs::remove_file(disk);
-            let words = String::from_utf8_lossy(&output.stderr);
-            let last = words
-                .lines()
-                .rev()
-                .find(|line| !line.trim().is_empty())
-                .unwrap_or("no reason given")
-                .to_owned();
-            Err(
-                if last.contains("No space") || last.contains("Could not allocate") {
-                    Error::Capacity(format!(
-                        "the image does not fit on a disk of {}: {last}; give a larger --disk",
-                        base::units::format_size(size)
-                    ))
-                } else {
-                    Error::Conflict(format!("mke2fs cannot make the disk: {last}"))
-                },
-            )
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Unsupported(
-            "mke2fs is missing, which makes disks of images: apt-get install e2fsprogs".into(),
-        )),
-        Err(error) => Err(Error::io("cannot run mke2fs".to_owned())(error)),
+/// An `/etc/shadow` with root's password replaced.
+fn with_password(shadow: &str, hash: &str) -> String {
+    let mut found = false;
+    let mut lines: Vec<String> = shadow
+        .lines()
+        .map(|line| match line.strip_prefix("root:") {
+            Some(rest) => {
+                found = true;
+                let tail = rest.split_once(':').map_or("::::::", |(_, tail)| tail);
+                format!("root:{hash}:{tail}")
+            }
+            None => line.to_owned(),
+        })
+        .collect();
+    if !found {
+        lines.push(format!("root:{hash}:::::::"));
     }
+    lines.join("\n") + "\n"
+}
+
+/// Debugfs commands that put the files below `own` in place of what the file system has there.
+fn script(own: &Path) -> io::Result<String> {
+    let mut lines = vec![];
+    let mut open = vec![own.to_owned()];
+    while let Some(folder) = open.pop() {
+        let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<io::Result<_>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let path = entry.path();
+            let inside = path
+                .strip_prefix(own)
+                .unwrap_or(&path)
+                .display()
+                .to_string();
+            let about = path.symlink_metadata()?;
+            if about.is_dir() {
+                // Where it is there already, debugfs says so and goes on.
+                lines.push(format!("mkdir /{inside}"));
+                open.push(path);
+                continue;
+            }
+            lines.push(format!("rm /{inside}"));
+            if about.is_symlink() {
+                let to = fs::read_link(&path)?;
+                lines.push(format!("symlink /{inside} {}", to.display()));
+            } else {
+                lines.push(format!("write {OWN}/{inside} /{inside}"));
+                let mode = about.permissions().mode() & 0o7777;
+                lines.push(format!("set_inode_field /{inside} mode 0100{mode:03o}"));
+            }
+        }
+    }
+    // Debian's group shadow; and ssh refuses keys in a folder that others may read.
+    if own.join("etc/shadow").exists() {
+        lines.push("set_inode_field /etc/shadow gid 42".into());
+    }
+    if own.join("root/.ssh").exists() {
+        lines.push("set_inode_field /root/.ssh mode 040700".into());
+    }
+    Ok(lines.join("\n") + "\n")
+}
+
+fn place_own_files(own: &Path, scratch: &Path, folder: &Path) -> Result<()> {
+    let commands = folder.join("own.debugfs");
+    script(own)
+        .and_then(|text| fs::write(&commands, text))
+        .map_err(Error::io(format!("cannot write in {}", folder.display())))?;
+    // It reads names relative to its working folder, in which no name of ours has a space.
+    let output = std::process::Command::new("debugfs")
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .env("LC_ALL", "C")
+        .current_dir(folder)
+        .args(["-w", "-f", "own.debugfs"])
+        .arg(scratch)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(Error::io("cannot run debugfs (e2fsprogs)".to_owned()))?;
+    let _ = fs::remove_file(commands);
+    // It succeeds whatever its commands do; they say so on standard error, by their names.
+    let words = String::from_utf8_lossy(&output.stderr);
+    let complaint = words.lines().find(|line| {
+        [
+            "write:",
+            "symlink:",
+            "set_inode_field:",
+            "do_write_internal:",
+        ]
+        .iter()
+        .any(|name| line.starts_with(name))
+            || line.contains("Could not allocate")
+    });
+    match complaint {
+        None if output.status.success() => Ok(()),
+        complaint => Err(Error::Conflict(format!(
+            "debugfs cannot place the machine's own files: {}",
+            complaint.unwrap_or("no reason given")
+        ))),
+    }
+}
+
+/// What a disk image is, looked at once.
+fn format_of(path: &Path, said: Option<Format>) -> Result<Format> {
+    match said {
+        Some(format) => Ok(format),
+        None => disk::probe(path).map_err(Error::room),
+    }
+}
+
+/// Copies a disk image to be the root disk; its format and size. A size of 0 keeps the image's.
+///
+/// # Errors
+/// Where it is damaged, in use, on top of another, or larger than `size`.
+pub fn import(from: &Path, size: u64, folder: &Path) -> Result<(Format, u64)> {
+    let format = format_of(from, None)?;
+    let len = disk::open(from, format, true, BackingFiles::Refused)
+        .map_err(Error::room)?
+        .len();
+    if size != 0 && size < len {
+        return Err(Error::Invalid(format!(
+            "the disk {} has {}; it cannot be made smaller, {}",
+            from.display(),
+            format_size(len),
+            format_size(size)
+        )));
+    }
+    let to = folder.join(file_name(format));
+    copy_sparse(from, &to).map_err(Error::io(format!("cannot copy {}", from.display())))?;
+    fs::set_permissions(&to, Permissions::from_mode(0o600))
+        .map_err(Error::io(format!("cannot use {}", to.display())))?;
+    if size > len {
+        grow(&to, format, size)?;
+    }
+    Ok((format, size.max(len)))
+}
+
+/// Makes a disk larger, which no machine may use meanwhile.
+///
+/// # Errors
+/// Where it is in use or damaged.
+pub fn grow(path: &Path, format: Format, size: u64) -> Result<()> {
+    disk::grow(path, format, size).map_err(Error::room)
+}
+
+/// Makes or looks at the further disks.
+///
+/// # Errors
+/// Names the drive that cannot be used.
+pub fn drives(wishes: &[DriveSpec], folder: &Path) -> Result<Vec<Drive>> {
+    let mut drives = Vec::new();
+    for (number, wish) in wishes.iter().enumerate() {
+        drives.push(match &wish.path {
+            Some(path) => {
+                if !path.is_absolute() {
+                    return Err(Error::Invalid(format!(
+                        "the drive {} needs a path from the root",
+                        path.display()
+                    )));
+                }
+                let format = format_of(path, wish.format)?;
+                let opened = disk::open(path, format, true, BackingFiles::Refused);
+                Drive {
+                    path: fs::canonicalize(path)
+                        .map_err(Error::io(format!("cannot use {}", path.display())))?,
+                    format,
+                    read_only: wish.read_only,
+                    size: opened.map_err(Error::room)?.len(),
+                    own: false,
+                }
+            }
+            None => {
+                if wish.size < 1 << 20 {
+                    return Err(Error::Invalid(format!(
+                        "a drive of {} is none: give at least 1 MiB",
+                        format_size(wish.size)
+                    )));
+                }
+                let path: PathBuf = folder.join(format!("drive-{number}.qcow2"));
+                let options = CreateOptions {
+                    size: wish.size,
+                    ..CreateOptions::default()
+                };
+                Qcow2Disk::create(&path, &options).map_err(Error::room)?;
+                Drive {
+                    path,
+                    format: Format::Qcow2,
+                    read_only: wish.read_only,
+                    size: wish.size.next_multiple_of(512),
+                    own: true,
+                }
+            }
+        });
+    }
+    Ok(drives)
 }
 
 #[cfg(test)]
@@ -287,26 +444,51 @@ mod tests {
 
     #[test]
     fn a_password_replaces_roots_and_nobody_elses() {
+        let shadow = "root:*:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n";
+        assert_eq!(
+            with_password(shadow, "$6$x$y"),
+            "root:$6$x$y:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n"
+        );
+        assert_eq!(with_password("", "h"), "root:h:::::::\n");
+    }
+
+    #[test]
+    fn own_files_replace_the_images_and_links_stay_links() {
         let directory = tempfile::tempdir().unwrap();
         let spec = MachineSpec {
             name: "web".into(),
-            password_hash: Some("$6$x$y".into()),
+            ssh_keys: vec!["ssh-ed25519 AAAA me".into()],
             ..MachineSpec::default()
         };
-        let shadow = "root:*:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n";
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIPPED: needs root to give /etc/shadow its group");
-            return;
+        write_own_files(directory.path(), &spec, "10.0.0.1", "").unwrap();
+        let text = script(directory.path()).unwrap();
+        for line in [
+            "rm /etc/hostname",
+            "write own/etc/hostname /etc/hostname",
+            "set_inode_field /etc/machine-id mode 0100444",
+            "symlink /etc/systemd/system/systemd-rfkill.socket /dev/null",
+            "set_inode_field /root/.ssh mode 040700",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
-        write_own_files(directory.path(), &spec, "10.0.0.1", shadow).unwrap();
-        let text = fs::read_to_string(directory.path().join("etc/shadow")).unwrap();
-        assert_eq!(
-            text,
-            "root:$6$x$y:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n"
+        let folder = text.find("mkdir /etc/systemd\n").unwrap();
+        assert!(
+            folder < text.find("write own/etc/systemd/").unwrap(),
+            "{text}"
         );
-        assert_eq!(
-            fs::read_to_string(directory.path().join("etc/hostname")).unwrap(),
-            "web\n"
-        );
+    }
+
+    #[test]
+    fn a_sparse_copy_is_equal_and_sparse() {
+        use std::os::unix::fs::MetadataExt;
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("a"), directory.path().join("b"));
+        let file = File::create(&from).unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"begin", 0).unwrap();
+        file.write_all_at(b"middle", 33_333_333).unwrap();
+        copy_sparse(&from, &to).unwrap();
+        assert!(fs::read(&from).unwrap() == fs::read(&to).unwrap());
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 4 << 20);
     }
 }

@@ -67,6 +67,7 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
         .unwrap();
         let config = UserConfig {
             forwards: vec![("127.0.0.1:0".parse().unwrap(), 80)],
+            udp_forwards: vec![("127.0.0.1:0".parse().unwrap(), 99)],
             ..UserConfig::new(mac)
         };
         let network = UserNet::spawn(link.into_iter().next().unwrap(), config).unwrap();
@@ -144,5 +145,56 @@ fn a_guest_reaches_the_world_and_is_reached_but_not_the_hosts_loopback() {
         stream.read_to_string(&mut text).unwrap();
         assert_eq!(text, "10.0.2.2");
         serving.join().unwrap();
+        let inside = within(guest.as_fd(), || UdpSocket::bind("0.0.0.0:99")).unwrap();
+        let serving = thread::spawn(move || {
+            let mut buffer = [0; 100];
+            let (length, peer) = inside.recv_from(&mut buffer).unwrap();
+            inside.send_to(&buffer[..length], peer).unwrap();
+        });
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        socket.send_to(b"knock", network.udp_forwards[0]).unwrap();
+        let mut buffer = [0; 100];
+        let length = socket.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"knock");
+        serving.join().unwrap();
+        // A ping of the world leaves by a ping socket of this user.
+        let allowed = std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+        if allowed.is_ok() {
+            let answered = within(guest.as_fd(), || {
+                use rustix::net::{
+                    AddressFamily, RecvFlags, SendFlags, SocketType, connect, ipproto, recv, send,
+                    socket,
+                };
+                let ping = socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP))?;
+                let target: std::net::SocketAddr = "192.0.2.1:0".parse().unwrap();
+                connect(&ping, &target)?;
+                let patience = Some(Duration::from_secs(20));
+                rustix::net::sockopt::set_socket_timeout(
+                    &ping,
+                    rustix::net::sockopt::Timeout::Recv,
+                    patience,
+                )?;
+                // Type 8, identifier 0x1234, sequence 1, checksum of all of it.
+                let mut request = vec![8, 0, 0, 0, 0x12, 0x34, 0, 1];
+                request.extend(b"ping");
+                let sum: u32 = request
+                    .chunks(2)
+                    .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+                    .sum();
+                let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+                request[2..4].copy_from_slice(&sum.to_be_bytes());
+                send(&ping, &request, SendFlags::empty())?;
+                let mut buffer = [0; 100];
+                let (length, _) = recv(&ping, &mut buffer[..], RecvFlags::empty())?;
+                // A raw socket shows the IPv4 header too.
+                Ok(buffer[20..length].to_vec())
+            });
+            let answer = answered.unwrap();
+            assert_eq!(answer[0], 0, "an echo reply");
+            assert_eq!(&answer[4..], b"\x12\x34\0\x01ping");
+        }
     });
 }

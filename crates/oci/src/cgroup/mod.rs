@@ -161,6 +161,36 @@ impl Cgroup {
         Ok(cgroup)
     }
 
+    /// Makes a cgroup at `path` with limits, for a process that is no container's. Nothing is left where it fails.
+    ///
+    /// # Errors
+    /// Names the file and the value the kernel refused.
+    pub fn make(path: &str, limits: &LinuxResources) -> Result<Cgroup> {
+        let hierarchies = Hierarchies::of_host()?;
+        let mut cgroup = Cgroup::begin(path, &hierarchies)?;
+        if let Err(error) = cgroup.complete(&hierarchies, Some(limits), false) {
+            let _ = cgroup.remove_now();
+            return Err(error);
+        }
+        Ok(cgroup)
+    }
+
+    /// The files through which a process that has one thread joins all of it: it writes `0` to each.
+    ///
+    /// # Errors
+    /// Where one cannot be opened.
+    pub fn doors(&self) -> Result<Vec<OwnedFd>> {
+        let mut doors = self.task_files()?;
+        if let Some(directory) = &self.unified {
+            let file = directory.join("cgroup.procs");
+            let door =
+                rustix::fs::openat(CWD, &file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+                    .during(|| format!("open {}", file.display()))?;
+            doors.push(door);
+        }
+        Ok(doors)
+    }
+
     /// Makes the v2 directory, in which a process can be born. [`Cgroup::complete`] makes the rest.
     pub(crate) fn begin(path: &str, hierarchies: &Hierarchies) -> Result<Cgroup> {
         let mut cgroup = Cgroup {

@@ -1,10 +1,12 @@
 //! Large buffers for kernels. Touching fresh memory page by page costs more than decompressing into it: these
 //! ask for huge pages.
 
+use std::fs::File;
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// From here on a mapping of its own is worth it.
 const MAPPED_FROM: usize = 4 << 20;
@@ -15,7 +17,7 @@ pub enum Bytes {
     Mapped(Mapping),
 }
 
-/// An anonymous private mapping, zeroed when made.
+/// A private mapping of its own.
 pub struct Mapping {
     start: NonNull<u8>,
     len: usize,
@@ -35,6 +37,34 @@ impl Bytes {
             return Bytes::Mapped(mapping);
         }
         Bytes::Heap(vec![0; len])
+    }
+}
+
+impl Bytes {
+    /// A file's content as it lies in the page cache, nothing copied. The file must be one that nobody changes: what
+    /// is cut off it later cannot be read.
+    ///
+    /// # Errors
+    /// What the kernel says to the mapping.
+    pub fn of_file(file: &File) -> io::Result<Bytes> {
+        let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        if len == 0 {
+            return Ok(Bytes::Heap(Vec::new()));
+        }
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh private mapping at an address of the kernel's choice touches no other memory.
+        let start = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len,
+                protection,
+                MapFlags::PRIVATE,
+                file,
+                0,
+            )
+        }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Bytes::Mapped(Mapping { start, len }))
     }
 }
 

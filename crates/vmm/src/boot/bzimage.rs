@@ -4,6 +4,8 @@ use super::BootError;
 
 /// The header begins here in the file and, in the zero page, at the same offset.
 pub const HEADER_AT: usize = 0x1f1;
+/// The header is within so many bytes of the file.
+pub const HEADER_LIMIT: usize = 4096;
 const XLF_KERNEL_64: u16 = 1;
 /// Where the 64-bit entry of a compressed kernel lies.
 pub const ENTRY_64: u64 = 0x200;

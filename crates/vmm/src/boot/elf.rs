@@ -1,7 +1,11 @@
 //! Loading an ELF kernel (System V ABI, AMD64 supplement; PVH entry note as in Xen's `docs/misc/pvh`).
 
+use std::fs::File;
+use std::ops::Range;
+
 use cpu::GuestMemory;
-use vm_memory::{Bytes, GuestAddress};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::BootError;
 use crate::memory::KERNEL_FLOOR;
@@ -131,32 +135,39 @@ fn pvh_note(mut notes: &[u8]) -> Option<u32> {
 /// Puts the kernel's segments at their physical addresses. Guest memory must be fresh: what a segment leaves
 /// out of the file is taken to be zero there.
 ///
+/// With `pages`, the file that `file` is the content of, whole pages are not copied: they are the guest's until it writes
+/// them (`MAP_PRIVATE`). Nobody may change that file.
+///
 /// # Errors
 /// [`BootError::Elf`] for a broken file, [`BootError::NoRoom`] where a segment is not within RAM past 1 MiB.
-pub fn load(memory: &GuestMemory, file: &[u8]) -> Result<Loaded, BootError> {
+pub fn load(memory: &GuestMemory, file: &[u8], pages: Option<&File>) -> Result<Loaded, BootError> {
     let headers = parse(file)?;
     let mut end = 0;
     for (offset, in_file, address, in_memory) in headers.segments {
         let past = address
             .checked_add(in_memory)
             .ok_or(wrong("a segment wraps"))?;
+        let no_room = || BootError::NoRoom {
+            what: "kernel",
+            address,
+            len: in_memory,
+        };
         let within = crate::memory::ranges(memory)
             .iter()
             .any(|(start, len)| address >= (*start).max(KERNEL_FLOOR) && past <= start + len);
         if !within {
-            return Err(BootError::NoRoom {
-                what: "kernel",
-                address,
-                len: in_memory,
-            });
+            return Err(no_room());
         }
-        memory
-            .write_slice(&file[offset..offset + in_file], GuestAddress(address))
-            .map_err(|_| BootError::NoRoom {
-                what: "kernel",
-                address,
-                len: in_memory,
-            })?;
+        let mapped = match pages {
+            Some(pages) => map_pages(memory, pages, offset, in_file, address),
+            None => 0..0,
+        };
+        for part in [0..mapped.start, mapped.end..in_file] {
+            let at = GuestAddress(address + part.start as u64);
+            memory
+                .write_slice(&file[offset + part.start..offset + part.end], at)
+                .map_err(|_| no_room())?;
+        }
         end = end.max(past);
     }
     Ok(Loaded {
@@ -164,6 +175,48 @@ pub fn load(memory: &GuestMemory, file: &[u8]) -> Result<Loaded, BootError> {
         pvh_entry: headers.pvh_entry,
         end,
     })
+}
+
+/// Maps the whole pages of a segment; the part of it that this covers. Empty where pages of the file and of the guest
+/// do not lie alike.
+fn map_pages(
+    memory: &GuestMemory,
+    pages: &File,
+    offset: usize,
+    in_file: usize,
+    address: u64,
+) -> Range<usize> {
+    let page = rustix::param::page_size();
+    let before = (address as usize).next_multiple_of(page) - address as usize;
+    if in_file < before + page || !(offset + before).is_multiple_of(page) {
+        return 0..0;
+    }
+    let len = (in_file - before) / page * page;
+    let Ok(range) = memory.get_slice(GuestAddress(address + before as u64), len) else {
+        return 0..0;
+    };
+    let host = range.ptr_guard_mut().as_ptr();
+    if !(host as usize).is_multiple_of(page) {
+        return 0..0;
+    }
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED;
+    // SAFETY: the range is `len` bytes of guest memory, which `memory` owns as one mapping and which nothing but the guest
+    // will use; it stays mapped, readable and writable, and goes with the rest of that mapping.
+    let done = unsafe {
+        mmap(
+            host.cast(),
+            len,
+            protection,
+            flags,
+            pages,
+            (offset + before) as u64,
+        )
+    };
+    match done {
+        Ok(_) => before..before + len,
+        Err(_) => 0..0,
+    }
 }
 
 #[cfg(test)]
@@ -207,7 +260,7 @@ pub(crate) mod tests {
     #[test]
     fn a_kernel_lands_where_it_says() {
         let memory = crate::memory::allocate(16 << 20).unwrap();
-        let loaded = load(&memory, &kernel(b"code", 0x20_0000)).unwrap();
+        let loaded = load(&memory, &kernel(b"code", 0x20_0000), None).unwrap();
         assert_eq!(
             loaded,
             Loaded {
@@ -228,7 +281,7 @@ pub(crate) mod tests {
         let memory = crate::memory::allocate(16 << 20).unwrap();
         for address in [0x7000, 16 << 20, u64::MAX - 1] {
             assert!(
-                load(&memory, &kernel(b"code", address)).is_err(),
+                load(&memory, &kernel(b"code", address), None).is_err(),
                 "{address:#x}"
             );
         }
@@ -244,7 +297,46 @@ pub(crate) mod tests {
                 file[at] = value;
             }
             file.truncate(cut.max(8));
-            let _ = load(&memory, &file);
+            let _ = load(&memory, &file, None);
         }
+    }
+
+    #[test]
+    fn a_kernel_whose_pages_are_mapped_is_the_same_as_a_copied_one() {
+        use std::io::Write;
+        let content: Vec<u8> = (0..50_000u32).map(|n| (n * 7 / 3) as u8).collect();
+        let mut elf = kernel(&content, 0x20_0000);
+        // Page-aligned in the file as real kernels are.
+        let offset = u64::from_le_bytes(elf[72..80].try_into().unwrap()) as usize;
+        let padding = offset.next_multiple_of(4096) - offset;
+        elf.splice(offset..offset, vec![0; padding]);
+        elf[72..80].copy_from_slice(&((offset + padding) as u64).to_le_bytes());
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&elf).unwrap();
+        let (copied, mapped) = (
+            crate::memory::allocate(16 << 20).unwrap(),
+            crate::memory::allocate(16 << 20).unwrap(),
+        );
+        assert_eq!(
+            load(&copied, &elf, None).unwrap(),
+            load(&mapped, &elf, Some(&file)).unwrap()
+        );
+        let read = |memory: &GuestMemory| {
+            let mut bytes = vec![0; content.len() + 5000];
+            memory
+                .read_slice(&mut bytes, GuestAddress(0x20_0000))
+                .unwrap();
+            bytes
+        };
+        assert!(read(&copied) == read(&mapped));
+        assert!(read(&mapped).starts_with(&content));
+        // What the guest writes is its own.
+        mapped
+            .write_slice(b"changed", GuestAddress(0x20_0000))
+            .unwrap();
+        let mut again = vec![0; 7];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut again, (offset + padding) as u64)
+            .unwrap();
+        assert_eq!(again, content[..7]);
     }
 }

@@ -8,23 +8,26 @@ pub use bytes::Bytes;
 
 mod bytes;
 pub mod bzimage;
+pub mod cache;
 pub mod decompress;
 pub mod elf;
 mod entry;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
 use cpu::{CpuError, CpuModel, GuestMemory};
-use disk::{Disk, RawDisk};
+use disk::{BackingFiles, Disk, Format};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes as _, GuestAddress};
 
 pub use crate::control::Outcome;
+use crate::crash::{CrashWatch, Watched};
 use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
 use crate::memory::MemoryError;
 use crate::terminal::{Input, Terminal};
@@ -75,6 +78,10 @@ pub enum BootError {
         name: String,
         source: std::io::Error,
     },
+    #[error("the host gives no sockets for a network: {0}")]
+    Link(std::io::Error),
+    #[error("the user-mode network cannot be made: {why}")]
+    Network { why: String },
     #[error("the terminal cannot be used: {0}")]
     Terminal(std::io::Error),
     #[error(transparent)]
@@ -102,7 +109,8 @@ impl Classified for BootError {
             BootError::Compression(_) => Kind::Unsupported,
             BootError::NoRoom { .. } => Kind::Capacity,
             BootError::Tap { source, .. } => kind_of_io(source),
-            BootError::Terminal(_) => Kind::Internal,
+            BootError::Terminal(_) | BootError::Link(_) => Kind::Internal,
+            BootError::Network { .. } => Kind::Conflict,
             BootError::Machine(error) => error.kind(),
             BootError::Disk(error) => error.kind(),
             _ => Kind::Invalid,
@@ -152,12 +160,52 @@ pub struct Kernel {
     file: Bytes,
     /// The vmlinux inside, where it could be unpacked; the file itself where that is one.
     unpacked: Option<Bytes>,
+    /// The file that `unpacked` is the content of.
+    pages: Option<fs::File>,
 }
 
 impl Kernel {
     /// Reads and, where the protocol wants it, unpacks a kernel.
     pub fn open(path: &Path, protocol: Protocol) -> Result<Kernel, BootError> {
         Kernel::parse(read("kernel", path)?, protocol)
+    }
+
+    /// Reads a kernel that was unpacked before (see [`cache`]).
+    ///
+    /// # Errors
+    /// Where either file cannot be read.
+    pub fn open_unpacked(path: &Path, unpacked: &Path) -> Result<Kernel, BootError> {
+        let failed = |what: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| BootError::Read { what, path, source }
+        };
+        // Of the packed kernel only the header is read.
+        let mut packed = fs::File::open(path).map_err(failed("kernel", path))?;
+        let len = packed.metadata().map_err(failed("kernel", path))?.len();
+        if len > FILE_LIMIT {
+            return Err(BootError::Large {
+                what: "kernel",
+                path: path.to_owned(),
+            });
+        }
+        let mut file = Bytes::zeroed(len as usize);
+        let header = file.len().min(bzimage::HEADER_LIMIT);
+        packed
+            .read_exact(&mut file[..header])
+            .map_err(failed("kernel", path))?;
+        let what = "the unpacked kernel";
+        let pages = fs::File::open(unpacked).map_err(failed(what, unpacked))?;
+        let plain = Bytes::of_file(&pages).map_err(failed(what, unpacked))?;
+        Ok(Kernel {
+            file,
+            unpacked: Some(plain),
+            pages: Some(pages),
+        })
+    }
+
+    /// Its vmlinux, where that was packed.
+    pub fn unpacked(&self) -> Option<&[u8]> {
+        self.unpacked.as_deref()
     }
 
     /// A kernel from its file's bytes.
@@ -177,7 +225,11 @@ impl Kernel {
                 Err(error) => return Err(error),
             },
         };
-        Ok(Kernel { file, unpacked })
+        Ok(Kernel {
+            file,
+            unpacked,
+            pages: None,
+        })
     }
 }
 
@@ -204,8 +256,8 @@ pub fn place(
 ) -> Result<(), BootError> {
     let image = bzimage::parse(&kernel.file)?;
     let elf = match (&kernel.unpacked, &image) {
-        (Some(plain), _) => Some(elf::load(memory, plain)?),
-        (None, None) => Some(elf::load(memory, &kernel.file)?),
+        (Some(plain), _) => Some(elf::load(memory, plain, kernel.pages.as_ref())?),
+        (None, None) => Some(elf::load(memory, &kernel.file, None)?),
         (None, Some(_)) => None,
     };
     let (kernel_end, entry) = match (&elf, &image) {
@@ -309,6 +361,7 @@ pub struct BootConfig {
     pub disks: Vec<DiskConfig>,
     /// Tap interfaces of the host, a virtio card for each.
     pub taps: Vec<String>,
+    pub network: Option<NetworkConfig>,
     pub machine: MachineConfig,
     pub protocol: Protocol,
     /// Says on standard error which CPU serves and how long the start took.
@@ -316,13 +369,15 @@ pub struct BootConfig {
 }
 
 /// One disk of a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
     pub path: PathBuf,
     #[serde(default)]
     pub read_only: bool,
     #[serde(default)]
     pub bus: DiskBus,
+    #[serde(default)]
+    pub format: Format,
 }
 
 /// The controller a disk is behind.
@@ -337,14 +392,22 @@ pub enum DiskBus {
 
 impl std::str::FromStr for DiskConfig {
     type Err = String;
-    /// `FILE[,ro][,nvme|,virtio]`; a comma in the file's name is part of it where no such word follows.
+    /// `FILE[,ro][,nvme|,virtio][,format=raw|,format=qcow2]`; a comma in the file's name is part of it where no such word
+    /// follows. Without a format, a file that looks like another than its name says is refused: a guest that owns a raw
+    /// disk may write anything on it.
     fn from_str(text: &str) -> Result<DiskConfig, String> {
         let (mut rest, mut read_only, mut bus) = (text, false, DiskBus::default());
+        let mut format = None;
         while let Some((before, word)) = rest.rsplit_once(',') {
             match word {
                 "ro" => read_only = true,
                 "nvme" => bus = DiskBus::Nvme,
                 "virtio" => bus = DiskBus::Virtio,
+                "format=raw" => format = Some(Format::Raw),
+                "format=qcow2" => format = Some(Format::Qcow2),
+                _ if word.starts_with("format=") => {
+                    return Err(format!("{word:?}: the formats are raw and qcow2"));
+                }
                 _ => break,
             }
             rest = before;
@@ -352,12 +415,39 @@ impl std::str::FromStr for DiskConfig {
         if rest.is_empty() {
             return Err(format!("{text:?} names no file: FILE[,ro][,virtio]"));
         }
+        let path = PathBuf::from(rest);
+        let named = match path.extension() {
+            Some(end) if end == "qcow2" => Format::Qcow2,
+            _ => Format::Raw,
+        };
+        let format = match format {
+            Some(format) => format,
+            // What cannot be read is said when it is opened.
+            None => match disk::probe(&path) {
+                Ok(looks) if looks != named => {
+                    let looks = if looks == Format::Raw { "raw" } else { "qcow2" };
+                    return Err(format!(
+                        "{rest} looks like {looks}, which its name does not say; say it: {text},format={looks}"
+                    ));
+                }
+                _ => named,
+            },
+        };
         Ok(DiskConfig {
-            path: rest.into(),
+            path,
             read_only,
             bus,
+            format,
         })
     }
+}
+
+/// The network card of a machine.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// A socket on which each datagram is a frame (see [`crate::process::datagrams`]).
+    pub link: Arc<OwnedFd>,
+    pub mac: [u8; 6],
 }
 
 /// The command line: what every guest of ours wants, then the user's part, which wins.
@@ -400,7 +490,7 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     let begun = std::time::Instant::now();
     // The software CPU measures the host's clock once, for 20 ms: beside the kernel's unpacking they cost nothing.
     let measured = std::thread::spawn(cpu_soft::clock::tsc_hz);
-    let kernel = Kernel::open(&config.kernel, config.protocol)?;
+    let kernel = cache::open(&config.kernel, config.protocol)?;
     let initrd = config
         .initrd
         .as_deref()
@@ -408,13 +498,21 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
         .transpose()?;
     let unpacked = begun.elapsed();
     let _ = measured.join();
-    let mut machine = Machine::new(config.machine.clone(), Box::new(std::io::stdout()))?;
+    let watch = CrashWatch::new();
+    let console = Watched {
+        watch: watch.clone(),
+        to: std::io::stdout(),
+    };
+    let mut machine = Machine::new(config.machine.clone(), Box::new(console))?;
+    watch.begin(machine.control.clone());
     if let Some(note) = &machine.cpu_note {
         eprintln!("berth: {note}");
     }
     let mut namespaces: Vec<Arc<dyn Disk>> = Vec::new();
     for (number, disk) in config.disks.iter().enumerate() {
-        let file: Arc<dyn Disk> = Arc::new(RawDisk::open(&disk.path, disk.read_only)?);
+        let backing = BackingFiles::Allowed;
+        let file: Arc<dyn Disk> =
+            disk::open(&disk.path, disk.format, disk.read_only, backing)?.into();
         match disk.bus {
             DiskBus::Nvme => namespaces.push(file),
             DiskBus::Virtio => {
@@ -439,6 +537,13 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
         // Locally administered; one number for each card.
         let mac = [0x52, 0x42, 0, 0, 0, number as u8];
         machine.add_virtio(format!("net{number}"), Arc::new(Net::new(port, mac, mtu)))?;
+    }
+    if let Some(network) = &config.network {
+        let port = rustix::io::fcntl_dupfd_cloexec(&network.link, 0)
+            .map_err(std::io::Error::from)
+            .and_then(Port::datagrams)
+            .map_err(BootError::Link)?;
+        machine.add_virtio("net0", Arc::new(Net::new(port, network.mac, 1500)))?;
     }
     machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
@@ -484,7 +589,7 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
             ms(placed - made),
         );
     }
-    let outcome = machine.wait();
+    let outcome = watch.judge(machine.wait());
     drop(terminal);
     if config.verbose {
         for (name, value) in machine.counters() {
@@ -598,6 +703,25 @@ mod tests {
             (odd.path.to_str(), odd.read_only, odd.bus),
             (Some("a,b"), true, DiskBus::Virtio)
         );
+        assert!(",ro".parse::<DiskConfig>().is_err());
+    }
+
+    #[test]
+    fn a_disks_format_is_said_by_its_name_or_by_a_word_and_never_guessed_against_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let raw = directory.path().join("a,b.img");
+        fs::write(&raw, [0; 512]).unwrap();
+        let disk: DiskConfig = format!("{},ro,virtio", raw.display()).parse().unwrap();
+        assert!(disk.read_only && disk.bus == DiskBus::Virtio);
+        assert!(disk.format == Format::Raw && disk.path == raw);
+        let sly = directory.path().join("sly.img");
+        fs::write(&sly, b"QFI\xfbxxxxxxxxxxxxxxxx").unwrap();
+        let sly = sly.display().to_string();
+        let error = sly.parse::<DiskConfig>().unwrap_err();
+        assert!(error.contains("format=qcow2"), "{error}");
+        let disk: DiskConfig = format!("{sly},format=raw").parse().unwrap();
+        assert_eq!(disk.format, Format::Raw);
+        assert!(format!("{sly},format=vdi").parse::<DiskConfig>().is_err());
         assert!(",ro".parse::<DiskConfig>().is_err());
     }
 

@@ -47,6 +47,7 @@ impl Outlet {
         let writer = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                crate::process::jail::confine(crate::process::jail::Thread::Console);
                 loop {
                     let bytes = {
                         let mut state = waited.lock();

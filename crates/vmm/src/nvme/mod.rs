@@ -146,7 +146,10 @@ impl Controller {
             let shared = controller.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("{}-{number}", controller.name))
-                .spawn(move || shared.work())?;
+                .spawn(move || {
+                    crate::process::jail::confine(crate::process::jail::Thread::Io);
+                    shared.work();
+                })?;
             controller
                 .workers
                 .lock()

@@ -13,15 +13,19 @@
 //! A reset makes the machine anew in the same process, so that its disks are never let go of in between.
 
 pub mod console;
-mod jail;
+pub mod disks;
+pub mod jail;
 pub mod protocol;
 
+use std::any::Any;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use base::Classified;
 use base::file::{Durability, read_json, write_json};
@@ -29,11 +33,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot::{BootError, Kernel, Protocol, command_line, place};
 use crate::control::Outcome;
+use crate::crash::{CrashWatch, Watched};
 use crate::machine::{CpuChoice, Machine, MachineConfig};
 use crate::virtio::net::{Net, Port};
 use console::Console;
 use cpu::CpuModel;
 use disk::{BackingFiles, Disk, Format};
+use disks::{Counters, GuardedDisk, Room};
+use jail::{Reach, Thread};
 
 /// File names inside a machine's folder.
 pub const CONFIG: &str = "process.json";
@@ -47,6 +54,9 @@ pub struct ProcessConfig {
     /// Of this structure: 1.
     pub version: u32,
     pub kernel: PathBuf,
+    /// The kernel's vmlinux, where it was unpacked before.
+    #[serde(default)]
+    pub unpacked: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     #[serde(default)]
     pub append: String,
@@ -58,6 +68,9 @@ pub struct ProcessConfig {
     #[serde(default)]
     pub model: CpuModel,
     pub disks: Vec<ProcessDisk>,
+    /// What lies below the disks and is only read.
+    #[serde(default)]
+    pub below: Vec<PathBuf>,
     #[serde(default)]
     pub networks: Vec<ProcessNetwork>,
     #[serde(default)]
@@ -78,11 +91,36 @@ pub struct ProcessDisk {
 pub struct ProcessNetwork {
     pub mac: [u8; 6],
     /// The tap's descriptor in the new process.
+    #[serde(default)]
     pub descriptor: i32,
+    /// Instead of a tap, a network of this process's own on the host's sockets.
+    #[serde(default)]
+    pub user: Option<UserNetwork>,
     /// Bytes, where the network says.
     #[serde(default)]
     pub mtu: Option<u16>,
 }
+
+/// A user-mode network.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UserNetwork {
+    pub hostname: String,
+    pub forwards: Vec<Forward>,
+}
+
+/// A port of the host that leads to one of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    pub udp: bool,
+    pub host: SocketAddr,
+    pub guest: u16,
+}
+
+/// Makes user-mode networks, which are another room's: for a card with this address whose frames, one a datagram, come
+/// and go by the descriptor. Its thread calls the function first. The network lives as long as the value.
+pub type UserNetworks =
+    fn(&UserNetwork, [u8; 6], OwnedFd, fn()) -> Result<Box<dyn Any + Send>, String>;
 
 /// What follows a crash of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -118,7 +156,11 @@ pub(crate) struct Running {
     pub machine: Mutex<Option<Handles>>,
     pub console: Arc<Console>,
     pub resets: Mutex<u64>,
-    pub started: std::time::Instant,
+    /// How the guest crashed last, where it was started again.
+    pub last_crash: Mutex<Option<String>>,
+    pub started: Instant,
+    /// In the order of the configuration.
+    pub disks: Vec<Arc<Counters>>,
 }
 
 /// The parts of a machine that may be reached while its thread waits for its end.
@@ -127,19 +169,20 @@ pub(crate) struct Handles {
     pub control: Arc<crate::control::Control>,
     pub power: Arc<crate::devices::power::Power>,
     pub serial: Arc<crate::devices::serial::Serial>,
+    pub room: Arc<Room>,
     pub cpu: &'static str,
     pub note: Option<String>,
 }
 
 /// Runs the machine of a folder; exit code 0 for a power-off.
-pub fn main(args: impl IntoIterator<Item = String>) -> ExitCode {
+pub fn main(args: impl IntoIterator<Item = String>, networks: UserNetworks) -> ExitCode {
     let Some(folder) = args.into_iter().next().map(PathBuf::from) else {
         eprintln!(
             "usage: berth machine-process FOLDER (the daemon's own; use berth machine start)"
         );
         return ExitCode::from(2);
     };
-    let record = match run(&folder) {
+    let record = match run(&folder, networks) {
         Ok(Outcome::PowerOff | Outcome::Reset | Outcome::DebugExit(_)) => {
             record(ExitReason::PowerOff, String::new())
         }
@@ -188,25 +231,17 @@ fn read_config(folder: &Path) -> Result<ProcessConfig, BootError> {
         .ok_or_else(|| failed(std::io::Error::from(std::io::ErrorKind::NotFound)))
 }
 
-fn run(folder: &Path) -> Result<Outcome, BootError> {
+fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError> {
     let config = read_config(folder)?;
-    let kernel = Kernel::open(&config.kernel, Protocol::default())?;
+    let kernel = match &config.unpacked {
+        Some(unpacked) => Kernel::open_unpacked(&config.kernel, unpacked)?,
+        None => Kernel::open(&config.kernel, Protocol::default())?,
+    };
     let initrd = config
         .initrd
         .as_deref()
         .map(|path| crate::boot::read("initrd", path))
         .transpose()?;
-    let taps: Vec<(ProcessNetwork, OwnedFd)> = config
-        .networks
-        .iter()
-        .map(|network| {
-            // SAFETY: the daemon passed these descriptors to this process alone and wrote their numbers;
-            // this is the only place that takes them, once.
-            (network.clone(), unsafe {
-                OwnedFd::from_raw_fd(network.descriptor)
-            })
-        })
-        .collect();
     let failed = |what: &'static str| {
         move |source| BootError::Read {
             what,
@@ -228,26 +263,47 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
         machine: Mutex::new(None),
         console: console.clone(),
         resets: Mutex::new(0),
-        started: std::time::Instant::now(),
+        last_crash: Mutex::default(),
+        started: Instant::now(),
+        disks: config.disks.iter().map(|_| Arc::default()).collect(),
     });
+    let paths = |read_only: bool| {
+        let disks = config.disks.iter();
+        disks.filter(move |disk| disk.read_only == read_only)
+    };
     let mut writable: Vec<&Path> = vec![folder];
-    writable.extend(
-        config
-            .disks
-            .iter()
-            .filter(|d| !d.read_only)
-            .map(|d| d.path.as_path()),
-    );
-    let mut readable: Vec<&Path> = Vec::new();
-    readable.extend(config.disks.iter().map(|d| d.path.as_path()));
-    // What could not be confined is said, so that `inspect` and the log show it.
-    for weakness in jail::enter(&readable, &writable) {
+    writable.extend(paths(false).map(|disk| disk.path.as_path()));
+    let mut readable: Vec<&Path> = paths(true).map(|disk| disk.path.as_path()).collect();
+    readable.extend(config.below.iter().map(PathBuf::as_path));
+    let reach = Reach {
+        readable: &readable,
+        writable: &writable,
+        network: config.networks.iter().any(|network| network.user.is_some()),
+    };
+    // What could not be confined is said, so that the log shows it.
+    for weakness in jail::enter(reach) {
         tracing::warn!("{weakness}");
         eprintln!("berth: {weakness}");
     }
+    let links = config
+        .networks
+        .iter()
+        .map(|network| Link::open(network, user_networks))
+        .collect::<Result<Vec<_>, _>>()?;
     protocol::serve(listener, running.clone()).map_err(failed("a thread for"))?;
+    let watch = CrashWatch::new();
+    let mut patience = Patience::default();
     loop {
-        let outcome = run_once(&config, &kernel, initrd.as_deref(), &taps, &running)?;
+        let begun = Instant::now();
+        let outcome = run_once(
+            &config,
+            &kernel,
+            initrd.as_deref(),
+            &links,
+            &running,
+            &watch,
+        )?;
+        let outcome = watch.judge(outcome);
         *running
             .machine
             .lock()
@@ -255,9 +311,20 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
         match &outcome {
             Outcome::Reset => {}
             Outcome::Crash(why) if config.on_crash == OnCrash::Restart => {
-                console.note(&format!("the guest crashed ({why}) and is started again"));
-                // A guest that crashes at once must not take the host's time.
-                std::thread::sleep(std::time::Duration::from_secs(1));
+                let pause = patience.after(begun.elapsed());
+                console.note(&format!(
+                    "the guest crashed ({why}); it is started again in {} s",
+                    pause.as_secs()
+                ));
+                *running
+                    .last_crash
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = Some(why.clone());
+                std::thread::sleep(pause);
+            }
+            Outcome::Crash(why) => {
+                console.note(&format!("the guest crashed: {why}"));
+                return Ok(outcome);
             }
             _ => return Ok(outcome),
         }
@@ -268,12 +335,29 @@ fn run(folder: &Path) -> Result<Outcome, BootError> {
     }
 }
 
+/// How long a guest that crashes again and again waits: it must not take the host's time.
+#[derive(Default)]
+struct Patience {
+    crashes: u32,
+}
+
+impl Patience {
+    fn after(&mut self, ran: Duration) -> Duration {
+        if ran > Duration::from_secs(120) {
+            self.crashes = 0;
+        }
+        self.crashes += 1;
+        Duration::from_secs(1 << (self.crashes - 1).min(5))
+    }
+}
+
 fn run_once(
     config: &ProcessConfig,
     kernel: &Kernel,
     initrd: Option<&[u8]>,
-    taps: &[(ProcessNetwork, OwnedFd)],
+    links: &[Link],
     running: &Running,
+    watch: &Arc<CrashWatch>,
 ) -> Result<Outcome, BootError> {
     let machine_config = MachineConfig {
         cpus: config.cpus,
@@ -282,23 +366,36 @@ fn run_once(
         model: config.model,
         ..MachineConfig::default()
     };
-    let mut machine = Machine::new(machine_config, Box::new(running.console.writer()))?;
+    let console = Watched {
+        watch: watch.clone(),
+        to: running.console.writer(),
+    };
+    let mut machine = Machine::new(machine_config, Box::new(console))?;
+    watch.begin(machine.control.clone());
+    let room = Room::new(machine.control.clone(), running.console.clone());
     let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
-    for disk in &config.disks {
-        disks.push(
-            disk::open(
-                &disk.path,
-                disk.format,
-                disk.read_only,
-                BackingFiles::Allowed,
-            )?
-            .into(),
-        );
+    for (disk, counters) in config.disks.iter().zip(&running.disks) {
+        let opened = disk::open(
+            &disk.path,
+            disk.format,
+            disk.read_only,
+            BackingFiles::Allowed,
+        )?;
+        disks.push(Arc::new(GuardedDisk {
+            disk: opened,
+            path: disk.path.clone(),
+            counters: counters.clone(),
+            room: room.clone(),
+        }));
     }
     if !disks.is_empty() {
         machine.add_nvme(disks, 0)?;
     }
-    attach_networks(&mut machine, taps)?;
+    for (index, link) in links.iter().enumerate() {
+        machine.add_virtio(format!("net{index}"), Arc::new(link.card(index)?))?;
+    }
+    // Without it a guest's first seconds go by waiting for randomness.
+    machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     let rsdp = crate::acpi::write(&machine.memory, config.cpus)?;
     let words = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
     let memory = machine.memory.clone();
@@ -320,6 +417,7 @@ fn run_once(
         control: machine.control.clone(),
         power: machine.power.clone(),
         serial: machine.serial.clone(),
+        room,
         cpu: machine.vm.name(),
         note: machine.cpu_note.clone(),
     });
@@ -327,24 +425,78 @@ fn run_once(
     Ok(machine.wait())
 }
 
-fn attach_networks(
-    machine: &mut Machine,
-    taps: &[(ProcessNetwork, OwnedFd)],
-) -> Result<(), BootError> {
-    for (index, (network, tap)) in taps.iter().enumerate() {
-        // The tap outlives each machine of a reset.
-        let port = rustix::io::fcntl_dupfd_cloexec(tap, 0)
+/// One network interface's way out; it outlives each machine of a reset.
+struct Link {
+    fd: OwnedFd,
+    network: ProcessNetwork,
+    /// The user-mode network at the other end.
+    _user: Option<Box<dyn Any + Send>>,
+}
+
+impl Link {
+    fn open(network: &ProcessNetwork, user_networks: UserNetworks) -> Result<Link, BootError> {
+        let (fd, user) = match &network.user {
+            None => {
+                // SAFETY: the daemon passed these descriptors to this process alone and wrote their numbers;
+                // this is the only place that takes them, once.
+                (unsafe { OwnedFd::from_raw_fd(network.descriptor) }, None)
+            }
+            Some(wish) => {
+                let (ours, theirs) = datagrams().map_err(BootError::Link)?;
+                let confine = || jail::confine(Thread::Network);
+                let user = user_networks(wish, network.mac, theirs, confine)
+                    .map_err(|why| BootError::Network { why })?;
+                (ours, Some(user))
+            }
+        };
+        Ok(Link {
+            fd,
+            network: network.clone(),
+            _user: user,
+        })
+    }
+
+    fn card(&self, index: usize) -> Result<Net, BootError> {
+        let port = rustix::io::fcntl_dupfd_cloexec(&self.fd, 0)
             .map_err(std::io::Error::from)
-            .and_then(Port::tap)
+            .and_then(|fd| match self.network.user {
+                None => Port::tap(fd),
+                Some(_) => Port::datagrams(fd),
+            })
             .map_err(|source| BootError::Read {
                 what: "the network interface",
                 path: PathBuf::from(format!("net{index}")),
                 source,
             })?;
-        let card = Net::new(port, network.mac, network.mtu.unwrap_or(1500));
-        machine.add_virtio(format!("net{index}"), Arc::new(card))?;
+        let mtu = self.network.mtu.unwrap_or(1500);
+        Ok(Net::new(port, self.network.mac, mtu))
     }
-    // Without it a guest's first seconds go by waiting for randomness.
-    machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
-    Ok(())
+}
+
+/// Two ends of a link on which each datagram is a frame.
+///
+/// # Errors
+/// Where the host gives no sockets.
+pub fn datagrams() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_crashes_again_and_again_waits_longer_and_a_steady_one_begins_anew() {
+        let mut patience = Patience::default();
+        let short = Duration::from_secs(1);
+        let waits: Vec<u64> = (0..8).map(|_| patience.after(short).as_secs()).collect();
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 32, 32]);
+        assert_eq!(patience.after(Duration::from_secs(1000)).as_secs(), 1);
+    }
 }

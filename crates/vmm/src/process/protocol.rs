@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! ▶ {"op":"status"}      ◀ {"ok":true,"state":"running","cpu":"soft","resets":0,"uptime_ms":1234}
+//! ▶ {"op":"stats"}       ◀ {"ok":true,"disks":[{"reads":1,…},…]}
 //! ▶ {"op":"pause"}       ◀ {"ok":true}          also: resume, power-button, reset, kill
 //! ▶ {"op":"console"}     ◀ {"ok":true}          then raw bytes of the serial line, both ways, until either end closes
 //! ▶ anything else        ◀ {"ok":false,"error":"…"}
@@ -13,6 +14,8 @@ use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::disks::DiskCounts;
+use super::jail::{self, Thread};
 use super::{Handles, Running};
 use crate::control::Outcome;
 
@@ -26,6 +29,7 @@ const CONNECTION_LIMIT: usize = 64;
 #[serde(tag = "op", rename_all = "kebab-case")]
 pub enum Request {
     Status,
+    Stats,
     Pause,
     Resume,
     /// Presses the ACPI power button: the guest shuts down if it listens.
@@ -49,6 +53,15 @@ pub struct Answer {
     pub error: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
+}
+
+/// What went through the machine's devices.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// By disk, the root disk first.
+    pub disks: Vec<DiskCounts>,
 }
 
 /// How the machine is.
@@ -63,6 +76,12 @@ pub struct Status {
     /// Times it was reset since it was started.
     pub resets: u64,
     pub uptime_ms: u64,
+    /// What keeps it from running, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// The crash after which it was started again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_crash: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +106,7 @@ pub(super) fn serve(listener: UnixListener, running: Arc<Running>) -> io::Result
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
+            jail::confine(Thread::Control);
             for stream in listener.incoming() {
                 let Ok(stream) = stream else { continue };
                 if Arc::strong_count(&count) > CONNECTION_LIMIT {
@@ -116,14 +136,7 @@ fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
         let request = match parse(&line) {
             Ok(request) => request,
             Err(error) => {
-                send(
-                    stream,
-                    &Answer {
-                        ok: false,
-                        error: Some(error),
-                        status: None,
-                    },
-                )?;
+                send(stream, &refusal(error))?;
                 return Ok(());
             }
         };
@@ -176,40 +189,74 @@ fn type_into(mut reader: impl Read, running: &Running) -> io::Result<()> {
     }
 }
 
+fn refusal(error: String) -> Answer {
+    Answer {
+        error: Some(error),
+        ..Answer::default()
+    }
+}
+
+fn status(running: &Running, machine: Option<Handles>) -> Status {
+    let state = match &machine {
+        None => State::Starting,
+        Some(machine) if machine.control.is_paused() => State::Paused,
+        Some(_) => State::Running,
+    };
+    Status {
+        state,
+        cpu: machine.as_ref().map_or("", |m| m.cpu).to_owned(),
+        problem: machine.as_ref().and_then(|m| m.room.problem()),
+        note: machine.and_then(|m| m.note),
+        resets: *running
+            .resets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner),
+        last_crash: running
+            .last_crash
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone(),
+        uptime_ms: running.started.elapsed().as_millis() as u64,
+    }
+}
+
 fn answer(request: &Request, running: &Running) -> Answer {
     let machine = handles(running);
-    if *request == Request::Status {
-        let state = match &machine {
-            None => State::Starting,
-            Some(machine) if machine.control.is_paused() => State::Paused,
-            Some(_) => State::Running,
-        };
-        let status = Status {
-            state,
-            cpu: machine.as_ref().map_or("", |m| m.cpu).to_owned(),
-            note: machine.and_then(|m| m.note),
-            resets: *running
-                .resets
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-            uptime_ms: running.started.elapsed().as_millis() as u64,
-        };
-        return Answer {
-            ok: true,
-            error: None,
-            status: Some(status),
-        };
+    match request {
+        Request::Status => {
+            return Answer {
+                ok: true,
+                status: Some(status(running, machine)),
+                ..Answer::default()
+            };
+        }
+        Request::Stats => {
+            let disks = running.disks.iter().map(|counters| counters.now());
+            return Answer {
+                ok: true,
+                stats: Some(Stats {
+                    disks: disks.collect(),
+                }),
+                ..Answer::default()
+            };
+        }
+        _ => {}
     }
     let Some(machine) = machine else {
-        return Answer {
-            ok: false,
-            error: Some("the machine is starting; try again".into()),
-            status: None,
-        };
+        return refusal("the machine is starting; try again".into());
     };
     let done = match request {
-        Request::Pause => machine.control.pause(),
-        Request::Resume => machine.control.resume(),
+        Request::Pause => {
+            machine.room.keep_paused();
+            machine.control.pause()
+        }
+        Request::Resume => {
+            // Its CPUs would only wait for the disk, and time out.
+            if let Some(problem) = machine.room.problem() {
+                return refusal(problem);
+            }
+            machine.control.resume()
+        }
         Request::PowerButton => {
             machine.power.press_button();
             true
@@ -222,12 +269,15 @@ fn answer(request: &Request, running: &Running) -> Answer {
             machine.control.end(Outcome::Killed);
             true
         }
-        Request::Status | Request::Console { .. } => true,
+        Request::Status | Request::Stats | Request::Console { .. } => true,
     };
-    Answer {
-        ok: done,
-        error: (!done).then(|| "the machine has ended".into()),
-        status: None,
+    if done {
+        Answer {
+            ok: true,
+            ..Answer::default()
+        }
+    } else {
+        refusal("the machine has ended".into())
     }
 }
 

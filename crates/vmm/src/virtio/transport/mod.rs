@@ -210,7 +210,10 @@ impl Transport {
             threads.push(
                 std::thread::Builder::new()
                     .name(format!("{}-{number}", shared.name))
-                    .spawn(move || worker.work(number, &queues, &waited))?,
+                    .spawn(move || {
+                        crate::process::jail::confine(crate::process::jail::Thread::Io);
+                        worker.work(number, &queues, &waited);
+                    })?,
             );
             wakes.push(wake);
         }

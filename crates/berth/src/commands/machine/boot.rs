@@ -1,0 +1,136 @@
+//! `berth machine boot`: a kernel in the foreground, without a daemon.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use vmm::boot::{BootConfig, DiskConfig, NetworkConfig, Outcome};
+use vmm::machine::MachineConfig;
+
+use super::{CpuChoice, OnCrash};
+use crate::failure::Failure;
+use crate::user_network;
+
+#[derive(Debug, Args)]
+pub struct BootArgs {
+    /// The kernel: a bzImage or an ELF vmlinux.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Further words of the kernel's command line.
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    pub append: String,
+    /// Disk image, read-only with ,ro; behind NVMe, or behind virtio-blk with ,virtio. May be given many times.
+    #[arg(long, value_name = "FILE[,ro][,virtio][,format=raw|qcow2]")]
+    pub disk: Vec<String>,
+    /// Tap interface of the host to connect a network card to. May be given many times.
+    #[arg(long, value_name = "NAME", conflicts_with = "net")]
+    pub tap: Vec<String>,
+    /// Network: user needs no rights, and forwards ports of this host with hostfwd=tcp:[ADDRESS]:PORT-:PORT.
+    #[arg(long, value_name = "user[,hostfwd=RULE]…")]
+    pub net: Option<String>,
+    /// Number of CPUs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Memory.
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: String,
+    /// Which CPU runs the guest.
+    #[arg(long, value_enum, default_value_t)]
+    pub cpu: CpuChoice,
+    /// CPU model shown to the guest: max, x86-64-v2 or x86-64-v3.
+    #[arg(long, value_name = "MODEL", default_value = "max")]
+    pub cpu_model: String,
+    /// How the kernel is entered: linux64, pvh or bzimage (with the kernel's own decompressor).
+    #[arg(long, value_name = "PROTOCOL", default_value = "linux64")]
+    pub protocol: String,
+    /// Boot again when the guest resets, instead of ending.
+    #[arg(long)]
+    pub reboot: bool,
+    /// What follows a crash of the guest: a kernel panic or a triple fault.
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
+    pub on_crash: OnCrash,
+    /// Say which CPU serves and how long the start took.
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// Runs a kernel in the foreground. Exit code 0 for the guest's power-off or reset, 1 for a crash.
+pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
+    let memory = super::size("memory", &args.memory)?;
+    let model = vmm::boot::parse_model(&args.cpu_model).map_err(Failure::invalid)?;
+    let protocol = args.protocol.parse().map_err(Failure::invalid)?;
+    let disks: Vec<DiskConfig> = args
+        .disk
+        .iter()
+        .map(|spec| spec.parse())
+        .collect::<Result<_, String>>()
+        .map_err(|e| Failure::invalid(format!("--disk: {e}")))?;
+    // The network lives through the guest's resets.
+    let (network, _user) = match &args.net {
+        None => (None, None),
+        Some(text) => {
+            let wish = user_network::parse(text)?;
+            let (ours, theirs) = vmm::process::datagrams()
+                .map_err(|e| Failure::io("the host gives no sockets for a network", &e))?;
+            let user = user_network::open(&wish, user_network::MAC, theirs, || {})
+                .map_err(|e| Failure::new(base::Kind::Conflict, format!("--net: {e}")))?;
+            let network = NetworkConfig {
+                link: Arc::new(ours),
+                mac: user_network::MAC,
+            };
+            (Some(network), Some(user))
+        }
+    };
+    let mut pause = Duration::from_secs(1);
+    loop {
+        let outcome = vmm::boot::run(BootConfig {
+            kernel: args.kernel.clone(),
+            initrd: args.initrd.clone(),
+            append: args.append.clone(),
+            disks: disks.clone(),
+            taps: args.tap.clone(),
+            network: network.clone(),
+            machine: MachineConfig {
+                cpus: args.cpus,
+                memory,
+                cpu: args.cpu.into(),
+                model,
+                ..MachineConfig::default()
+            },
+            protocol,
+            verbose: args.verbose,
+        })
+        .map_err(|e| Failure::of(&e))?;
+        return match outcome {
+            Outcome::PowerOff => Ok(ExitCode::SUCCESS),
+            Outcome::Reset if args.reboot => continue,
+            Outcome::Reset => {
+                eprintln!("berth: the guest asked for a reset (boot again with --reboot)");
+                Ok(ExitCode::SUCCESS)
+            }
+            Outcome::Crash(why) if args.on_crash == OnCrash::Restart => {
+                eprintln!(
+                    "berth: the guest crashed: {why}; booting again in {} s",
+                    pause.as_secs()
+                );
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_secs(32));
+                continue;
+            }
+            Outcome::Crash(why) => Err(Failure::internal(format!("the guest crashed: {why}"))
+                .with_fix("boot again after a crash with --on-crash restart")),
+            Outcome::Killed => Ok(ExitCode::from(137)),
+            Outcome::DebugExit(code) => Ok(ExitCode::from(code)),
+        };
+    }
+}

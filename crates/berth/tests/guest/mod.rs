@@ -1,0 +1,177 @@
+//! Guests for tests: Debian's kernel with busybox, and a kernel of three bytes of code.
+
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+
+use crate::host::Host;
+
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .unwrap()
+}
+
+/// The folder of the unpacked kernel package, with `boot` and `lib/modules`.
+pub fn kernel_package() -> Option<PathBuf> {
+    let folder = root().join("build/guest/linux-image-cloud-amd64");
+    if cfg!(not(target_arch = "x86_64")) {
+        eprintln!("SKIPPED: the guest's kernel is for x86-64");
+        return None;
+    }
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: no guest kernel; scripts/guest-kernel fetches it");
+        return None;
+    }
+    Some(folder)
+}
+
+pub fn file_like(folder: &Path, start: &str) -> PathBuf {
+    std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(start))
+        .unwrap()
+}
+
+/// Drivers in the order in which they need each other.
+pub const MODULES: [&str; 8] = [
+    "drivers/virtio/virtio_ring.ko",
+    "drivers/virtio/virtio.ko",
+    "drivers/virtio/virtio_pci_modern_dev.ko",
+    "drivers/virtio/virtio_pci_legacy_dev.ko",
+    "drivers/virtio/virtio_pci.ko",
+    "net/core/failover.ko",
+    "drivers/net/net_failover.ko",
+    "drivers/net/virtio_net.ko",
+];
+
+/// An image `tiny` of busybox and Debian's kernel that serves a page and keeps a stamp on its disk.
+pub fn import_tiny(host: &Host, package: &Path) {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut add = |name: &str, mode: u32, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(mode);
+        builder.append_data(&mut header, name, bytes).unwrap();
+    };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let busybox = std::env::split_paths(&path)
+        .map(|f| f.join("busybox"))
+        .find(|f| f.is_file())
+        .unwrap();
+    add("bin/busybox", 0o755, &std::fs::read(busybox).unwrap());
+    for name in ["vmlinuz-", "config-"] {
+        let file = file_like(&package.join("boot"), name);
+        add(
+            &format!("boot/{}", file.file_name().unwrap().to_str().unwrap()),
+            0o644,
+            &std::fs::read(&file).unwrap(),
+        );
+    }
+    let modules = std::fs::read_dir(package.join("lib/modules"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path()
+        .join("kernel");
+    let mut load = String::new();
+    for module in MODULES {
+        let name = module.rsplit('/').next().unwrap();
+        add(
+            &format!("modules/{name}"),
+            0o644,
+            &std::fs::read(modules.join(module)).unwrap(),
+        );
+        load.push_str(&format!("insmod /modules/{name}\n"));
+    }
+    add("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    add("bin/off", 0o755, b"#!/bin/busybox sh\npoweroff -f\n");
+    add("proc/.keep", 0o644, b"");
+    add("sys/.keep", 0o644, b"");
+    add("dev/.keep", 0o644, b"");
+    add("www/index.html", 0o644, b"page of a machine\n");
+    add(
+        "etc/udhcpc.script",
+        0o755,
+        b"#!/bin/busybox sh\n[ \"$1\" = bound ] && /bin/busybox ip addr add $ip/$mask dev $interface && echo LEASE $ip\n",
+    );
+    let init = format!(
+        "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\nmount -t proc none /proc\nmount -t sysfs none /sys\nmount -t devtmpfs none /dev\n\
+         if [ -e /stamp ]; then echo STAMP-FOUND $(cat /stamp); else echo precious > /stamp; sync; echo STAMP-WRITTEN; fi\n\
+         {load}ip link set eth0 up\nudhcpc -i eth0 -s /etc/udhcpc.script -q -n -t 20\nhttpd -p 80 -h /www\necho READY\n\
+         while true; do sh < /dev/ttyS0; done\n"
+    );
+    add("sbin/init", 0o755, init.as_bytes());
+    let archive = builder.into_inner().unwrap();
+    let output = host.with_input(&["import", "-", "tiny"], &archive);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// An ELF kernel that halts its CPU for good.
+pub fn idle_kernel() -> Vec<u8> {
+    const ADDRESS: u64 = 0x100_0000;
+    // hlt; jmp back
+    const CODE: [u8; 3] = [0xf4, 0xeb, 0xfd];
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend(2u16.to_le_bytes()); // executable
+    file.extend(62u16.to_le_bytes()); // x86-64
+    file.extend(1u32.to_le_bytes());
+    file.extend(ADDRESS.to_le_bytes());
+    file.extend(64u64.to_le_bytes()); // program headers
+    file.extend(0u64.to_le_bytes());
+    file.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(1u32.to_le_bytes()); // loadable
+    file.extend(5u32.to_le_bytes());
+    for field in [120, ADDRESS, ADDRESS, CODE.len() as u64, 4096, 4096] {
+        file.extend(u64::to_le_bytes(field));
+    }
+    file.extend(CODE);
+    file
+}
+
+/// An image `idle` of [`idle_kernel`] and next to nothing else: machines of it are cheap.
+pub fn import_idle(host: &Host) {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in [
+        ("boot/vmlinuz-idle", &idle_kernel()[..]),
+        ("etc/hostname", b"image\n"),
+        ("etc/shadow", b"root:*:19000:0:99999:7:::\n"),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, bytes).unwrap();
+    }
+    let archive = builder.into_inner().unwrap();
+    let output = host.with_input(&["import", "-", "idle"], &archive);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Types a line on the console of a machine and leaves it.
+pub fn type_line(host: &Host, machine: &str, line: &str) {
+    let typed = format!("{line}\n\x1d");
+    let output = host.with_input(&["machine", "console", machine], typed.as_bytes());
+    assert!(output.status.success());
+}
+
+/// One machine as `inspect` shows it.
+pub fn inspect(host: &Host, machine: &str) -> serde_json::Value {
+    let text = host.ok(&["machine", "inspect", machine]);
+    serde_json::from_str::<serde_json::Value>(&text).unwrap()[0].clone()
+}

@@ -1,0 +1,350 @@
+//! What stands between a machine's devices and its disks: counts, and a full host disk.
+//!
+//! A write for which the host has no room is kept and tried again, and the guest's CPUs stand still meanwhile, so
+//! that nothing in the guest times out:
+//!
+//! ```text
+//!   write ──no room──▶ CPUs paused, problem shown ──room──▶ write done, CPUs go on
+//!                               └──kill──▶ write fails
+//! ```
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use disk::{Disk, DiskError};
+use serde::{Deserialize, Serialize};
+use vm_memory::VolatileSlice;
+
+use super::console::Console;
+use crate::control::Control;
+
+/// Between two tries of a write that found no room.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// What went through a disk since the process began.
+#[derive(Debug, Default)]
+pub struct Counters {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// [`Counters`] at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskCounts {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+}
+
+fn sum(buffers: &[VolatileSlice<'_>]) -> u64 {
+    buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}
+
+impl Counters {
+    fn note_read(&self, buffers: &[VolatileSlice<'_>]) {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.read_bytes.fetch_add(sum(buffers), Ordering::Relaxed);
+    }
+
+    pub fn now(&self) -> DiskCounts {
+        let at = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        DiskCounts {
+            reads: at(&self.reads),
+            read_bytes: at(&self.read_bytes),
+            writes: at(&self.writes),
+            written_bytes: at(&self.written_bytes),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Waiting {
+    writes: usize,
+    problem: Option<String>,
+    /// We paused the CPUs, so we let them go on.
+    paused: bool,
+}
+
+/// The writes of one machine that wait for room.
+pub struct Room {
+    control: Arc<Control>,
+    console: Arc<Console>,
+    waiting: Mutex<Waiting>,
+}
+
+impl Room {
+    pub fn new(control: Arc<Control>, console: Arc<Console>) -> Arc<Room> {
+        Arc::new(Room {
+            control,
+            console,
+            waiting: Mutex::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What keeps the machine from running, for people.
+    pub fn problem(&self) -> Option<String> {
+        self.lock().problem.clone()
+    }
+
+    /// A person paused the machine: it stays paused when there is room.
+    pub fn keep_paused(&self) {
+        self.lock().paused = false;
+    }
+
+    fn begin(&self, problem: String) {
+        let first = {
+            let mut waiting = self.lock();
+            waiting.writes += 1;
+            let first = waiting.writes == 1;
+            if first {
+                waiting.paused = !self.control.is_paused();
+                waiting.problem = Some(problem.clone());
+            }
+            first
+        };
+        if first {
+            tracing::error!("{problem}");
+            self.console.note(&problem);
+        }
+        self.control.pause();
+    }
+
+    fn end(&self) {
+        let mut waiting = self.lock();
+        waiting.writes -= 1;
+        if waiting.writes == 0 {
+            waiting.problem = None;
+            let paused = std::mem::take(&mut waiting.paused);
+            drop(waiting);
+            self.console.note("there is room again");
+            if paused {
+                self.control.resume();
+            }
+        }
+    }
+
+    /// Does `work` again and again while the host has no room for it.
+    fn make<T>(
+        &self,
+        path: &std::path::Path,
+        mut work: impl FnMut() -> Result<T, DiskError>,
+    ) -> Result<T, DiskError> {
+        let mut waited = false;
+        loop {
+            let result = work();
+            match &result {
+                Err(error) if lacks_room(error) && !self.control.has_ended() => {
+                    if !waited {
+                        waited = true;
+                        self.begin(format!(
+                            "the machine is paused: the host has no room to write {} ({}). It goes on by itself when there is room",
+                            path.display(),
+                            reason(error)
+                        ));
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+                _ => {
+                    if waited {
+                        self.end();
+                    }
+                    return result;
+                }
+            }
+        }
+    }
+}
+
+fn lacks_room(error: &DiskError) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error, DiskError::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+}
+
+fn reason(error: &DiskError) -> String {
+    match error {
+        DiskError::Io { source, .. } => source.to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// See the module.
+pub struct GuardedDisk {
+    pub disk: Box<dyn Disk>,
+    pub path: PathBuf,
+    pub counters: Arc<Counters>,
+    pub room: Arc<Room>,
+}
+
+impl Disk for GuardedDisk {
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .read_bytes
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.disk.read_at(offset, data)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+        self.counters.writes.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .written_bytes
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.room
+            .make(&self.path, || self.disk.write_at(offset, data))
+    }
+    fn read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        self.counters.note_read(buffers);
+        self.disk.read_volatile_at(offset, buffers)
+    }
+    fn try_read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        let done = self.disk.try_read_volatile_at(offset, buffers)?;
+        if done {
+            self.counters.note_read(buffers);
+        }
+        Ok(done)
+    }
+    fn write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        self.counters.writes.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .written_bytes
+            .fetch_add(sum(buffers), Ordering::Relaxed);
+        self.room
+            .make(&self.path, || self.disk.write_volatile_at(offset, buffers))
+    }
+    fn flush(&self) -> Result<(), DiskError> {
+        self.room.make(&self.path, || self.disk.flush())
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.room
+            .make(&self.path, || self.disk.discard(offset, len))
+    }
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.room
+            .make(&self.path, || self.disk.write_zeroes(offset, len))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    /// A disk on a host without room, until there is.
+    #[derive(Default)]
+    struct Cramped {
+        roomy: Arc<AtomicBool>,
+        written: Arc<AtomicU64>,
+    }
+
+    impl Disk for Cramped {
+        fn len(&self) -> u64 {
+            4096
+        }
+        fn read_only(&self) -> bool {
+            false
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), DiskError> {
+            Ok(())
+        }
+        fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
+            if !self.roomy.load(Ordering::SeqCst) {
+                return Err(DiskError::Io {
+                    what: "writing",
+                    offset,
+                    len: data.len() as u64,
+                    source: std::io::Error::from(std::io::ErrorKind::StorageFull),
+                });
+            }
+            self.written.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), DiskError> {
+            Ok(())
+        }
+        fn discard(&self, _: u64, _: u64) -> Result<(), DiskError> {
+            Ok(())
+        }
+        fn write_zeroes(&self, _: u64, _: u64) -> Result<(), DiskError> {
+            Ok(())
+        }
+    }
+
+    fn guarded(directory: &std::path::Path) -> (Arc<GuardedDisk>, Arc<AtomicBool>, Arc<AtomicU64>) {
+        let disk = Cramped::default();
+        let (roomy, written) = (disk.roomy.clone(), disk.written.clone());
+        let console = Console::open(&directory.join("log")).unwrap();
+        let guarded = GuardedDisk {
+            disk: Box::new(disk),
+            path: "disk".into(),
+            counters: Arc::default(),
+            room: Room::new(Control::new(), console),
+        };
+        (Arc::new(guarded), roomy, written)
+    }
+
+    fn until(mut done: impl FnMut() -> bool) {
+        while !done() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_write_without_room_waits_with_the_machine_paused_and_is_not_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let (disk, roomy, written) = guarded(directory.path());
+        std::thread::scope(|scope| {
+            let writes = [0, 512].map(|at| {
+                let disk = disk.clone();
+                scope.spawn(move || disk.write_at(at, &[1; 512]))
+            });
+            until(|| disk.room.lock().writes == 2 && disk.room.control.is_paused());
+            assert!(disk.room.problem().unwrap().contains("no room"));
+            roomy.store(true, Ordering::SeqCst);
+            for write in writes {
+                write.join().unwrap().unwrap();
+            }
+        });
+        assert_eq!(written.load(Ordering::SeqCst), 2);
+        assert!(disk.room.problem().is_none() && !disk.room.control.is_paused());
+        assert_eq!(disk.counters.now().written_bytes, 1024);
+    }
+
+    #[test]
+    fn a_machine_that_is_ended_does_not_wait_for_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let (disk, _, _) = guarded(directory.path());
+        std::thread::scope(|scope| {
+            let write = scope.spawn(|| disk.write_at(0, &[1; 512]));
+            until(|| disk.room.problem().is_some());
+            disk.room.control.end(crate::control::Outcome::Killed);
+            assert!(write.join().unwrap().is_err());
+        });
+    }
+}

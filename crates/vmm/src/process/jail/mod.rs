@@ -1,0 +1,299 @@
+//! What a machine process takes from itself before a guest runs: the host's networks, names and mounts, its
+//! capabilities, every file but its own, and the system calls it has no use for.
+//!
+//! The order matters: namespaces need capabilities; landlock and seccomp need `no_new_privs`; threads inherit all
+//! of it, so this runs while there is one thread. Each thread then narrows itself further with [`confine`].
+
+mod calls;
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    path_beneath_rules,
+};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities, unshare_unsafe,
+};
+
+pub use calls::{Thread, confine};
+
+/// What stays in reach.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reach<'a> {
+    pub readable: &'a [&'a Path],
+    pub writable: &'a [&'a Path],
+    /// The host's network, for a user-mode network in this process.
+    pub network: bool,
+}
+
+/// Confines this process. What it could not take away comes back as sentences for people; the guest still runs,
+/// as it does under peers on such hosts.
+#[must_use]
+pub fn enter(reach: Reach<'_>) -> Vec<String> {
+    // What is read once of the kernel's parameters is read now, while that is allowed.
+    let _ = rustix::param::page_size();
+    let mut weaknesses = Vec::new();
+    let mut step = |what: &str, result: Result<(), String>| {
+        if let Err(why) = result {
+            weaknesses.push(format!("the machine's process keeps {what}: {why}"));
+        }
+    };
+    step(
+        "the host's namespaces",
+        leave_namespaces(reach.network).map_err(|e| e.to_string()),
+    );
+    step(
+        "its capabilities",
+        drop_capabilities().map_err(|e| e.to_string()),
+    );
+    step("sight of the host's files", restrict_files(reach));
+    step(
+        "system calls it does not need",
+        calls::restrict(reach.network),
+    );
+    weaknesses
+}
+
+fn leave_namespaces(keep_network: bool) -> io::Result<()> {
+    let mut flags =
+        UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNS | UnshareFlags::NEWCGROUP;
+    if !keep_network {
+        flags |= UnshareFlags::NEWNET;
+    }
+    let user = rustix::process::geteuid();
+    let (uid, gid) = (user.as_raw(), rustix::process::getegid().as_raw());
+    if !user.is_root() {
+        flags |= UnshareFlags::NEWUSER;
+    }
+    // SAFETY: this is the only thread, and it shares no file system state with another process.
+    unsafe { unshare_unsafe(flags) }?;
+    if !user.is_root() {
+        // Without a mapping its own files would belong to nobody.
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
+        fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
+    }
+    Ok(())
+}
+
+fn drop_capabilities() -> io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    for number in 0..64 {
+        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) } != 0 {
+            break;
+        }
+    }
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    set_capabilities(None, none)?;
+    Ok(())
+}
+
+fn restrict_files(reach: Reach<'_>) -> Result<(), String> {
+    let abi = ABI::V6;
+    let all = AccessFs::from_all(abi);
+    let read = AccessFs::from_read(abi) & !AccessFs::Execute;
+    // The host's CPU is looked at through /proc and /sys, its virtualization used through /dev/kvm.
+    let looked_at = [
+        "/proc/cpuinfo",
+        "/proc/meminfo",
+        "/proc/self",
+        "/sys/devices/system/cpu",
+    ];
+    let names = ["/etc/resolv.conf", "/run/systemd/resolve"];
+    let looked_at = looked_at
+        .iter()
+        .chain(names.iter().filter(|_| reach.network))
+        .map(Path::new);
+    let devices = [Path::new("/dev/kvm"), Path::new("/dev/urandom")];
+    let status = (|| {
+        Ruleset::default()
+            .handle_access(all)?
+            .scope(Scope::AbstractUnixSocket | Scope::Signal)?
+            .create()?
+            .add_rules(path_beneath_rules(
+                looked_at.chain(reach.readable.iter().copied()),
+                read,
+            ))?
+            .add_rules(path_beneath_rules(
+                devices.iter().chain(reach.writable),
+                all & !AccessFs::Execute,
+            ))?
+            .restrict_self()
+    })()
+    .map_err(|error: landlock::RulesetError| error.to_string())?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        return Err("this kernel has no landlock".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Runs `test` of this file in a process of its own, since a jail cannot be left.
+    fn alone(test: &str) -> bool {
+        if std::env::var_os("BERTH_JAIL_TEST").is_some() {
+            return true;
+        }
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture", "--test-threads=1"])
+            .env("BERTH_JAIL_TEST", "1")
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        false
+    }
+
+    #[test]
+    fn a_jailed_process_reaches_its_own_files_and_nothing_else() {
+        if !alone("process::jail::tests::a_jailed_process_reaches_its_own_files_and_nothing_else") {
+            return;
+        }
+        let own = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let secret = other.path().join("secret");
+        std::fs::write(&secret, "x").unwrap();
+        let weaknesses = std::thread::spawn({
+            let (own, secret) = (own.path().to_owned(), secret.clone());
+            move || {
+                let weaknesses = enter(Reach {
+                    writable: &[&own],
+                    ..Reach::default()
+                });
+                if weaknesses.iter().any(|w| w.contains("files")) {
+                    eprintln!("SKIPPED: {weaknesses:?}");
+                    return weaknesses;
+                }
+                std::fs::write(own.join("mine"), "y").unwrap();
+                assert!(std::fs::read(&secret).is_err());
+                assert!(std::fs::File::open("/etc/passwd").is_err());
+                assert!(std::os::unix::net::UnixStream::connect("/run/x").is_err());
+                assert!(Command::new("/bin/true").status().is_err());
+                assert!(std::thread::spawn(|| 7).join().is_ok());
+                weaknesses
+            }
+        })
+        .join()
+        .unwrap();
+        assert!(
+            !weaknesses.iter().any(|w| w.contains("system calls")),
+            "{weaknesses:?}"
+        );
+    }
+
+    #[test]
+    fn each_kind_of_thread_may_do_its_own_work_and_no_others() {
+        let name = "process::jail::tests::each_kind_of_thread_may_do_its_own_work_and_no_others";
+        if !alone(name) {
+            return;
+        }
+        let own = tempfile::tempdir().unwrap();
+        let path = own.path().join("disk");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        let disk = std::sync::Arc::new(
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .unwrap(),
+        );
+        let on = |kind: Thread, work: Box<dyn FnOnce() + Send>| {
+            let thread = std::thread::spawn(move || {
+                confine(kind);
+                work();
+            });
+            assert!(thread.join().is_ok(), "{kind:?}");
+        };
+        let whole = std::thread::spawn(move || {
+            let weaknesses = enter(Reach {
+                writable: &[own.path()],
+                network: true,
+                ..Reach::default()
+            });
+            assert!(
+                !weaknesses.iter().any(|w| w.contains("system calls")),
+                "{weaknesses:?}"
+            );
+            let opens = {
+                let path = path.clone();
+                move || std::fs::File::open(&path).is_ok()
+            };
+            let socket = || std::net::TcpListener::bind("127.0.0.1:0").is_ok();
+            assert!(opens() && socket(), "the first thread makes the machine");
+            let (open, file) = (opens.clone(), disk.clone());
+            on(
+                Thread::Io,
+                Box::new(move || {
+                    use std::os::unix::fs::FileExt;
+                    let mut data = [0; 512];
+                    file.read_exact_at(&mut data, 0).unwrap();
+                    file.write_all_at(&data, 512).unwrap();
+                    file.sync_data().unwrap();
+                    assert!(!open() && !socket());
+                    assert!(std::thread::Builder::new().spawn(|| ()).is_err());
+                }),
+            );
+            let (open, file) = (opens.clone(), disk.clone());
+            on(
+                Thread::Cpu,
+                Box::new(move || {
+                    use std::os::unix::fs::FileExt;
+                    assert!(!open() && !socket());
+                    assert!(
+                        file.read_exact_at(&mut [0; 8], 0).is_err(),
+                        "disks are not its"
+                    );
+                    // Translated code needs memory that can be executed; nobody else does.
+                    assert!(executable_memory());
+                }),
+            );
+            let open = opens.clone();
+            on(
+                Thread::Console,
+                Box::new(move || {
+                    assert!(open() && !socket() && !executable_memory());
+                }),
+            );
+            let open = opens.clone();
+            on(
+                Thread::Control,
+                Box::new(move || {
+                    assert!(!open() && !socket() && !executable_memory());
+                    std::thread::spawn(|| ()).join().unwrap();
+                }),
+            );
+            on(
+                Thread::Network,
+                Box::new(move || {
+                    assert!(socket() && !executable_memory());
+                    // SAFETY: kill with signal 0 asks only whether it may be sent.
+                    assert!(unsafe { libc::kill(1, 0) } != 0);
+                }),
+            );
+        });
+        assert!(whole.join().is_ok());
+    }
+
+    fn executable_memory() -> bool {
+        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+        let protection = ProtFlags::READ | ProtFlags::EXEC;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
+        unsafe { mmap_anonymous(std::ptr::null_mut(), 4096, protection, MapFlags::PRIVATE) }.is_ok()
+    }
+}
