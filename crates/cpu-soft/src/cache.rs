@@ -24,6 +24,8 @@ pub mod mode {
     pub const NO_FPU: u8 = 2;
     /// One instruction, then back to the run loop.
     pub const SINGLE: u8 = 4;
+    /// CR4.OSXSAVE or XCR0 do not allow AVX.
+    pub const NO_AVX: u8 = 8;
 }
 
 /// A stretch of translated guest code.

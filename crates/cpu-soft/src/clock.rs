@@ -1,14 +1,34 @@
 //! Host time for guests: the TSC's frequency and the thread that rings CPUs at their alarm.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use crate::state::Mailbox;
 
-/// The host's time-stamp counter.
+thread_local! {
+    /// The counted clock of this thread's guest CPU, where it has one (see [`crate::replay`]); 0: none.
+    static COUNTED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Sets the counted clock of this thread; 0 goes back to the host's.
+pub(crate) fn count(now: u64) {
+    COUNTED.set(now);
+}
+
+/// Whether this thread's time is counted.
+pub(crate) fn counted() -> bool {
+    COUNTED.get() != 0
+}
+
+/// The time-stamp counter that guests' is derived from: the host's, or the counted one.
 #[inline]
 pub fn host_tsc() -> u64 {
+    let counted = COUNTED.get();
+    if counted != 0 {
+        return counted;
+    }
     // SAFETY: RDTSC has no preconditions; CR4.TSD is clear on Linux unless a process asks for it.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
@@ -16,7 +36,13 @@ pub fn host_tsc() -> u64 {
 /// Ticks of the host's TSC in a second, measured once against the monotonic clock (5 ms) where CPUID does not say it.
 pub fn tsc_hz() -> u64 {
     static HZ: OnceLock<u64> = OnceLock::new();
-    *HZ.get_or_init(|| told_by_cpuid().unwrap_or_else(measured))
+    *HZ.get_or_init(|| {
+        if crate::replay::Options::from_environment().is_ok_and(|o| o.counts()) {
+            // A billion counted instructions are a second.
+            return 1_000_000_000 * crate::replay::TICKS;
+        }
+        told_by_cpuid().unwrap_or_else(measured)
+    })
 }
 
 fn told_by_cpuid() -> Option<u64> {
@@ -93,7 +119,7 @@ pub(crate) fn register(mailbox: &Arc<Mailbox>) {
 pub(crate) fn alarm_changed(mailbox: &Mailbox) {
     let at = mailbox.alarm.load(Ordering::SeqCst);
     let clock = clock();
-    if at != 0 && at < clock.next.load(Ordering::SeqCst) {
+    if at != 0 && !counted() && at < clock.next.load(Ordering::SeqCst) {
         let _known = clock.known.lock().unwrap_or_else(|e| e.into_inner());
         clock.changed.notify_one();
     }

@@ -60,6 +60,16 @@ impl Guard {
     }
 }
 
+/// Makes `range` the translated code of this thread, which holds a guard.
+#[cfg(test)]
+pub(crate) fn set_code(range: (u64, u64), host_fault: u64) {
+    CURRENT.set(Some(Current {
+        start: range.0,
+        end: range.1,
+        host_fault,
+    }));
+}
+
 impl Drop for Guard {
     fn drop(&mut self) {
         CURRENT.set(None);

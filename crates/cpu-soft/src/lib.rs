@@ -3,16 +3,18 @@
 //! [`run`] finds and runs blocks that [`translate`] makes; [`system`] holds what is done in Rust. See [`translate`] for
 //! how guest state lies in host registers.
 //!
-//! Debugging: `BERTH_SOFT_MODE=single` translates one instruction at a time and never chains (the reference
-//! interpreter); `BERTH_SOFT_MODE=profile` says at each return to the machine what left translated code;
-//! `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters. Several may be given,
-//! with commas.
+//! Debugging: `BERTH_SOFT_MODE=single` translates one instruction at a time and never chains;
+//! `BERTH_SOFT_MODE=interpret` executes everything in the interpreter;
+//! `BERTH_SOFT_MODE=profile` says at each return to the machine what left translated code;
+//! `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters;
+//! `record=FILE` and `replay=FILE` compare two runs ([`replay`]). Several may be given, with commas.
 
 pub mod cache;
 pub mod clock;
 mod host;
 pub mod machine;
 pub mod mem;
+pub mod replay;
 pub mod run;
 mod saved;
 pub mod state;

@@ -81,8 +81,23 @@ impl Cpu {
         self.write_bytes(va, &bytes[..T::SIZE], rights)
     }
 
+    /// Alignment checks and data breakpoints, of accesses that the guest's program makes.
+    fn look(&mut self, va: u64, len: usize, write: bool, rights: Rights) -> Result<(), Fault> {
+        if rights != Rights::Current {
+            return Ok(());
+        }
+        if self.debug.watches {
+            self.watch(va, len as u64, write);
+        }
+        if matches!(len, 2 | 4 | 8) && !va.is_multiple_of(len as u64) && self.alignment_checked() {
+            return Err(Fault::AC);
+        }
+        Ok(())
+    }
+
     /// Reads `out.len()` bytes (at most one page); faults before anything is read from a device.
     pub fn read_bytes(&mut self, va: u64, out: &mut [u8], rights: Rights) -> Result<(), Fault> {
+        self.look(va, out.len(), false, rights)?;
         let first = ((PAGE - (va & (PAGE - 1))) as usize).min(out.len());
         let a = self.place(va, Access::Read, rights)?;
         let b = if first < out.len() {
@@ -99,6 +114,7 @@ impl Cpu {
 
     /// Writes `data` (at most one page); faults before the first byte is written.
     pub fn write_bytes(&mut self, va: u64, data: &[u8], rights: Rights) -> Result<(), Fault> {
+        self.look(va, data.len(), true, rights)?;
         let first = ((PAGE - (va & (PAGE - 1))) as usize).min(data.len());
         let a = self.place(va, Access::Write, rights)?;
         let b = if first < data.len() {

@@ -82,6 +82,8 @@ impl Fault {
     pub const UD: Fault = Fault::plain(6);
     pub const NM: Fault = Fault::plain(7);
     pub const MF: Fault = Fault::plain(16);
+    /// An unaligned access, where those are checked.
+    pub const AC: Fault = Fault::with_error(17, 0);
     pub const XM: Fault = Fault::plain(19);
     /// General protection with error code 0.
     pub const GP: Fault = Fault::with_error(13, 0);
@@ -149,6 +151,8 @@ pub struct Cpu {
     pub attention: AtomicU32,
     /// Non-zero: an interrupt waits for IF; set by the run loop, looked at by whatever sets IF.
     pub interrupt_waits: u32,
+    /// Not zero where RFLAGS.DF is set; current while translated code runs.
+    pub direction: u32,
     /// Current privilege level, 0 or 3 (1 and 2 are kept as the guest set them).
     pub cpl: u8,
     /// STI or MOV SS just ran: no interrupt before the next instruction ends.
@@ -176,6 +180,15 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// An access that could not be made in place: where it goes once the instruction has run (see `translate`).
     pub bounce: Bounce,
+    /// What the debug registers arm.
+    pub debug: crate::system::debug::Debug,
+    /// Instructions executed, counted only for [`crate::replay`].
+    pub count: u64,
+    /// Ticks that the counted clock skipped while the CPU was halted.
+    pub(crate) skipped: u64,
+    pub(crate) replay: Option<Box<crate::replay::Replay>>,
+    /// An instruction in Rust or an exception just ended: where a counted run takes interrupts.
+    pub(crate) open_point: bool,
     /// FXSAVE image of x87 and MMX state while no run is under way.
     pub x87: FxImage,
     /// The bus, valid while the run loop runs.
@@ -295,6 +308,7 @@ impl Frame {
             scratch: [0; 8],
             attention: AtomicU32::new(0),
             interrupt_waits: 0,
+            direction: 0,
             cpl: 0,
             interrupt_shadow: false,
             mxcsr: 0x1f80,
@@ -320,6 +334,11 @@ impl Frame {
                 address: 0,
                 len: 0,
             },
+            debug: crate::system::debug::Debug::default(),
+            count: 0,
+            skipped: 0,
+            replay: None,
+            open_point: false,
             x87: FxImage::reset(),
             io: None,
             engine: std::ptr::null_mut(),

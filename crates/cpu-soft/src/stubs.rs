@@ -123,6 +123,9 @@ fn load_all(code: &mut Code, avx: bool) {
     // ah = low flags, al = OF
     code.load32(RAX, Mem::gs(offset_of!(Cpu, rflags)));
     code.mov32(RCX, RAX);
+    code.and32(RCX, flag::DF as u32);
+    code.store32(Mem::gs(offset_of!(Cpu, direction)), RCX);
+    code.mov32(RCX, RAX);
     code.shr32(RCX, 11);
     code.with_reg(false, &[0x83], 4, RCX);
     code.byte(1); // and ecx, 1
@@ -133,6 +136,8 @@ fn load_all(code: &mut Code, avx: bool) {
         code.load(r, gpr(r));
     }
     code.load(RSP, gpr(RSP));
+    // What an indirect entry compares; free elsewhere.
+    code.load(R10, Mem::gs(offset_of!(Cpu, rip)));
     code.jmp_mem(Mem::gs(TARGET));
 }
 
@@ -213,10 +218,12 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     code.jmp_to(load);
 
     stubs.host_fault = code.here();
+    // For tests, which compare them with the guest's.
+    code.store(Mem::gs(TARGET), R10);
+    code.store(Mem::gs(RETURN), R11);
     save(&mut code, avx);
     code.mov_imm(RAX, TRAPPED);
     code.jmp_to(out);
-    let _ = RETURN;
 
     assert!(
         cache.append(&code.bytes),

@@ -92,6 +92,9 @@ impl Cpu {
         host_page: u64,
         global: bool,
     ) {
+        if self.debug.watches && self.watched_page(va) {
+            return;
+        }
         let at = index(va);
         let level = &mut self.levels()[usize::from(user)];
         let table = if write {

@@ -8,6 +8,7 @@ use cpu::{CpuError, CpuIo, Exit, GuestMemory, Kick, Vcpu, Vm, VmConfig};
 
 use crate::clock;
 use crate::machine::Machine;
+use crate::replay::{Options, Replay};
 use crate::run::Engine;
 use crate::state::{Cpu, Frame, Mailbox, request};
 use crate::system;
@@ -34,8 +35,8 @@ impl SoftVm {
         })
     }
 
-    /// Makes CPU `id`; they are made in order.
-    pub(crate) fn make(&self, id: u32) -> Result<SoftVcpu, CpuError> {
+    /// Makes CPU `id`, as its own type; they are made in order.
+    pub fn make(&self, id: u32) -> Result<SoftVcpu, CpuError> {
         let mailbox = Arc::new(Mailbox::new());
         {
             let mut mailboxes = self
@@ -110,18 +111,34 @@ impl SoftVcpu {
         cache: usize,
     ) -> Result<SoftVcpu, CpuError> {
         let mut frame = Frame::new(id, machine, Arc::clone(&mailbox));
-        let mut engine = Box::new(Engine::new(&frame, cache)?);
+        let options = Options::from_environment().map_err(CpuError::State)?;
+        let mut engine = Box::new(Engine::new(&frame, cache, Options::default())?);
         let cpu = frame.cpu.get_mut();
         cpu.engine = &raw mut *engine;
         cpu.reset_jumps();
         mailbox
             .attention
             .set((&raw const cpu.attention).cast_mut().cast::<AtomicU32>());
-        Ok(SoftVcpu {
+        let mut vcpu = SoftVcpu {
             frame,
             engine,
             mailbox,
-        })
+        };
+        vcpu.debug(&options)?;
+        Ok(vcpu)
+    }
+
+    /// Debugging as `options` say, before the first run. An error: a counted run has one CPU.
+    pub fn debug(&mut self, options: &Options) -> Result<(), CpuError> {
+        let cpu = self.frame.cpu.get_mut();
+        if options.counts() && cpu.machine.vcpus > 1 {
+            return Err(CpuError::State(
+                "BERTH_SOFT_MODE record and replay are for machines with one CPU".into(),
+            ));
+        }
+        cpu.replay = Replay::open(options)?;
+        self.engine.options = options.clone();
+        Ok(())
     }
 
     /// The CPU itself, for tests and loaders of this workspace.

@@ -6,6 +6,8 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::interp::operand;
 use super::paging::{self, canonical};
+use super::port::port;
+use super::registers::{move_control, move_debug, set_cr0};
 use super::segment::{self, code64, long_mode, protected, virtual_8086};
 use super::stack::Stack;
 use super::{apic, branch, cpuid, cr, exceptions, msr};
@@ -145,6 +147,7 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         M::Clts => {
             ring0(cpu)?;
             cpu.cr0 &= !cr::CR0_TS;
+            cpu.flush_jumps(true);
             Flow::EndBlock
         }
         M::Lmsw => {
@@ -314,13 +317,18 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                 return Err(Fault::GP);
             }
             cpu.xcr0 = value;
+            cpu.flush_jumps(true);
             Flow::EndBlock
         }
         M::Vmcall | M::Vmmcall => hypercall(cpu)?,
         M::In | M::Out => port(cpu, i)?,
         M::Rdrand | M::Rdseed => {
             let size = i.op0_register().size();
-            let value = random(i.mnemonic() == M::Rdseed).ok_or(Fault::UD)?;
+            let value = if crate::clock::counted() {
+                Some(crate::clock::host_tsc().wrapping_mul(0x9e37_79b9_7f4a_7c15))
+            } else {
+                random(i.mnemonic() == M::Rdseed).ok_or(Fault::UD)?
+            };
             let status = flag::CF | flag::OF | flag::SF | flag::ZF | flag::AF | flag::PF;
             cpu.rflags &= !status;
             let value = match value {
@@ -377,7 +385,7 @@ fn user_mode_prevented(cpu: &Cpu) -> Result<(), Fault> {
     }
 }
 
-fn check_iopl(cpu: &Cpu) -> Result<(), Fault> {
+pub(super) fn check_iopl(cpu: &Cpu) -> Result<(), Fault> {
     let iopl = (cpu.rflags & flag::IOPL) >> 12;
     if !protected(cpu) || u64::from(cpu.cpl) <= iopl {
         Ok(())
@@ -455,160 +463,6 @@ fn segment_base(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
         cpu.segments[which].base = base;
     }
     Ok(Flow::Continue)
-}
-
-fn control_number(register: Register) -> usize {
-    register as usize - Register::CR0 as usize
-}
-
-fn move_control(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
-    ring0(cpu)?;
-    if i.op1_register().is_cr() {
-        let value = match control_number(i.op1_register()) {
-            0 => cpu.cr0,
-            2 => cpu.cr2,
-            3 => cpu.cr3,
-            4 => cpu.cr4,
-            8 => cpu.system.apic.task_priority(),
-            _ => return Err(Fault::UD),
-        };
-        operand::write_register(cpu, i.op0_register(), value);
-        return Ok(Flow::Continue);
-    }
-    let value = operand::read_register(cpu, i.op1_register());
-    match control_number(i.op0_register()) {
-        0 => set_cr0(cpu, value)?,
-        2 => {
-            cpu.cr2 = value;
-            return Ok(Flow::Continue);
-        }
-        3 => set_cr3(cpu, value)?,
-        4 => set_cr4(cpu, value)?,
-        8 => {
-            if value & !15 != 0 {
-                return Err(Fault::GP);
-            }
-            apic::set_task_priority(cpu, value);
-        }
-        _ => return Err(Fault::UD),
-    }
-    Ok(Flow::EndBlock)
-}
-
-/// MOV to CR0 and LMSW (SDM vol. 2, MOV to CR; vol. 3, 9.8.5).
-pub fn set_cr0(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
-    let new = value & cr::CR0_KNOWN | cr::CR0_ET;
-    let old = cpu.cr0;
-    let paging = new & cr::CR0_PG != 0;
-    if value >> 32 != 0
-        || (paging && new & cr::CR0_PE == 0)
-        || (new & cr::CR0_NW != 0 && new & cr::CR0_CD == 0)
-        || (!paging && (code64(cpu) || cpu.cr4 & cr::CR4_PCIDE != 0))
-    {
-        return Err(Fault::GP);
-    }
-    if paging && old & cr::CR0_PG == 0 && cpu.efer & cr::EFER_LME != 0 {
-        let cs_long = cpu.segments[crate::state::CS].attributes & segment::attribute::LONG != 0;
-        if cpu.cr4 & cr::CR4_PAE == 0 || cs_long {
-            return Err(Fault::GP);
-        }
-        cpu.efer |= cr::EFER_LMA;
-    }
-    if !paging {
-        cpu.efer &= !cr::EFER_LMA;
-    }
-    cpu.cr0 = new;
-    if (old ^ new) & (cr::CR0_PG | cr::CR0_PE | cr::CR0_WP) != 0 {
-        cpu.flush_tlb();
-    }
-    if (old ^ new) & cr::CR0_PE != 0 {
-        cpu.cpl = 0;
-    }
-    Ok(())
-}
-
-/// MOV to CR3.
-pub fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
-    // With PCIDs, bit 63 asks to keep the translations of the new one; a buffer without tags must drop them still.
-    let value = if cpu.cr4 & cr::CR4_PCIDE != 0 {
-        value & !(1 << 63)
-    } else {
-        value
-    };
-    if long_mode(cpu) && value >> paging::PHYSICAL_BITS != 0 {
-        return Err(Fault::GP);
-    }
-    cpu.cr3 = value;
-    cpu.flush_tlb_nonglobal();
-    Ok(())
-}
-
-/// MOV to CR4.
-pub fn set_cr4(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
-    let old = cpu.cr4;
-    if value & !cpu.system.cpuid.cr4_mask() != 0 || (long_mode(cpu) && value & cr::CR4_PAE == 0) {
-        return Err(Fault::GP);
-    }
-    if value & !old & cr::CR4_PCIDE != 0 && (!long_mode(cpu) || cpu.cr3 & 0xfff != 0) {
-        return Err(Fault::GP);
-    }
-    cpu.cr4 = value;
-    let paging =
-        cr::CR4_PGE | cr::CR4_PAE | cr::CR4_PSE | cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_PCIDE;
-    if (old ^ value) & paging != 0 {
-        cpu.flush_tlb();
-    }
-    Ok(())
-}
-
-/// WRMSR to EFER.
-pub fn set_efer(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
-    let changes = value ^ cpu.efer;
-    if value & !msr::EFER_KNOWN != 0 || (changes & cr::EFER_LME != 0 && cpu.cr0 & cr::CR0_PG != 0) {
-        return Err(Fault::GP);
-    }
-    cpu.efer = value & !cr::EFER_LMA | cpu.efer & cr::EFER_LMA;
-    if changes & cr::EFER_NXE != 0 {
-        cpu.flush_tlb();
-    }
-    Ok(())
-}
-
-fn move_debug(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
-    let writes = i.op0_register().is_dr();
-    let register = if writes {
-        i.op0_register()
-    } else {
-        i.op1_register()
-    };
-    let mut number = register as usize - Register::DR0 as usize;
-    if number > 7 || (matches!(number, 4 | 5) && cpu.cr4 & cr::CR4_DE != 0) {
-        return Err(Fault::UD);
-    }
-    ring0(cpu)?;
-    if matches!(number, 4 | 5) {
-        number += 2;
-    }
-    // DR7.GD: touching debug registers is itself a debug exception.
-    if cpu.dr[7] & 1 << 13 != 0 {
-        cpu.dr[6] |= 1 << 13;
-        return Err(Fault::DB);
-    }
-    if !writes {
-        let value = cpu.dr[number];
-        operand::write_register(cpu, i.op0_register(), value);
-        return Ok(Flow::Continue);
-    }
-    let value = operand::read_register(cpu, i.op1_register());
-    cpu.dr[number] = match number {
-        6 if value >> 32 != 0 => return Err(Fault::GP),
-        7 if value >> 32 != 0 => return Err(Fault::GP),
-        // DR6 and DR7 have bits that are always set or clear (SDM vol. 3, 18.2).
-        6 => value & 0xe00f | 0xffff_0ff0,
-        7 => value & 0xffff_2fff | 0x400,
-        _ => value,
-    };
-    Ok(Flow::EndBlock)
 }
 
 fn move_segment(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
@@ -724,69 +578,6 @@ fn hypercall(cpu: &mut Cpu) -> Result<Flow, Fault> {
     };
     cpu.gpr[RAX] = result;
     Ok(Flow::Continue)
-}
-
-/// Whether ring 3 may use `size` ports from `port`: IOPL, else the TSS's bitmap (SDM vol. 1, 19.5.2).
-pub(super) fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> Result<(), Fault> {
-    if !protected(cpu) || (check_iopl(cpu).is_ok() && !virtual_8086(cpu)) {
-        return Ok(());
-    }
-    let limit = u64::from(cpu.tr.limit);
-    if cpu.tr.unusable || limit < 0x67 {
-        return Err(Fault::GP);
-    }
-    let bitmap = u64::from(cpu.read::<u16>(cpu.tr.base.wrapping_add(0x66), Rights::Supervisor)?);
-    let at = bitmap + u64::from(port / 8);
-    if at + 1 > limit {
-        return Err(Fault::GP);
-    }
-    let bits = cpu.read::<u16>(cpu.tr.base.wrapping_add(at), Rights::Supervisor)?;
-    let mask = ((1u16 << size) - 1) << (port % 8);
-    if bits & mask == 0 {
-        Ok(())
-    } else {
-        Err(Fault::GP)
-    }
-}
-
-/// Reads a port of `size` bytes.
-pub(super) fn port_in(cpu: &mut Cpu, port: u16, size: usize) -> u64 {
-    let mut bytes = [0xffu8; 4];
-    if let Some(io) = cpu.io() {
-        io.pio_read(port, &mut bytes[..size]);
-    }
-    u64::from(u32::from_le_bytes(bytes)) & operand::mask(size)
-}
-
-/// Writes a port; [`Flow::Stop`] where a device then wants the machine to end.
-pub(super) fn port_out(cpu: &mut Cpu, port: u16, size: usize, value: u64) -> Flow {
-    if let Some(io) = cpu.io() {
-        io.pio_write(port, &value.to_le_bytes()[..size]);
-        if io.stop_requested() {
-            return Flow::Stop;
-        }
-    }
-    Flow::Continue
-}
-
-fn port(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
-    let input = i.mnemonic() == Mnemonic::In;
-    let (data, address) = if input { (0, 1) } else { (1, 0) };
-    let register = i.op_register(data);
-    let size = register.size();
-    let port = if i.op_kind(address) == OpKind::Register {
-        cpu.gpr[RDX] as u16
-    } else {
-        u16::from(i.immediate8())
-    };
-    check_port(cpu, port, size)?;
-    if input {
-        let value = port_in(cpu, port, size);
-        operand::write_register(cpu, register, value);
-        return Ok(Flow::Continue);
-    }
-    let value = operand::read_register(cpu, register);
-    Ok(port_out(cpu, port, size, value))
 }
 
 /// Random bits of the host: `None` where it has no such instruction, `Some(None)` where it has none ready.

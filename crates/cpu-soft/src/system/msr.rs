@@ -236,7 +236,7 @@ pub fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<Flow, Fault> {
             });
         }
         EFER => {
-            super::control::set_efer(cpu, value)?;
+            super::registers::set_efer(cpu, value)?;
             return Ok(Flow::EndBlock);
         }
         STAR => m.star = value,
@@ -285,6 +285,9 @@ fn shift_tsc(cpu: &mut Cpu, offset: u64) {
 /// Host TSC at which the paravirtual clock of this process's machines stands at zero. First called well before a guest
 /// runs: a guest's RDTSC may be executed early by the host and must not come before it.
 pub(crate) fn clock_zero() -> u64 {
+    if crate::clock::counted() {
+        return 1;
+    }
     static ZERO: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     *ZERO.get_or_init(host_tsc)
 }
@@ -344,9 +347,13 @@ fn write_system_time(cpu: &mut Cpu) {
 
 /// The time of day at which the paravirtual clock was zero: version, seconds, nanoseconds.
 fn write_wall_clock(cpu: &mut Cpu, at: u64) {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = if crate::clock::counted() {
+        std::time::Duration::from_secs(1_600_000_000)
+    } else {
+        std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default()
+    };
     let zero = now.saturating_sub(std::time::Duration::from_nanos(clock_now(cpu)));
     let at = at & !3;
     let version = cpu.physical_read::<u32>(at).wrapping_add(1) | 1;

@@ -61,6 +61,7 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
     cpu.system.nmi_pending = state.pending_nmi;
     cpu.system.nmi_masked = state.nmi_masked;
     cpu.interrupt_waits = 0;
+    cpu.debug_changed();
     Ok(())
 }
 
@@ -102,6 +103,7 @@ pub fn initialize(cpu: &mut Cpu) {
     cpu.cr0 = 0x6000_0010;
     (cpu.cr2, cpu.cr3, cpu.cr4, cpu.efer) = (0, 0, 0, 0);
     cpu.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
+    cpu.debug = super::debug::Debug::default();
     cpu.cpl = 0;
     cpu.interrupt_shadow = false;
     cpu.interrupt_waits = 0;

@@ -7,8 +7,8 @@ use cpu::x86::{RAX, RCX, RDI, RDX, RSI};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use std::sync::atomic::Ordering;
 
-use super::control;
 use super::interp::{alu, operand};
+use super::port;
 use super::segment;
 use crate::mem::Place;
 use crate::state::{Access, Cpu, ES, Fault, Flow, Rights, flag};
@@ -120,9 +120,12 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             break;
         }
         since_look += done;
+        if cpu.debug.hit != 0 && cpu.gpr[RCX] & op.mask != 0 {
+            return Ok(Some(Flow::EndBlock));
+        }
         if cpu.gpr[RCX] & op.mask != 0 && (single_step || since_look >= PATIENCE) {
             since_look = 0;
-            if single_step || cpu.attention.load(Ordering::Relaxed) != 0 {
+            if single_step || (cpu.attention.load(Ordering::Relaxed) != 0 && cpu.replay.is_none()) {
                 // rip stays: the instruction goes on afterwards.
                 return Ok(Some(Flow::EndBlock));
             }
@@ -203,19 +206,19 @@ fn one(cpu: &mut Cpu, op: Op) -> Result<Flow, Fault> {
         }
         Kind::Ins => {
             let port = cpu.gpr[RDX] as u16;
-            control::check_port(cpu, port, size)?;
+            port::check_port(cpu, port, size)?;
             let to = target(cpu, op, size, true)?;
             cpu.write_probe(to, size, Rights::Current)?;
-            let value = control::port_in(cpu, port, size);
+            let value = port::port_in(cpu, port, size);
             operand::store(cpu, to, size, value)?;
             advance(cpu, RDI, op.mask, delta);
         }
         Kind::Outs => {
             let port = cpu.gpr[RDX] as u16;
-            control::check_port(cpu, port, size)?;
+            port::check_port(cpu, port, size)?;
             let from = source(cpu, op, size)?;
             let value = operand::load(cpu, from, size)?;
-            flow = control::port_out(cpu, port, size, value);
+            flow = port::port_out(cpu, port, size, value);
             advance(cpu, RSI, op.mask, delta);
         }
     }
@@ -238,7 +241,8 @@ fn in_page(linear: u64, size: usize) -> u64 {
 
 /// As many elements as RAM inside one page (of either side) allows; 0: take the slow way for the next one.
 fn batch(cpu: &mut Cpu, op: Op) -> Result<u64, Fault> {
-    if cpu.rflags & (flag::DF | flag::TF) != 0 {
+    let looked_at = cpu.debug.watches || cpu.alignment_checked();
+    if cpu.rflags & (flag::DF | flag::TF) != 0 || looked_at {
         return Ok(0);
     }
     let left = cpu.gpr[RCX] & op.mask;

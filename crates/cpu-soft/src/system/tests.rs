@@ -315,14 +315,17 @@ fn control_registers_refuse_what_cannot_be() {
     let mut frame = paged();
     let cpu = frame.cpu.get_mut();
     // Paging off in 64-bit mode; PAE off in long mode; a reserved bit of CR4; CR3 beyond the physical address bits.
-    assert_eq!(control::set_cr0(cpu, cpu.cr0 & !cr::CR0_PG), Err(Fault::GP));
     assert_eq!(
-        control::set_cr4(cpu, cpu.cr4 & !cr::CR4_PAE),
+        registers::set_cr0(cpu, cpu.cr0 & !cr::CR0_PG),
         Err(Fault::GP)
     );
-    assert_eq!(control::set_cr4(cpu, cpu.cr4 | 1 << 12), Err(Fault::GP));
-    assert_eq!(control::set_cr3(cpu, 1 << 50), Err(Fault::GP));
-    assert_eq!(control::set_efer(cpu, 0), Err(Fault::GP));
+    assert_eq!(
+        registers::set_cr4(cpu, cpu.cr4 & !cr::CR4_PAE),
+        Err(Fault::GP)
+    );
+    assert_eq!(registers::set_cr4(cpu, cpu.cr4 | 1 << 12), Err(Fault::GP));
+    assert_eq!(registers::set_cr3(cpu, 1 << 50), Err(Fault::GP));
+    assert_eq!(registers::set_efer(cpu, 0), Err(Fault::GP));
     assert_eq!(msr::read(cpu, 0x1234_5678), Err(Fault::GP));
     assert_eq!(msr::write(cpu, msr::LSTAR, 1 << 60), Err(Fault::GP));
     assert_eq!(msr::write(cpu, msr::PAT, 2), Err(Fault::GP));

@@ -187,6 +187,11 @@ impl Code {
         self.with_mem(None, true, &[0xc7], 0, mem);
         self.u32(value as u32);
     }
+    /// `mov dword [mem], imm32`.
+    pub fn store32_imm(&mut self, mem: Mem, value: i32) {
+        self.with_mem(None, false, &[0xc7], 0, mem);
+        self.u32(value as u32);
+    }
     pub fn shr32(&mut self, reg: u8, count: u8) {
         self.with_reg(false, &[0xc1], 5, reg);
         self.byte(count);

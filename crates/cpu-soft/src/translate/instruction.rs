@@ -6,12 +6,11 @@ use iced_x86::{Code as C, Instruction, Mnemonic, OpKind, Register};
 
 use super::emit::*;
 use super::kind::{self, Way};
-use super::{Address, FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Site, Slow, Translator, leave};
-use crate::state::{Cpu, FS, GS, Level, flag};
-use crate::tlb;
+use super::{FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Site, Translator};
+use crate::state::{Cpu, GS, Level, flag};
 
 /// A register the guest's code names but which lives in memory.
-fn in_memory(register: Register) -> Option<usize> {
+pub(super) fn in_memory(register: Register) -> Option<usize> {
     match register.full_register() {
         Register::R10 => Some(10),
         Register::R11 => Some(11),
@@ -19,12 +18,12 @@ fn in_memory(register: Register) -> Option<usize> {
     }
 }
 
-fn number(register: Register) -> u8 {
+pub(super) fn number(register: Register) -> u8 {
     register.full_register().number() as u8
 }
 
 /// Host r11 in the size of `like`.
-fn r11_like(like: Register) -> Register {
+pub(super) fn r11_like(like: Register) -> Register {
     match like.size() {
         1 => Register::R11L,
         2 => Register::R11W,
@@ -33,7 +32,7 @@ fn r11_like(like: Register) -> Register {
     }
 }
 
-fn gpr(n: usize) -> Mem {
+pub(super) fn gpr(n: usize) -> Mem {
     Mem::gs(GPR + n * 8)
 }
 
@@ -64,6 +63,10 @@ impl Translator<'_> {
         if way == Way::Own {
             return self.own();
         }
+        if way == Way::Repeat {
+            self.repeat();
+            return true;
+        }
         let memory = self.at.mnemonic() != Mnemonic::Lea
             && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
         if self.at.mnemonic() == Mnemonic::Lea && self.at.memory_base() == Register::RIP {
@@ -89,7 +92,7 @@ impl Translator<'_> {
     }
 
     /// The guest's own bytes.
-    fn copy(&mut self) {
+    pub(super) fn copy(&mut self) {
         let offset = self.at.ip().wrapping_sub(self.request.key.rip) as usize;
         let bytes = &self.request.bytes[offset..offset + self.at.len()];
         self.code.raw(bytes);
@@ -156,225 +159,6 @@ impl Translator<'_> {
         if let Some(r) = home {
             self.code.store(gpr(r), R10);
         }
-    }
-
-    /// The effective address when it is known now.
-    fn constant_address(&self) -> Option<u64> {
-        let i = &self.at;
-        if matches!(i.memory_segment(), Register::FS | Register::GS) {
-            return None;
-        }
-        match (i.memory_base(), i.memory_index()) {
-            (Register::RIP | Register::EIP | Register::None, Register::None) => {
-                Some(i.memory_displacement64())
-            }
-            _ => None,
-        }
-    }
-
-    /// Guest-virtual address of the memory operand into r10; destroys r11, keeps EFLAGS.
-    fn address(&mut self) {
-        let i = self.at;
-        let mut base = i.memory_base();
-        let index = i.memory_index();
-        let mut disp = i.memory_displacement64();
-        let segment = match i.memory_segment() {
-            Register::FS => Some(FS),
-            Register::GS => Some(GS),
-            _ => None,
-        };
-        if matches!(base, Register::RIP | Register::EIP) {
-            base = Register::None;
-        }
-        if base == Register::None && index == Register::None {
-            if let Some(segment) = segment {
-                self.code.load(R10, Mem::gs(segment_base(segment)));
-                if let Ok(small) = i32::try_from(disp as i64) {
-                    self.code.lea(R10, Mem::base(R10, small));
-                } else {
-                    self.code.mov_imm(R11, disp);
-                    self.code.lea(R10, Mem::sum(R10, R11));
-                }
-            } else {
-                self.code.mov_imm(R10, disp);
-            }
-            return;
-        }
-        let narrow = base.size() == 4 || index.size() == 4;
-        if narrow {
-            disp = disp as u32 as i32 as i64 as u64;
-        }
-        let host_base = match base {
-            Register::None => None,
-            r => Some(match in_memory(r) {
-                Some(home) => {
-                    self.code.load(R10, gpr(home));
-                    R10
-                }
-                None => number(r),
-            }),
-        };
-        let host_index = match index {
-            Register::None => None,
-            r => Some((
-                match in_memory(r) {
-                    Some(home) => {
-                        self.code.load(R11, gpr(home));
-                        R11
-                    }
-                    None => number(r),
-                },
-                i.memory_index_scale().trailing_zeros() as u8,
-            )),
-        };
-        let mem = Mem {
-            base: host_base,
-            index: host_index,
-            disp: disp as i32,
-            gs: false,
-        };
-        if narrow {
-            self.code.byte(0x67);
-            self.code.with_mem(None, false, &[0x8d], R10, mem);
-        } else if mem.disp == 0 && mem.index.is_none() {
-            if host_base != Some(R10)
-                && let Some(b) = host_base
-            {
-                self.code.mov(R10, b);
-            }
-        } else {
-            self.code.lea(R10, mem);
-        }
-        if let Some(segment) = segment {
-            self.code.load(R11, Mem::gs(segment_base(segment)));
-            self.code.lea(R10, Mem::sum(R10, R11));
-        }
-    }
-
-    /// With the guest address in r10: leaves the offset in the page in r10 and the page's host address in r11.
-    /// Destroys EFLAGS (the caller spared them).
-    fn check(&mut self, size: usize, write: bool, modify: bool) {
-        let table = self.table(write);
-        let words = self.memory_words(size, write, modify);
-        self.code.mov32(R11, R10);
-        self.code.shr32(R11, 8);
-        self.code.and32(R11, (tlb::index(u64::MAX) as u32) << 4);
-        self.code.xor_load(R10, Mem::gs_at(R11, table));
-        self.code.cmp_imm(R10, 4096 - size as i32);
-        let branch = self.code.jcc(CC_A);
-        self.code.load(R11, Mem::gs_at(R11, table + 8));
-        let back = self.code.here();
-        self.slow.push(Slow {
-            branch,
-            address: Address::Undo(table),
-            words,
-            back,
-        });
-        self.flags_destroyed();
-    }
-
-    fn memory_words(&self, size: usize, write: bool, modify: bool) -> u32 {
-        // The check itself destroys EFLAGS: only the slot can still hold them.
-        self.word(leave::MEMORY)
-            | if write { leave::WRITE } else { 0 }
-            | if modify { leave::MODIFY } else { 0 }
-            | (size as u32) << leave::SIZE_SHIFT
-    }
-
-    /// As `check` for an address known now; answers the operand.
-    fn check_constant(&mut self, va: u64, size: usize, write: bool, modify: bool) -> Mem {
-        let offset = va & 0xfff;
-        if offset + size as u64 > 4096 {
-            self.code.mov_imm(R10, va);
-            self.check(size, write, modify);
-            return Mem::sum(R10, R11);
-        }
-        let entry = self.table(write) + tlb::index(va) * 16;
-        let words = self.memory_words(size, write, modify);
-        let page = va - offset;
-        if let Ok(imm) = i32::try_from(page as i64) {
-            self.code.cmp_mem_imm(Mem::gs(entry), imm);
-        } else {
-            self.code.mov_imm(R10, page);
-            self.code.cmp_mem_reg(Mem::gs(entry), R10);
-        }
-        let branch = self.code.jcc(CC_NE);
-        self.code.load(R11, Mem::gs(entry + 8));
-        let back = self.code.here();
-        self.slow.push(Slow {
-            branch,
-            address: Address::Constant(va),
-            words,
-            back,
-        });
-        self.flags_destroyed();
-        Mem::base(R11, offset as i32)
-    }
-
-    /// Checks the memory operand of the instruction; answers where it is.
-    fn operand(&mut self, size: usize, write: bool, modify: bool) -> Mem {
-        self.spare_flags(self.live_before != 0);
-        if let Some(va) = self.constant_address() {
-            return self.check_constant(va, size, write, modify);
-        }
-        self.address();
-        self.check(size, write, modify);
-        Mem::sum(R10, R11)
-    }
-
-    /// A stack access at rsp + `offset`.
-    fn stack(&mut self, offset: i32, write: bool) {
-        self.spare_flags(self.live_before != 0);
-        if offset == 0 {
-            self.code.mov(R10, RSP);
-        } else {
-            self.code.lea(R10, Mem::base(RSP, offset));
-        }
-        self.check(8, write, false);
-    }
-
-    /// `BT [memory], register` and its kin address bits beyond the operand.
-    fn bit_string(&mut self, k: kind::Kind) {
-        self.spare_flags(self.live_before != 0);
-        let bits = self.at.op1_register();
-        let (size, log) = match bits.size() {
-            2 => (2, 1u8),
-            4 => (4, 2),
-            _ => (8, 3),
-        };
-        self.address();
-        match in_memory(bits) {
-            Some(home) => self.code.load(R11, gpr(home)),
-            None => self.code.mov(R11, number(bits)),
-        }
-        match size {
-            // movsxd r11, r11d / movsx r11, r11w
-            4 => self.code.with_reg(true, &[0x63], R11, R11),
-            2 => self.code.with_reg(true, &[0x0f, 0xbf], R11, R11),
-            _ => {}
-        }
-        self.code.sar64(R11, log + 3);
-        self.code.lea(
-            R10,
-            Mem {
-                base: Some(R10),
-                index: Some((R11, log)),
-                disp: 0,
-                gs: false,
-            },
-        );
-        self.flags_destroyed();
-        self.check(size, k.writes, k.writes);
-        self.code.lea(R10, Mem::sum(R10, R11));
-        match in_memory(bits) {
-            Some(home) => self.code.load(R11, gpr(home)),
-            None => self.code.mov(R11, number(bits)),
-        }
-        self.code.and32(R11, size as u32 * 8 - 1);
-        self.flags_for_instruction();
-        let mut i = self.at;
-        i.set_op1_register(r11_like(bits));
-        self.encode_at(&mut i, Register::R10, Register::None, 0);
     }
 
     fn with_memory(&mut self, k: kind::Kind) {
@@ -477,7 +261,13 @@ impl Translator<'_> {
         if !taken[usize::from(RSI)] { RSI } else { RDI }
     }
 
-    fn encode_at(&mut self, i: &mut Instruction, base: Register, index: Register, disp: i32) {
+    pub(super) fn encode_at(
+        &mut self,
+        i: &mut Instruction,
+        base: Register,
+        index: Register,
+        disp: i32,
+    ) {
         i.set_segment_prefix(Register::None);
         i.set_memory_base(base);
         i.set_memory_index(index);
@@ -512,36 +302,32 @@ impl Translator<'_> {
     }
 
     /// A value for a store: the register that holds it once r10 is the whole address.
-    fn store_value(&mut self, value: Value) {
+    fn store_value(&mut self, value: Value, mem: Mem) {
+        let direct = match value {
+            Value::Register(r) if in_memory(r).is_none() => {
+                return self.code.store(mem, number(r));
+            }
+            Value::Immediate(v) if i32::try_from(v as i64).is_ok() => {
+                return self.code.store_imm(mem, v as i32);
+            }
+            // In a group r10 alone is the address, and stays.
+            _ if mem.index.is_none() => mem,
+            _ => {
+                self.code.lea(R10, mem);
+                Mem::base(R10, 0)
+            }
+        };
         match value {
-            Value::Register(r) => match in_memory(r) {
-                None => self.code.store(Mem::sum(R10, R11), number(r)),
-                Some(home) => {
-                    self.code.lea(R10, Mem::sum(R10, R11));
-                    self.code.load(R11, gpr(home));
-                    self.code.store(Mem::base(R10, 0), R11);
-                }
-            },
-            Value::Immediate(v) => {
-                if let Ok(small) = i32::try_from(v as i64) {
-                    self.code.store_imm(Mem::sum(R10, R11), small);
-                } else {
-                    self.code.lea(R10, Mem::sum(R10, R11));
-                    self.code.mov_imm(R11, v);
-                    self.code.store(Mem::base(R10, 0), R11);
-                }
-            }
-            Value::Saved => {
-                self.code.lea(R10, Mem::sum(R10, R11));
-                self.code.load(R11, Mem::gs(SAVED_OPERAND));
-                self.code.store(Mem::base(R10, 0), R11);
-            }
+            Value::Register(r) => self.code.load(R11, gpr(in_memory(r).unwrap_or(10))),
+            Value::Immediate(v) => self.code.mov_imm(R11, v),
+            Value::Saved => self.code.load(R11, Mem::gs(SAVED_OPERAND)),
         }
+        self.code.store(direct, R11);
     }
 
     fn push(&mut self, value: Value) {
-        self.stack(-8, true);
-        self.store_value(value);
+        let mem = self.stack(-8, true);
+        self.store_value(value, mem);
         self.code.lea(RSP, Mem::base(RSP, -8));
     }
 
@@ -576,8 +362,8 @@ impl Translator<'_> {
             C::Pushq_imm32 => self.push(Value::Immediate(i.immediate32to64() as u64)),
             C::Pushq_imm8 => self.push(Value::Immediate(i.immediate8to64() as u64)),
             C::Pop_rm64 if i.op0_kind() == OpKind::Memory => {
-                self.stack(0, false);
-                self.code.load(R10, Mem::sum(R10, R11));
+                let mem = self.stack(0, false);
+                self.code.load(R10, mem);
                 self.code.store(Mem::gs(SAVED_OPERAND), R10);
                 // An address by rsp is computed after the increment.
                 self.spare_flags(self.live_before != 0);
@@ -592,21 +378,21 @@ impl Translator<'_> {
                     self.address();
                 }
                 self.check(8, true, false);
-                self.store_value(Value::Saved);
+                self.store_value(Value::Saved, Mem::sum(R10, R11));
                 self.code.lea(RSP, Mem::base(RSP, 8));
             }
             C::Pop_r64 | C::Pop_rm64 => {
-                self.stack(0, false);
+                let mem = self.stack(0, false);
                 let r = i.op0_register();
                 if r == Register::RSP {
-                    self.code.load(RSP, Mem::sum(R10, R11));
+                    self.code.load(RSP, mem);
                 } else {
                     match in_memory(r) {
                         Some(home) => {
-                            self.code.load(R10, Mem::sum(R10, R11));
+                            self.code.load(R10, mem);
                             self.code.store(gpr(home), R10);
                         }
-                        None => self.code.load(number(r), Mem::sum(R10, R11)),
+                        None => self.code.load(number(r), mem),
                     }
                     self.code.lea(RSP, Mem::base(RSP, 8));
                 }
@@ -640,9 +426,8 @@ impl Translator<'_> {
             }
             C::Retnq | C::Retnq_imm16 => {
                 self.spare_flags(true);
-                self.code.mov(R10, RSP);
-                self.check(8, false, false);
-                self.code.load(R10, Mem::sum(R10, R11));
+                let mem = self.stack(0, false);
+                self.code.load(R10, mem);
                 let pop = 8 + if i.code() == C::Retnq_imm16 {
                     i32::from(i.immediate16())
                 } else {
@@ -679,6 +464,12 @@ impl Translator<'_> {
                 self.code
                     .with_mem(None, false, &[0x81], 1, Mem::gs(offset_of!(Cpu, rflags)));
                 self.code.u32(flag::IF as u32);
+            }
+            C::Cld | C::Std => {
+                self.copy();
+                let down = i32::from(i.code() == C::Std);
+                self.code
+                    .store32_imm(Mem::gs(offset_of!(Cpu, direction)), down);
             }
             C::Swapgs => {
                 let (base, kernel) = (
@@ -790,7 +581,7 @@ fn low_name(register: u8) -> Register {
     }
 }
 
-fn segment_base(segment: usize) -> usize {
+pub(super) fn segment_base(segment: usize) -> usize {
     offset_of!(Cpu, segments)
         + segment * size_of::<cpu::x86::Segment>()
         + offset_of!(cpu::x86::Segment, base)

@@ -18,6 +18,8 @@ pub enum Way {
     Nothing,
     /// The translator has a case of its own.
     Own,
+    /// REP MOVS or REP STOS: in place inside a page, else in Rust.
+    Repeat,
 }
 
 /// Facts of one instruction code.
@@ -30,10 +32,14 @@ pub struct Kind {
     pub reads: bool,
     /// Bit n: register operand n is written.
     pub register_writes: u8,
+    /// Bit n: general register n is written without being an operand.
+    pub implicit_writes: u16,
     /// May raise an exception by itself on the host: division, aligned vector access, floating point.
     pub traps: bool,
     /// Uses x87, MMX, SSE or AVX state.
     pub fpu: bool,
+    /// VEX-encoded with vector operands: needs XCR0's leave.
+    pub avx: bool,
     /// Exists only where CPUID shows a feature that not every x86-64 has.
     pub extended: bool,
     /// Only ring 0 has a native form of it.
@@ -49,9 +55,42 @@ pub fn kind(instruction: &Instruction) -> Kind {
             .collect()
     });
     // Codes with a register-or-memory operand have facts of both forms; iced gives operand 0 or 1 of them.
-    let memory = (0..instruction.op_count()).any(|n| instruction.op_kind(n) == OpKind::Memory);
+    let memory = has_memory(instruction);
     *table[instruction.code() as usize * 2 + usize::from(memory)]
         .get_or_init(|| classify(instruction))
+}
+
+fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+/// Whether the instruction reads or writes the memory its operand names.
+pub fn touches(i: &Instruction) -> bool {
+    has_memory(i) && i.mnemonic() != Mnemonic::Lea
+}
+
+/// `BT [memory], register` and its kin address bits beyond the operand.
+pub fn bit_string(i: &Instruction) -> bool {
+    matches!(
+        i.mnemonic(),
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+    ) && i.op1_kind() == OpKind::Register
+        && i.op0_kind() == OpKind::Memory
+}
+
+/// Whether operand `n` is an immediate.
+pub fn immediate(i: &Instruction, n: u32) -> bool {
+    n < i.op_count() && i.try_immediate(n).is_ok()
+}
+
+/// Whether general register `base` (64 bits) is written.
+pub fn writes(i: &Instruction, kind: &Kind, base: iced_x86::Register) -> bool {
+    kind.implicit_writes >> base.number() & 1 != 0
+        || (0..i.op_count()).any(|n| {
+            kind.register_writes >> n & 1 != 0
+                && i.op_kind(n) == OpKind::Register
+                && i.op_register(n).full_register() == base
+        })
 }
 
 fn allowed(feature: CpuidFeature) -> bool {
@@ -75,8 +114,10 @@ fn classify(instruction: &Instruction) -> Kind {
         writes: false,
         reads: false,
         register_writes: 0,
+        implicit_writes: 0,
         traps: false,
         fpu: false,
+        avx: false,
         extended: false,
         ring0: false,
     };
@@ -100,6 +141,34 @@ fn classify(instruction: &Instruction) -> Kind {
         } else if writes {
             kind.register_writes |= 1 << n;
         }
+    }
+    for used in info.used_registers() {
+        let register = used.register().full_register();
+        let writes = !matches!(
+            used.access(),
+            OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess | OpAccess::None
+        );
+        let operand = (0..instruction.op_count()).any(|n| {
+            kind.register_writes >> n & 1 != 0
+                && instruction.op_kind(n) == OpKind::Register
+                && instruction.op_register(n).full_register() == register
+        });
+        if writes && !operand && register.is_gpr64() {
+            kind.implicit_writes |= 1 << register.number();
+        }
+    }
+    if matches!(
+        instruction.mnemonic(),
+        Mnemonic::Mul
+            | Mnemonic::Imul
+            | Mnemonic::Div
+            | Mnemonic::Idiv
+            | Mnemonic::Cmpxchg
+            | Mnemonic::Cmpxchg8b
+            | Mnemonic::Cmpxchg16b
+    ) {
+        // rax and rdx, which may have been operands of the instruction looked at.
+        kind.implicit_writes |= 0b0101;
     }
     let features = instruction.cpuid_features();
     kind.fpu = features.iter().any(|f| {
@@ -131,9 +200,16 @@ fn classify(instruction: &Instruction) -> Kind {
             | Mnemonic::Mfence
             | Mnemonic::Sfence
             | Mnemonic::Movnti
+            | Mnemonic::Prefetchnta
+            | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1
+            | Mnemonic::Prefetcht2
             | Mnemonic::Crc32
             | Mnemonic::Pause
     );
+    // FWAIT is of no feature by name.
+    kind.fpu |= instruction.mnemonic() == Mnemonic::Wait;
+    kind.avx = kind.fpu && instruction.encoding() != iced_x86::EncodingKind::Legacy;
     kind.traps = kind.fpu
         || matches!(
             instruction.mnemonic(),
@@ -166,11 +242,6 @@ fn classify(instruction: &Instruction) -> Kind {
         instruction.mnemonic(),
         Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs
     );
-    // What the mask leaves out must stay as it is.
-    kind.reads |= matches!(
-        instruction.mnemonic(),
-        Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq | Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd
-    );
     kind.way = way(instruction, memory);
     kind
 }
@@ -190,8 +261,17 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Prefetcht0
         | M::Prefetcht1
         | M::Prefetcht2 => return Way::Nothing,
-        M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => return Way::Nothing,
-        M::Rdtsc | M::Rdtscp | M::Leave | M::Cli | M::Sti | M::Swapgs | M::Pushfq => {
+        M::Cldemote => return Way::Nothing,
+        M::Clflush | M::Clflushopt | M::Clwb => return Way::Rust,
+        M::Rdtsc
+        | M::Rdtscp
+        | M::Leave
+        | M::Cli
+        | M::Sti
+        | M::Swapgs
+        | M::Pushfq
+        | M::Cld
+        | M::Std => {
             return Way::Own;
         }
         M::Push | M::Pop => {
@@ -255,6 +335,10 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Enter
         | M::Maskmovq
         | M::Maskmovdqu => return Way::Rust,
+        // Elements that the mask leaves out do not fault.
+        M::Vpmaskmovd | M::Vpmaskmovq | M::Vmaskmovps | M::Vmaskmovpd if memory => {
+            return Way::Rust;
+        }
         M::Vmaskmovdqu
         | M::Rdpid
         | M::Rdpmc
@@ -301,6 +385,9 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
             };
         }
         _ => return Way::Rust,
+    }
+    if super::repeat::element(instruction).is_some() {
+        return Way::Repeat;
     }
     if instruction.is_privileged()
         || instruction.is_string_instruction()

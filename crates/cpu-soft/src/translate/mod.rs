@@ -12,8 +12,11 @@
 //! where the instruction then faults: the handler sees some value in them.
 
 pub mod emit;
+mod group;
 mod instruction;
 pub mod kind;
+mod memory;
+mod repeat;
 #[cfg(test)]
 mod tests;
 
@@ -63,6 +66,8 @@ pub mod leave {
     /// Flags are in the slot.
     pub const SLOT: u32 = 1 << 8;
     pub const WRITE: u32 = 1 << 9;
+    /// A stretch of several accesses: where it cannot be had whole, its first instruction runs alone.
+    pub const GROUP: u32 = 1 << 11;
     /// A write that also reads.
     pub const MODIFY: u32 = 1 << 10;
     pub const SIZE_SHIFT: u32 = 12;
@@ -96,6 +101,10 @@ pub struct Request<'a> {
     /// The page's bytes, for a look at the flags jump targets need.
     pub page: &'a [u8],
     pub tsc_shifted: bool,
+    /// Instructions are counted, for [`crate::replay`].
+    pub counted: bool,
+    /// Accesses by one register may be checked together.
+    pub groups: bool,
     /// Whether the guest's CPUID shows what an instruction needs.
     pub offers: &'a dyn Fn(&Instruction) -> bool,
 }
@@ -105,6 +114,8 @@ impl Request<'_> {
     fn way(&self, instruction: &Instruction, last: bool) -> Way {
         let k = kind::kind(instruction);
         let elsewhere = (k.fpu && self.key.mode & mode::NO_FPU != 0)
+            || (k.avx && self.key.mode & mode::NO_AVX != 0)
+            || (self.counted && crate::replay::opens(instruction))
             || (k.ring0 && self.key.mode & mode::USER != 0)
             // The shadow of STI reaches over the next instruction, which must be in the same block.
             || (last && instruction.mnemonic() == iced_x86::Mnemonic::Sti)
@@ -112,6 +123,9 @@ impl Request<'_> {
         if elsewhere { Way::Rust } else { k.way }
     }
 }
+
+/// In place of an instruction's number: hash the registers and go on, with EFLAGS and the slot as they are.
+pub const CHECKPOINT: u32 = u32::MAX;
 
 /// A direct exit.
 #[derive(Debug, Clone, Copy)]
@@ -183,6 +197,9 @@ struct Translator<'a> {
     lists: &'a mut Lists,
     encoder: Encoder,
     slow: Vec<Slow>,
+    detours: Vec<repeat::Detour>,
+    part: Option<group::Part>,
+    bmi2: bool,
     flags: Flags,
     user: bool,
     single: bool,
@@ -196,6 +213,7 @@ struct Translator<'a> {
 pub struct Workshop {
     decoded: Vec<Instruction>,
     live: Vec<u32>,
+    parts: Vec<Option<group::Part>>,
 }
 
 impl Workshop {
@@ -203,6 +221,7 @@ impl Workshop {
         Workshop {
             decoded: Vec::with_capacity(64),
             live: Vec::with_capacity(64),
+            parts: Vec::with_capacity(64),
         }
     }
 
@@ -289,6 +308,11 @@ impl Workshop {
             self.live[n] = live;
         }
         let flags_live = self.live[0] != 0;
+        if request.groups {
+            group::plan(request, &self.decoded, &mut self.parts);
+        } else {
+            self.parts.clear();
+        }
 
         let mut t = Translator {
             request,
@@ -296,6 +320,9 @@ impl Workshop {
             lists,
             encoder: Encoder::new(64),
             slow: Vec::new(),
+            detours: Vec::new(),
+            part: None,
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             flags: Flags::Host,
             user: request.key.mode & mode::USER != 0,
             single,
@@ -313,7 +340,11 @@ impl Workshop {
         for (n, instruction) in self.decoded.iter().enumerate() {
             t.at = *instruction;
             t.live_before = self.live[n];
+            t.part = self.parts.get(n).copied().flatten();
             t.live_after = self.live[n + 1];
+            if request.counted && !instruction.is_invalid() {
+                t.count();
+            }
             open = t.instruction(request.way(instruction, n + 1 == self.decoded.len()));
         }
         if open {
@@ -442,12 +473,12 @@ impl Translator<'_> {
         self.code.load(RAX, Mem::gs(SAVED_RAX));
     }
 
-    /// Slot from EFLAGS; destroys r10.
+    /// Slot from EFLAGS; destroys r11.
     fn save_flags_code(&mut self) {
-        self.code.mov(R10, RAX);
+        self.code.mov(R11, RAX);
         self.code.raw(&[0x9f, 0x0f, 0x90, 0xc0]);
         self.code.store32(Mem::gs(FLAGS_SLOT), RAX);
-        self.code.mov(RAX, R10);
+        self.code.mov(RAX, R11);
     }
 
     /// Before code that destroys EFLAGS: keeps the flags where `needed`.
@@ -487,6 +518,18 @@ impl Translator<'_> {
         }
     }
 
+    /// Counts the instruction; before control flow calls for a comparison of states.
+    fn count(&mut self) {
+        let count = Mem::gs(offset_of!(Cpu, count));
+        self.code.load(R11, count);
+        self.code.lea(R11, Mem::base(R11, 1));
+        self.code.store(count, R11);
+        if crate::replay::compared(&self.at) {
+            let word = self.word(leave::INSTRUCTION);
+            self.descriptor(self.request.stubs.instruction, word, CHECKPOINT);
+        }
+    }
+
     /// Goes to a known guest address: chained inside the page, by the table else. `live`: flags may be needed there.
     fn exit_to(&mut self, target: u64, live: bool) {
         if self.single {
@@ -500,7 +543,7 @@ impl Translator<'_> {
             return;
         }
         let here = self.request.key.rip;
-        if (target ^ here) >> 12 != 0 {
+        if (target ^ here) >> 12 != 0 || self.crosses(target) {
             self.spare_flags(true);
             self.code.mov_imm(R10, target);
             let slot = self.level() + offset_of!(Level, jump) + jump_index(target) * 8;
@@ -545,6 +588,16 @@ impl Translator<'_> {
         self.leave(leave::CHAIN, exit);
     }
 
+    /// Whether the instruction at `target`, in this page, goes on in the next: a block of its own, reached by the table.
+    fn crosses(&self, target: u64) -> bool {
+        let offset = (target & 0xfff) as usize;
+        if offset <= 4096 - 15 {
+            return false;
+        }
+        let mut decoder = Decoder::new(64, &self.request.page[offset..], DecoderOptions::NONE);
+        decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
+    }
+
     /// Goes to the guest address in r10; flags are in the slot.
     fn exit_indirect(&mut self) {
         if self.single {
@@ -573,6 +626,7 @@ impl Translator<'_> {
 
     /// The slow ways, behind the block.
     fn finish(&mut self) {
+        self.finish_detours();
         for slow in std::mem::take(&mut self.slow) {
             self.code.bind(slow.branch);
             match slow.address {

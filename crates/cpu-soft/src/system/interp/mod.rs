@@ -8,6 +8,8 @@ use crate::state::{Access, CS, Cpu, Fault, Rights};
 use crate::system::segment::{self, bitness, code64};
 
 pub mod alu;
+mod bits;
+mod branch;
 mod gather;
 pub mod integer;
 pub mod native;

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::ptr::NonNull;
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register,
-    RflagsBits,
+    Code, Encoder, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 use super::operand;
@@ -222,13 +222,36 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         .iter()
         .any(|r| r.register().full_register() == Register::RSP);
     let rip_operand = i.is_ip_rel_memory_operand();
-    if (touches_rsp && memory.is_none()) || i.flow_control() != iced_x86::FlowControl::Next {
+    if i.flow_control() != iced_x86::FlowControl::Next {
         return Ok(None);
     }
     let mut copy = *i;
     let mut buffer = Buffer([0; 128]);
     let mut target = None;
-    let mut base = None;
+    let mut borrowed = None;
+    if touches_rsp && memory.is_none() {
+        // Another register stands in for rsp, which the trampoline needs itself.
+        let Some(free) = free_register(i) else {
+            return Ok(None);
+        };
+        let mut named = false;
+        for n in 0..i.op_count() {
+            if i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP
+            {
+                let stand_in = match i.op_register(n).size() {
+                    8 => free,
+                    4 => free.full_register32(),
+                    _ => return Ok(None),
+                };
+                copy.set_op_register(n, stand_in);
+                named = true;
+            }
+        }
+        if !named {
+            return Ok(None);
+        }
+        borrowed = operand::general(free).map(|p| (p.index, cpu.gpr[4]));
+    }
     if let Some(n) = memory {
         let len = memory_len(i);
         if len == 0 || len > 128 {
@@ -249,7 +272,14 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         if aligned_operand(i, len) && at & (len as u64 - 1) != 0 {
             return Err(Fault::GP);
         }
-        if matches!(access, OpAccess::CondWrite | OpAccess::CondRead) {
+        let masked = matches!(
+            i.mnemonic(),
+            Mnemonic::Vpmaskmovd
+                | Mnemonic::Vpmaskmovq
+                | Mnemonic::Vmaskmovps
+                | Mnemonic::Vmaskmovpd
+        );
+        if masked || matches!(access, OpAccess::CondWrite | OpAccess::CondRead) {
             return super::gather::masked_move(cpu, i, at, len);
         }
         if writes {
@@ -260,22 +290,10 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             cpu.read_bytes(at, &mut buffer.0[..len], Rights::Current)?;
         }
         // A register that the instruction does not name holds the buffer's address.
-        let free = [
-            Register::RAX,
-            Register::RCX,
-            Register::RDX,
-            Register::RBX,
-            Register::RSI,
-            Register::RDI,
-        ]
-        .into_iter()
-        .find(|r| {
-            !(0..i.op_count())
-                .any(|m| i.op_kind(m) == OpKind::Register && i.op_register(m).full_register() == *r)
-                && !implicit_use(i, *r)
-        });
-        let Some(free) = free else { return Ok(None) };
-        base = operand::general(free).map(|p| p.index);
+        let Some(free) = free_register(i) else {
+            return Ok(None);
+        };
+        borrowed = operand::general(free).map(|p| (p.index, buffer.0.as_mut_ptr() as u64));
         copy.set_memory_base(free);
         copy.set_memory_index(Register::None);
         copy.set_memory_index_scale(1);
@@ -292,8 +310,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         return Ok(None);
     }
     let code = encoder.take_buffer();
-    if !run(cpu, &code, base, &mut buffer)? {
+    let Some(after) = run(cpu, &code, borrowed)? else {
         return Ok(None);
+    };
+    if memory.is_none() && borrowed.is_some() {
+        cpu.gpr[4] = after;
     }
     if let Some((at, len)) = target {
         cpu.write_bytes(at, &buffer.0[..len], Rights::Current)?;
@@ -302,18 +323,32 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
     Ok(Some(Flow::Continue))
 }
 
-/// Runs encoded code with the guest's registers; `base` holds the buffer's address meanwhile.
-fn run(
-    cpu: &mut Cpu,
-    code: &[u8],
-    base: Option<usize>,
-    buffer: &mut Buffer,
-) -> Result<bool, Fault> {
+/// A register that the instruction does not use.
+fn free_register(i: &Instruction) -> Option<Register> {
+    [
+        Register::RAX,
+        Register::RCX,
+        Register::RDX,
+        Register::RBX,
+        Register::RSI,
+        Register::RDI,
+    ]
+    .into_iter()
+    .find(|r| {
+        !(0..i.op_count())
+            .any(|m| i.op_kind(m) == OpKind::Register && i.op_register(m).full_register() == *r)
+            && !implicit_use(i, *r)
+    })
+}
+
+/// Runs encoded code with the guest's registers; the `borrowed` one holds another value meanwhile, and what it holds in the
+/// end is the answer. `None`: there is no memory for code.
+fn run(cpu: &mut Cpu, code: &[u8], borrowed: Option<(usize, u64)>) -> Result<Option<u64>, Fault> {
     if cpu.system.stubs.is_none() {
         cpu.system.stubs = Stubs::new();
     }
     let Some(entry) = cpu.system.stubs.as_mut().and_then(|s| s.place(code)) else {
-        return Ok(false);
+        return Ok(None);
     };
     // SIMD exceptions are masked while it runs; one that the guest unmasked is found in the flags afterwards.
     const MASKS: u32 = 0x1f80;
@@ -326,8 +361,8 @@ fn run(
         _pad: [0; 6],
         ymm: cpu.ymm,
     };
-    if let Some(base) = base {
-        context.gpr[base] = buffer.0.as_mut_ptr() as u64;
+    if let Some((register, value)) = borrowed {
+        context.gpr[register] = value;
     }
     // SAFETY: `entry` holds one instruction without control flow that names no memory but the buffer (or none), and a
     // RET; the trampoline saves what the ABI wants kept. x87 is the guest's own and free for its instructions.
@@ -341,7 +376,13 @@ fn run(
     let raised = context.mxcsr & RAISED;
     let unmasked = raised & !(cpu.mxcsr >> 7) & RAISED;
     if unmasked != 0 {
-        cpu.mxcsr |= raised;
+        // Exceptions found before computing (invalid, denormal, division by zero) keep the others from coming up.
+        const BEFORE: u32 = 0x07;
+        cpu.mxcsr |= if unmasked & BEFORE != 0 {
+            raised & BEFORE
+        } else {
+            raised
+        };
         return Err(if cpu.cr4 & crate::system::cr::CR4_OSXMMEXCPT != 0 {
             Fault::XM
         } else {
@@ -351,14 +392,16 @@ fn run(
     cpu.mxcsr |= raised;
     let rsp = cpu.gpr[4];
     for n in 0..16 {
-        if Some(n) != base {
+        if borrowed.is_none_or(|(register, _)| register != n) {
             cpu.gpr[n] = context.gpr[n];
         }
     }
     cpu.gpr[4] = rsp;
     cpu.ymm = context.ymm;
     cpu.rflags = cpu.rflags & !flag::NATIVE | context.flags & flag::NATIVE;
-    Ok(true)
+    Ok(Some(
+        borrowed.map_or(0, |(register, _)| context.gpr[register]),
+    ))
 }
 
 /// Registers that an instruction uses without naming them as operands.
@@ -367,6 +410,10 @@ fn implicit_use(i: &Instruction, register: Register) -> bool {
     match i.mnemonic() {
         M::Pcmpestri
         | M::Pcmpestrm
+        | M::Pcmpestri64
+        | M::Pcmpestrm64
+        | M::Vpcmpestri64
+        | M::Vpcmpestrm64
         | M::Vpcmpestri
         | M::Vpcmpestrm
         | M::Pcmpistri
@@ -413,8 +460,11 @@ fn aligned_operand(i: &Instruction, len: usize) -> bool {
             | M::Vmovntdq
             | M::Vmovntdqa
     );
-    let vector = (0..i.op_count())
-        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_vector_register());
+    // CVTPD2PI reads a whole vector into an MMX register.
+    let vector = (0..i.op_count()).any(|n| {
+        i.op_kind(n) == OpKind::Register
+            && (i.op_register(n).is_vector_register() || i.op_register(n).is_mm())
+    });
     let legacy = i.encoding() == iced_x86::EncodingKind::Legacy
         && vector
         && !matches!(
@@ -425,6 +475,8 @@ fn aligned_operand(i: &Instruction, len: usize) -> bool {
                 | M::Lddqu
                 | M::Pcmpestri
                 | M::Pcmpestrm
+                | M::Pcmpestri64
+                | M::Pcmpestrm64
                 | M::Pcmpistri
                 | M::Pcmpistrm
         );

@@ -1,0 +1,296 @@
+//! From rip to a block: look-up, translation, and what makes blocks and jump tables stale.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::engine::{SPLIT, page_bit, user};
+use crate::cache::{Block, Key, mode};
+use crate::machine::granule_mask;
+use crate::state::{Access, Cpu, Fault, JUMP_ENTRIES, Rights};
+use crate::system::{cr, paging};
+use crate::translate::{Request, jump_index};
+
+use super::Engine;
+
+impl Cpu {
+    /// Forgets indirect jump targets; `global`: also of global supervisor pages.
+    pub(crate) fn flush_jumps(&mut self, global: bool) {
+        let Some(engine) = self.engine_mut() else {
+            return;
+        };
+        let miss = engine.stubs.jump_miss;
+        let global = global || engine.supervisor_nonglobal;
+        if global {
+            engine.supervisor_nonglobal = false;
+            engine.jump_pages = [0; 256];
+        }
+        let mut lists = std::mem::take(&mut engine.jumps);
+        for (n, list) in lists.iter_mut().enumerate() {
+            if n == 1 || global {
+                let level = &mut self.levels()[n];
+                for at in list.drain(..) {
+                    level.jump[usize::from(at)] = miss;
+                }
+            }
+        }
+        self.engine().jumps = lists;
+    }
+
+    /// Forgets indirect jump targets in the page of `va`, and those that run into it from the page before.
+    pub(crate) fn flush_jumps_of(&mut self, va: u64) {
+        let page = va & !0xfff;
+        let miss = self.engine().stubs.jump_miss;
+        for level in 0..2 {
+            let first = jump_index(page);
+            for at in (first..first + 4096)
+                .chain(jump_index(page.wrapping_sub(15))..jump_index(page.wrapping_sub(1)) + 1)
+            {
+                let target = self.engine().jump_targets[level][at];
+                if target & !0xfff == page || target.wrapping_sub(page.wrapping_sub(15)) < 15 {
+                    self.levels()[level].jump[at] = miss;
+                    self.engine().jump_targets[level][at] = u64::MAX;
+                }
+            }
+        }
+    }
+
+    /// A store to guest RAM by Rust code somewhere in the page of `gpa`: drops the page's translated code.
+    pub(crate) fn note_store(&mut self, gpa: u64, _va: u64) {
+        let dirty = self
+            .machine
+            .granules(gpa)
+            .is_some_and(|bits| bits.load(Ordering::Relaxed) != 0);
+        if dirty {
+            self.drop_code(gpa & !0xfff, 4096);
+        }
+    }
+
+    /// Drops translated code of these bytes (inside one page), here and on all other CPUs.
+    pub(super) fn drop_code(&mut self, gpa: u64, len: u64) {
+        let machine = Arc::clone(&self.machine);
+        let id = self.id;
+        machine.drop_code(gpa, len, Some(id));
+        if let Some(engine) = self.engine_mut() {
+            let miss = engine.stubs.jump_miss;
+            let first = gpa & !63;
+            let last = (gpa + len + 63) & !63;
+            if engine.cache.invalidate(first, last - first, miss) {
+                engine.counters.invalidations += 1;
+            }
+        }
+    }
+
+    /// Guest-physical page of the code at `va`.
+    pub(super) fn fetch_page(&mut self, va: u64) -> Result<(u64, bool), Fault> {
+        let user = user(self);
+        if let Some(known) = self.engine().notes.fetch(va, user) {
+            return Ok(known);
+        }
+        let found = paging::walk(self, va, Access::Fetch, Rights::Current)?;
+        self.engine()
+            .notes
+            .note_fetch(va, user, found.gpa, found.global);
+        Ok((found.gpa & !0xfff, found.global))
+    }
+
+    /// The block at rip, translated if need be. The flag says that its pages are global.
+    pub(super) fn block(&mut self, single: bool) -> Result<(u32, bool), Fault> {
+        let rip = self.rip;
+        let (page, global) = self.fetch_page(rip)?;
+        let mut mode = if user(self) { mode::USER } else { 0 };
+        if self.cr0 & (cr::CR0_EM | cr::CR0_TS) != 0 || self.cr4 & cr::CR4_OSFXSR == 0 {
+            mode |= mode::NO_FPU;
+        }
+        if self.cr4 & cr::CR4_OSXSAVE == 0 || self.xcr0 & 6 != 6 {
+            mode |= mode::NO_AVX;
+        }
+        if single {
+            mode |= mode::SINGLE;
+        }
+        let key = Key {
+            gpa: page | rip & 0xfff,
+            rip,
+            mode,
+        };
+        if let Some(n) = self.engine().cache.find(&key) {
+            let Some(second) = self.engine().cache.blocks[n as usize].second else {
+                return Ok((n, global));
+            };
+            let (now, global_too) = self.fetch_page((rip | 0xfff).wrapping_add(1))?;
+            if now == second {
+                return Ok((n, global && global_too));
+            }
+            let miss = self.engine().stubs.jump_miss;
+            self.engine().cache.invalidate(key.gpa, 1, miss);
+            self.flush_jumps(true);
+        }
+        self.translate(key, global)
+    }
+
+    pub(super) fn translate(&mut self, key: Key, global: bool) -> Result<(u32, bool), Fault> {
+        let mut global = global;
+        let page = key.gpa & !0xfff;
+        let Some(host) = self.machine.ram_at(page) else {
+            // Code in a device or nowhere: as a bus that answers all ones would read.
+            return Err(Fault::UD);
+        };
+        if self.engine().cache.room() < 64 << 10 {
+            self.flush_code();
+        }
+        // From now on stores to the page are seen. The bits come before the bytes are read.
+        self.mark_code(page, host as u64, granule_mask(key.gpa, 1));
+        let mut bytes = [0u8; 4096];
+        // SAFETY: a page of guest RAM; guest CPUs may write it meanwhile, which then drops the block.
+        unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), 4096) };
+        let offset = (key.rip & 0xfff) as usize;
+        let mut joined = [0u8; 32];
+        let mut second = None;
+        let mut source: &[u8] = &bytes[offset..];
+        let mut first_page = source.len();
+        let cpuid = Arc::clone(&self.system.cpuid);
+        loop {
+            let cpu_tsc = self.tsc_offset;
+            let engine = self.engine();
+            engine.tsc_offset = cpu_tsc;
+            let counted = engine.options.counts();
+            let groups = !engine.split.contains_key(&key.rip) || engine.split[&key.rip] < SPLIT;
+            let Engine {
+                cache,
+                workshop,
+                lists,
+                code,
+                stubs,
+                ..
+            } = engine;
+            code.origin = cache.next();
+            code.bytes.clear();
+            let known = |target: u64| {
+                let key = Key {
+                    gpa: page | target & 0xfff,
+                    rip: target,
+                    mode: key.mode,
+                };
+                cache
+                    .find(&key)
+                    .map(|n| cache.blocks[n as usize].flags_live)
+            };
+            let request = Request {
+                key,
+                bytes: source,
+                first_page,
+                stubs: *stubs,
+                known: &known,
+                page: &bytes,
+                tsc_shifted: cpu_tsc != 0,
+                counted,
+                groups,
+                offers: &|i| cpuid.offers(i),
+                number: cache.blocks.len() as u32,
+            };
+            let Some(built) = workshop.build(&request, code, lists) else {
+                // The first instruction goes on in the next page.
+                if second.is_some() {
+                    return Err(Fault::UD);
+                }
+                let next = (key.rip | 0xfff).wrapping_add(1);
+                let (gpa, global_too) = self.fetch_page(next)?;
+                global &= global_too;
+                let Some(next_host) = self.machine.ram_at(gpa) else {
+                    return Err(Fault::UD);
+                };
+                self.mark_code(gpa, next_host as u64, 1);
+                let tail = 4096 - offset;
+                joined[..tail].copy_from_slice(&bytes[offset..]);
+                // SAFETY: the first bytes of a page of guest RAM.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(next_host, joined[tail..].as_mut_ptr(), 15)
+                };
+                source = &joined[..tail + 15];
+                first_page = tail;
+                second = Some(gpa);
+                continue;
+            };
+            if !cache.append(&code.bytes) {
+                return Err(Fault::UD);
+            }
+            let block = Block {
+                key,
+                second,
+                indirect: built.indirect,
+                direct: built.direct,
+                leave: built.leave,
+                end: code.origin + code.bytes.len() as u64,
+                len: built.len,
+                flags_live: built.flags_live,
+                dead: false,
+            };
+            let number = cache.insert(block);
+            engine.counters.blocks += 1;
+            engine.counters.instructions += u64::from(built.instructions);
+            let in_first = u64::from(built.len).min(4096 - offset as u64);
+            self.mark_code(page, host as u64, granule_mask(key.gpa, in_first));
+            // Another CPU may have written beyond the granule that was marked first.
+            // SAFETY: inside the page; compared as bytes that others may change.
+            let now = unsafe { std::slice::from_raw_parts(host.add(offset), in_first as usize) };
+            if now != &bytes[offset..offset + in_first as usize] {
+                let miss = self.engine().stubs.jump_miss;
+                self.engine().cache.invalidate(key.gpa, 1, miss);
+                return self.translate(key, global);
+            }
+            return Ok((number, global));
+        }
+    }
+
+    /// Notes that granules of a page hold translated code; from then on no write entry leads to it.
+    pub(super) fn mark_code(&mut self, page: u64, host_page: u64, mask: u64) {
+        let machine = Arc::clone(&self.machine);
+        let Some(bits) = machine.granules(page) else {
+            return;
+        };
+        let before = bits.fetch_or(mask, Ordering::SeqCst);
+        if before == 0 {
+            self.forbid_writes(host_page);
+            machine.forbid_writes(host_page, self.id);
+        }
+    }
+
+    /// Forgets all translated code of this CPU.
+    pub(super) fn flush_code(&mut self) {
+        let engine = self.engine();
+        engine.cache.flush();
+        engine.lists.exits.clear();
+        engine.lists.instructions.clear();
+        engine.lists.sites.clear();
+        engine.counters.flushes += 1;
+        self.flush_jumps(true);
+    }
+
+    /// Makes an indirect entry known to translated code.
+    pub(super) fn note_jump(&mut self, rip: u64, indirect: u64, global: bool) {
+        let level = usize::from(user(self));
+        let at = jump_index(rip);
+        let miss = self.engine().stubs.jump_miss;
+        let slot = &mut self.levels()[level].jump[at];
+        if *slot == indirect {
+            return;
+        }
+        let fresh = *slot == miss;
+        *slot = indirect;
+        let engine = self.engine();
+        engine.jump_targets[level][at] = rip;
+        if fresh {
+            engine.jumps[level].push(at as u16);
+        }
+        engine.supervisor_nonglobal |= level == 0 && !global;
+        let bit = page_bit(rip);
+        engine.jump_pages[bit / 64] |= 1 << (bit % 64);
+    }
+
+    /// Makes every jump table entry lead to the miss stub.
+    pub(crate) fn reset_jumps(&mut self) {
+        let miss = self.engine().stubs.jump_miss;
+        for level in self.levels() {
+            level.jump = [miss; JUMP_ENTRIES];
+        }
+    }
+}
