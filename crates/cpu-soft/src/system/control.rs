@@ -5,12 +5,12 @@ use cpu::x86::{Activity, RAX, RBX, RCX, RDX, TableRegister};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::interp::operand;
-use super::paging::{self, canonical};
+use super::paging::canonical;
 use super::port::port;
 use super::registers::{move_control, move_debug, set_cr0};
-use super::segment::{self, code64, long_mode, protected, virtual_8086};
+use super::segment::{self, code64, protected, virtual_8086};
 use super::stack::Stack;
-use super::{apic, branch, cpuid, cr, exceptions, msr};
+use super::{branch, cpuid, cr, exceptions, msr};
 use crate::state::{Access, Cpu, Fault, Flow, Rights, SS, flag};
 
 /// Executes a system instruction; `Ok(None)`: it is not one of those known here.

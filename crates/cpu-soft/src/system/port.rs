@@ -1,14 +1,11 @@
 //! Ports: IN, OUT and who may use them (SDM vol. 1, chapter 19).
 
-use cpu::x86::{Activity, RAX, RBX, RCX, RDX, TableRegister};
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use cpu::x86::RDX;
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::interp::operand;
-use super::paging::{self, canonical};
-use super::segment::{self, code64, long_mode, protected, virtual_8086};
-use super::stack::Stack;
-use super::{apic, branch, cpuid, cr, exceptions, msr};
-use crate::state::{Access, Cpu, Fault, Flow, Rights, SS, flag};
+use super::segment::{protected, virtual_8086};
+use crate::state::{Cpu, Fault, Flow, Rights};
 
 use super::control::check_iopl;
 

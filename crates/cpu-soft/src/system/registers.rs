@@ -1,14 +1,12 @@
 //! Control and debug registers (SDM vol. 3, 2.5 and 18.2).
 
-use cpu::x86::{Activity, RAX, RBX, RCX, RDX, TableRegister};
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Register};
 
 use super::interp::operand;
-use super::paging::{self, canonical};
-use super::segment::{self, code64, long_mode, protected, virtual_8086};
-use super::stack::Stack;
-use super::{apic, branch, cpuid, cr, exceptions, msr};
-use crate::state::{Access, Cpu, Fault, Flow, Rights, SS, flag};
+use super::paging::{self};
+use super::segment::{self, code64, long_mode};
+use super::{apic, cr, msr};
+use crate::state::{Cpu, Fault, Flow};
 
 use super::control::ring0;
 

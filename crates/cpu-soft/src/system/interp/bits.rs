@@ -1,14 +1,12 @@
 //! Bit tests, counts and the BMI instructions (SDM vol. 2).
 
-use cpu::x86::{RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
-use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use cpu::x86::RDX;
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::alu::{self, Outcome, STATUS, Shift};
+use super::alu::{self, Outcome, STATUS};
 use super::operand::{self, mask, read_register, sign_extend, write_register};
-use crate::mem::Place;
-use crate::state::{Access, Cpu, Fault, Flow, Rights, flag};
-use crate::system::segment::{code64, linear as segment_linear, stack_size};
-use crate::system::stack::Stack;
+use crate::state::{Cpu, Fault, flag};
+use crate::system::segment::linear as segment_linear;
 
 /// Executes one instruction; `Ok(None)`: not a general-purpose one. Sets rip.
 /// BT, BTS, BTR, BTC. A register index reaches beyond the memory operand.

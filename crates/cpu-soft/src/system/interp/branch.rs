@@ -1,13 +1,11 @@
 //! Near branches: conditional, counting, calls and returns (SDM vol. 2).
 
-use cpu::x86::{RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
-use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use cpu::x86::RCX;
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind};
 
-use super::alu::{self, Outcome, STATUS, Shift};
-use super::operand::{self, mask, read_register, sign_extend, write_register};
-use crate::mem::Place;
-use crate::state::{Access, Cpu, Fault, Flow, Rights, flag};
-use crate::system::segment::{code64, linear as segment_linear, stack_size};
+use super::operand::{self};
+use crate::state::{Cpu, Fault, Flow, flag};
+use crate::system::segment::code64;
 use crate::system::stack::Stack;
 
 /// Executes one instruction; `Ok(None)`: not a general-purpose one. Sets rip.
