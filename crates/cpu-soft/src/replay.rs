@@ -94,7 +94,7 @@ mod kind {
     pub const READ: u8 = 1;
     /// Count, then the mail.
     pub const MAIL: u8 = 2;
-    /// Count, hash, rip.
+    /// Count, hash, rip; inside the window also the general registers.
     pub const HASH: u8 = 3;
     /// Vector + 1, 0 for none.
     pub const PIC: u8 = 4;
@@ -263,22 +263,34 @@ impl Replay {
         self.follows()
     }
 
-    fn check(&mut self, count: u64, hash: u64, rip: u64) {
+    fn check(&mut self, count: u64, hash: u64, rip: u64, registers: &[u64]) {
         self.points += 1;
+        let mut ours = vec![count, hash, rip];
+        ours.extend(registers);
         if !self.follows() {
-            self.write(kind::HASH, &[count, hash, rip]);
+            self.write(kind::HASH, &ours);
             return;
         }
         if matches!(self.next, Some((kind::END, _)) | None) {
             return;
         }
         if let Some(words) = self.take(kind::HASH, &format!("instruction {count} at {rip:#x}"))
-            && words != [count, hash, rip]
+            && words != ours
         {
+            let registers: Vec<String> = (3..words.len().min(ours.len()))
+                .filter(|n| words[*n] != ours[*n])
+                .map(|n| format!("register {}: {:x}, not {:x}", n - 3, words[n], ours[n]))
+                .collect();
             self.fail(format!(
-                "states differ at or before instruction {count} at {rip:#x}: the log has {} at {:#x} with {:x}, not {hash:x}. \
-                 Narrow it down with every=1,from=COUNT,to=COUNT in both runs",
-                words[0], words[2], words[1]
+                "states differ at or before instruction {count} at {rip:#x}: the log has {} at {:#x} with {:x}, not {hash:x}. {}",
+                words[0],
+                words.get(2).copied().unwrap_or(0),
+                words.get(1).copied().unwrap_or(0),
+                if words.len() > 3 {
+                    registers.join("; ")
+                } else {
+                    "Narrow it down with every=1,from=COUNT,to=COUNT in both runs".into()
+                }
             ));
         }
     }
@@ -375,7 +387,8 @@ impl Cpu {
         }
         if replay.since >= replay.options.every || inside {
             replay.since = 0;
-            replay.check(self.count, hash, self.rip);
+            let registers: &[u64] = if inside { &self.gpr } else { &[] };
+            replay.check(self.count, hash, self.rip, registers);
         }
         self.replay = Some(replay);
     }
