@@ -54,10 +54,7 @@ async fn plugin(Path(rest): Path<String>) -> Answer {
 }
 
 async fn session() -> impl IntoResponse {
-    ApiError::new(
-        StatusCode::NOT_IMPLEMENTED,
-        "BuildKit sessions are not supported by Berth: build with DOCKER_BUILDKIT=0, or with `berth build`",
-    )
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, crate::build::NO_BUILDKIT)
 }
 
 async fn checkpoints() -> Answer {

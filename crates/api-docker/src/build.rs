@@ -27,6 +27,9 @@ pub(crate) fn router() -> Router<Arc<Engine>> {
         .route("/build/cancel", post(async || StatusCode::NO_CONTENT))
 }
 
+/// To those who ask for BuildKit: what to do instead.
+pub(crate) const NO_BUILDKIT: &str = "BuildKit is not part of Berth, whose own builder speaks the classic protocol: run `DOCKER_BUILDKIT=0 docker build …`, or `berth build …`";
+
 /// A build's words as lines; with `q`, only its result.
 struct Output {
     lines: Lines,
@@ -51,20 +54,7 @@ impl Progress for Output {
 
 fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiError> {
     if params.get("version").is_some_and(|version| version != "1") {
-        return Err(ApiError::new(
-            StatusCode::NOT_IMPLEMENTED,
-            "BuildKit is not supported by Berth: build with DOCKER_BUILDKIT=0, or with `berth build`",
-        ));
-    }
-    if let Some(remote) = params.get("remote")
-        && remote != "client-session"
-    {
-        return Err(ApiError::new(
-            StatusCode::NOT_IMPLEMENTED,
-            format!(
-                "building from the remote context {remote} is not supported: fetch it first, then build from the folder"
-            ),
-        ));
+        return Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, NO_BUILDKIT));
     }
     if params.flag("squash") {
         return Err(ApiError::bad_request(
@@ -117,7 +107,13 @@ async fn build(
 ) -> Answer {
     let options = options(&params, &headers)?;
     let quiet = params.flag("q");
-    let context = reader(body);
+    let context = match params.get("remote") {
+        None => reader(body),
+        Some("client-session") => {
+            return Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, NO_BUILDKIT));
+        }
+        Some(address) => engine.remote_context(address).await?,
+    };
     progress::respond(move |lines, cancel| async move {
         let output = Arc::new(Output {
             lines: lines.clone(),

@@ -136,20 +136,12 @@ async fn create(
         })
         .await;
     }
-    match params.get("fromSrc") {
-        Some("-") => {}
-        Some(_) => {
-            return Err(ApiError::new(
-                StatusCode::NOT_IMPLEMENTED,
-                "importing from a URL is not supported: fetch it, and import it from standard input (docker import -)",
-            ));
-        }
-        None => {
-            return Err(ApiError::bad_request(
-                "one of the parameters fromImage and fromSrc is needed",
-            ));
-        }
-    }
+    let source = params
+        .get("fromSrc")
+        .ok_or_else(|| {
+            ApiError::bad_request("one of the parameters fromImage and fromSrc is needed")
+        })?
+        .to_owned();
     let options = ImportOptions {
         repository: params.text("repo"),
         tag: params.text("tag"),
@@ -161,8 +153,23 @@ async fn create(
             .filter(|change| !change.is_empty())
             .collect(),
     };
-    let archive = reader(body);
     progress::respond(move |lines, cancel| async move {
+        let archive = match source.as_str() {
+            "-" => reader(body),
+            address => {
+                // dockerd takes an address without a scheme for http.
+                let address = match address.contains("://") {
+                    true => address.to_owned(),
+                    false => format!("http://{address}"),
+                };
+                let archive = engine.fetch(&address).await?;
+                lines.send(&progress::Line {
+                    status: Some(format!("Downloading from {address}")),
+                    ..Default::default()
+                });
+                archive
+            }
+        };
         let id = engine.import_image(archive, options, cancel).await?;
         lines.send(&progress::Line {
             status: Some(id),
@@ -219,7 +226,7 @@ async fn prune(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
 async fn search() -> Answer {
     Err(ApiError::new(
         StatusCode::NOT_IMPLEMENTED,
-        "searching is not supported: it is a service of Docker Hub, not of registries; pull the image by its name",
+        "searching is not supported: it is a service of Docker Hub, which Berth does not ask: pull the image by its name (docker pull NAME), or list a registry's images at its /v2/_catalog",
     ))
 }
 

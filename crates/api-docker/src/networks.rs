@@ -14,7 +14,7 @@ use engine::network::NetworkCreate;
 use serde::Deserialize;
 
 use crate::error::{Answer, ApiError};
-use crate::request::{JsonBody, Params};
+use crate::request::{JsonBody, Params, StrictBody};
 
 pub(crate) fn router() -> Router<Arc<Engine>> {
     Router::new()
@@ -46,7 +46,7 @@ async fn inspect(
     Ok(Json(engine.inspect_network(&id).await?).into_response())
 }
 
-async fn create(State(engine): State<Arc<Engine>>, body: JsonBody<NetworkCreate>) -> Answer {
+async fn create(State(engine): State<Arc<Engine>>, body: StrictBody<NetworkCreate>) -> Answer {
     let created = engine
         .create_network(body.required("the body is missing")?)
         .await?;

@@ -116,9 +116,112 @@ impl<S: Send + Sync> FromRequestParts<S> for Params {
     }
 }
 
+/// What older clients send and no engine heeds any more.
+const FORGOTTEN: [&str; 10] = [
+    "KernelMemory",
+    "KernelMemoryTCP",
+    "DiskQuota",
+    "PublishService",
+    "CheckDuplicate",
+    "Cpuset",
+    // Of an exec: said in the path, at its start, and in another spelling.
+    "Container",
+    "Detach",
+    "detachKeys",
+    // Said in HostConfig, which is where it is read.
+    "Runtime",
+];
+
+/// Refuses fields that nobody reads, where they say something: a misspelt limit must not be none. Told by what `value`,
+/// read from `input`, would write again; a field that is null, empty, zero or false says nothing.
+///
+/// # Errors
+/// 400 with the name of the first.
+pub fn refuse_unknown(
+    input: &serde_json::Value,
+    value: &impl serde::Serialize,
+) -> Result<(), ApiError> {
+    let written = serde_json::to_value(value)
+        .map_err(|error| ApiError::bad_request(format!("invalid JSON: {error}")))?;
+    match unknown(input, &written, &mut String::new()) {
+        None => Ok(()),
+        Some(name) => Err(ApiError::bad_request(format!(
+            "invalid JSON: unknown field {name:?}: this daemon would not heed it; check its spelling, or leave it out"
+        ))),
+    }
+}
+
+fn unknown(
+    input: &serde_json::Value,
+    written: &serde_json::Value,
+    path: &mut String,
+) -> Option<String> {
+    use serde_json::Value;
+    let says_something = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::Bool(true) => true,
+    };
+    let length = path.len();
+    let mut below = |name: &str, input: &Value, written: Option<&Value>| {
+        path.truncate(length);
+        if length > 0 {
+            path.push('.');
+        }
+        path.push_str(name);
+        match written {
+            Some(written) => unknown(input, written, path),
+            None => (says_something(input) && !FORGOTTEN.contains(&name)).then(|| path.clone()),
+        }
+    };
+    match (input, written) {
+        (Value::Object(input), Value::Object(written)) => input
+            .iter()
+            .find_map(|(name, value)| below(name, value, written.get(name))),
+        (Value::Array(input), Value::Array(written)) => input
+            .iter()
+            .zip(written)
+            .enumerate()
+            .find_map(|(index, (value, written))| below(&index.to_string(), value, Some(written))),
+        _ => None,
+    }
+}
+
 /// A JSON body; `None` where the request has none.
 #[derive(Debug)]
 pub struct JsonBody<T>(pub Option<T>);
+
+/// A JSON body of which every field that says something is known.
+#[derive(Debug)]
+pub struct StrictBody<T>(pub Option<T>);
+
+impl<T> StrictBody<T> {
+    /// The body, or 400 with `missing`.
+    ///
+    /// # Errors
+    /// 400 where there is none.
+    pub fn required(self, missing: &str) -> Result<T, ApiError> {
+        self.0.ok_or_else(|| ApiError::bad_request(missing))
+    }
+}
+
+impl<T: DeserializeOwned + serde::Serialize, S: Send + Sync> FromRequest<S> for StrictBody<T> {
+    type Rejection = ApiError;
+    async fn from_request(request: Request<Body>, _: &S) -> Result<StrictBody<T>, ApiError> {
+        let (parts, body) = request.into_parts();
+        let bytes = read_limited(body, LONGEST_BODY).await?;
+        let Some(input) = parse_json::<serde_json::Value>(&parts.headers, &bytes)? else {
+            return Ok(StrictBody(None));
+        };
+        let value: T = serde_json::from_value(input.clone())
+            .map_err(|error| ApiError::bad_request(format!("invalid JSON: {error}")))?;
+        refuse_unknown(&input, &value)?;
+        Ok(StrictBody(Some(value)))
+    }
+}
 
 impl<T> JsonBody<T> {
     /// The body, or 400 with `missing`.
@@ -207,6 +310,61 @@ pub fn parse_json<T: DeserializeOwned>(
     Ok(value)
 }
 
+/// How long what a client still sends is read away after its request was refused.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// A request's body that is read to its end even when nobody wants the rest: a client that is still sending when it is
+/// refused reads the answer only if its connection is not broken meanwhile.
+pub struct Lingering(Option<Body>);
+
+impl Lingering {
+    pub fn body(inner: Body) -> Body {
+        Body::new(Lingering(Some(inner)))
+    }
+}
+
+impl hyper::body::Body for Lingering {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        match &mut self.0 {
+            Some(inner) => std::pin::Pin::new(inner).poll_frame(context),
+            None => std::task::Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(hyper::body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.0
+            .as_ref()
+            .map(hyper::body::Body::size_hint)
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        let Some(body) = self.0.take() else { return };
+        if hyper::body::Body::is_end_stream(&body) {
+            return;
+        }
+        if let Ok(reactor) = tokio::runtime::Handle::try_current() {
+            reactor.spawn(tokio::time::timeout(LINGER, async move {
+                use futures_util::StreamExt;
+                let mut rest = body.into_data_stream();
+                while let Some(Ok(_)) = rest.next().await {}
+            }));
+        }
+    }
+}
+
 /// A header's text, where it is there and is text.
 pub fn header_text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
@@ -220,7 +378,13 @@ pub fn fuzz_json_body(data: &[u8]) {
         header::HeaderValue::from_static("application/json"),
     );
     if let Ok(Some(value)) = parse_json::<serde_json::Value>(&headers, data) {
-        let _ = crate::containers::CreateBody::try_from(value);
+        if let Ok(body) = crate::containers::CreateBody::try_from(value.clone()) {
+            let _ = refuse_unknown(&value, &body.host);
+        }
+        let _ = serde_json::from_value::<engine::container::UpdateConfig>(value.clone());
+        let _ = serde_json::from_value::<engine::exec::ExecConfig>(value.clone());
+        let _ = serde_json::from_value::<engine::network::NetworkCreate>(value.clone());
+        let _ = serde_json::from_value::<engine::volume::VolumeCreate>(value);
     }
     let _ = Filters::parse(&String::from_utf8_lossy(data));
 }
@@ -271,6 +435,36 @@ mod tests {
         assert!(
             params.flag("a") && !params.flag("b") && !params.flag("c") && params.flag_or("d", true)
         );
+    }
+
+    #[test]
+    fn a_misspelt_field_is_refused_by_name_and_an_empty_one_is_not() {
+        let refused = |text: &str| {
+            let value = serde_json::from_str(text).unwrap();
+            crate::containers::CreateBody::try_from(value).map_err(|error: ApiError| error.message)
+        };
+        for (text, name) in [
+            (r#"{"Image":"a","Imagee":"b"}"#, "Imagee"),
+            (r#"{"HostConfig":{"Memroy":1}}"#, "HostConfig.Memroy"),
+            (
+                r#"{"HostConfig":{"Mounts":[{"Type":"bind","Sauce":"/x"}]}}"#,
+                "HostConfig.Mounts.0.Sauce",
+            ),
+            (
+                r#"{"NetworkingConfig":{"EndpointsConfig":{"n":{"Alias":["x"]}}}}"#,
+                "NetworkingConfig.EndpointsConfig.n.Alias",
+            ),
+        ] {
+            let error = refused(text).unwrap_err();
+            assert!(error.contains(&format!("{name:?}")), "{error}");
+        }
+        for text in [
+            r#"{"Image":"a","New":null,"HostConfig":{"Newer":false,"Newest":[],"KernelMemory":5}}"#,
+            r#"{"Cmd":"words","ExposedPorts":{"80/tcp":{}},"Volumes":{"/x":{}},"Labels":{"Any":"1"}}"#,
+            r#"{"HostConfig":{"PortBindings":{"80/tcp":[{"HostPort":"1"}]},"LogConfig":{"Type":"none","Config":{"a":"b"}}}}"#,
+        ] {
+            refused(text).unwrap();
+        }
     }
 
     proptest! {

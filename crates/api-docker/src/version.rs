@@ -87,6 +87,7 @@ impl Service<Request<Body>> for Versioned {
             Err(error) => return Box::pin(async move { Ok(error.into_response()) }),
         };
         request.extensions_mut().insert(version);
+        let request = request.map(crate::request::Lingering::body);
         let answer = self.inner.clone().call(request);
         Box::pin(async move {
             let mut response = answer.await?;

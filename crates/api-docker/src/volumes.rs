@@ -12,7 +12,7 @@ use engine::Engine;
 use engine::volume::VolumeCreate;
 
 use crate::error::{Answer, ApiError};
-use crate::request::{JsonBody, Params};
+use crate::request::{Params, StrictBody};
 
 pub(crate) fn router() -> Router<Arc<Engine>> {
     Router::new()
@@ -27,7 +27,7 @@ async fn list(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
     Ok(Json(serde_json::json!({ "Volumes": volumes, "Warnings": null })).into_response())
 }
 
-async fn create(State(engine): State<Arc<Engine>>, body: JsonBody<VolumeCreate>) -> Answer {
+async fn create(State(engine): State<Arc<Engine>>, body: StrictBody<VolumeCreate>) -> Answer {
     let volume = engine.create_volume(body.0.unwrap_or_default()).await?;
     Ok((StatusCode::CREATED, Json(volume)).into_response())
 }

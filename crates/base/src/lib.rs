@@ -7,6 +7,7 @@ pub mod paths;
 pub mod pidfd;
 pub mod time;
 pub mod units;
+pub mod userns;
 
 pub use error::{Classified, Kind};
 pub use id::Id;

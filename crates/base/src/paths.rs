@@ -21,7 +21,8 @@ pub struct Paths {
 impl Paths {
     /// `/var/lib/berth`, `/run/berth`, `/etc/berth` for root; the XDG base directories for others.
     pub fn of_this_user() -> Paths {
-        if rustix::process::geteuid().is_root() {
+        let rootless = crate::userns::owner();
+        if rustix::process::geteuid().is_root() && rootless.is_none() {
             return Paths {
                 state: "/var/lib/berth".into(),
                 run: "/run/berth".into(),
@@ -37,7 +38,7 @@ impl Paths {
                 .filter(|p| p.is_absolute())
                 .unwrap_or(fallback)
         };
-        let uid = rustix::process::geteuid().as_raw();
+        let uid = rootless.unwrap_or_else(|| rustix::process::geteuid().as_raw());
         let run = xdg("XDG_RUNTIME_DIR", format!("/tmp/berth-run-{uid}").into()).join("berth");
         Paths {
             state: xdg("XDG_DATA_HOME", home.join(".local/share")).join("berth"),

@@ -10,6 +10,7 @@ mod manual;
 mod native;
 mod output;
 mod progress;
+mod rootless;
 mod serve;
 #[cfg(stage)]
 mod stage;

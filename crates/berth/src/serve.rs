@@ -150,28 +150,6 @@ fn start_logging(args: &ServeArgs, config: &Config) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Holds the state folder for this process; the kernel lets go of it when the process ends, however it does.
-fn lock_state(paths: &Paths) -> Result<fs::File, Failure> {
-    let path = paths.state.join("lock");
-    let file = fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Failure::io(format!("cannot open {}", path.display()), &e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(Failure::new(
-            Kind::Conflict,
-            format!("another daemon uses {}", paths.state.display()),
-        )
-        .with_fix("end it with `berth system stop`, or choose another folder with --state-dir")),
-        Err(fs::TryLockError::Error(e)) => {
-            Err(Failure::io(format!("cannot lock {}", path.display()), &e))
-        }
-    }
-}
-
 /// Sockets handed over by systemd (sd_listen_fds(3)).
 fn inherited() -> Vec<std::os::unix::net::UnixListener> {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
@@ -260,13 +238,14 @@ fn notify(state: &str) {
 pub fn run(args: ServeArgs, host: Option<PathBuf>) -> Result<ExitCode, Failure> {
     let (paths, config) = paths_of(&args, host)?;
     start_logging(&args, &config)?;
+    crate::rootless::enter(&paths)?;
     for folder in [&paths.state, &paths.run] {
         fs::create_dir_all(folder)
             .map_err(|e| Failure::io(format!("cannot make {}", folder.display()), &e))?;
         fs::set_permissions(folder, fs::Permissions::from_mode(0o711))
             .map_err(|e| Failure::io(format!("cannot protect {}", folder.display()), &e))?;
     }
-    let _lock = lock_state(&paths)?;
+    bound_arenas();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8)))
         .max_blocking_threads(256)
@@ -279,8 +258,37 @@ pub fn run(args: ServeArgs, host: Option<PathBuf>) -> Result<ExitCode, Failure> 
     result
 }
 
+/// How often memory that a burst of work left free is given back.
+const TRIM: Duration = Duration::from_secs(30);
+
+/// The allocator makes an arena for almost every thread of a burst, and keeps what each has ever held.
+fn bound_arenas() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) only sets a parameter of the allocator; there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Gives free memory back to the kernel, now and then: a daemon that was busy is as small afterwards as one that was not.
+async fn trim() {
+    loop {
+        tokio::time::sleep(TRIM).await;
+        #[cfg(target_env = "gnu")]
+        // SAFETY: malloc_trim(3) may be called at any time from any thread.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
+}
+
 fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, Failure> {
     let mut settings = engine::EngineConfig::new(paths);
+    settings.rootless = base::userns::owner().is_some();
+    if settings.rootless {
+        // The host's network belongs to root: nothing can be made ahead of it.
+        settings.networks.sandboxes = 0;
+    }
     let containers = &config.containers;
     if let Some(driver) = &containers.log_driver {
         settings.log.kind.clone_from(driver);
@@ -327,6 +335,9 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     let engine = engine::Engine::open(settings)
         .await
         .map_err(|e| Failure::of(&e))?;
+    if let Ok(keeper) = engine.keeper_pid().await {
+        crate::rootless::note(&paths, keeper);
+    }
     let machines = {
         let engine = engine.clone();
         tokio::task::spawn_blocking(move || engine::machine::Machines::open(engine))
@@ -360,8 +371,10 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     );
     notify("READY=1");
     let signals = tokio::spawn(stop_on_signal(stop.clone()));
+    let trimming = tokio::spawn(trim());
     let result = api_docker::serve(listeners, router, stop).await;
     signals.abort();
+    trimming.abort();
     notify("STOPPING=1");
     if own_sockets {
         let _ = fs::remove_file(&paths.socket);
@@ -418,18 +431,6 @@ async fn stop_on_signal(stop: CancellationToken) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_second_daemon_on_one_folder_is_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths::beneath(directory.path());
-        let held = lock_state(&paths).unwrap();
-        let refused = lock_state(&paths).unwrap_err();
-        assert_eq!(refused.code, Kind::Conflict.exit_code());
-        assert!(refused.fix.is_some());
-        drop(held);
-        assert!(lock_state(&paths).is_ok());
-    }
 
     #[test]
     fn a_dead_daemons_socket_is_replaced_and_a_living_ones_is_not() {

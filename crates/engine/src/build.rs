@@ -17,8 +17,8 @@ use tokio::runtime::Handle;
 use crate::Engine;
 use crate::bridge::BlockingReader;
 use crate::container::{
-    AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount,
-    NetworkingConfig, RemoveOptions, TmpfsOptions, WaitCondition,
+    AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount, RemoveOptions,
+    TmpfsOptions, WaitCondition,
 };
 use crate::error::{Error, Result};
 use crate::image::{ArchiveReader, Credentials};
@@ -205,10 +205,7 @@ impl Runner {
             )
         })?;
         let (config, host) = self.definition(step, &image)?;
-        let created = self
-            .engine
-            .create_container(None, config, host, NetworkingConfig::default())
-            .await?;
+        let created = self.engine.create_step(config, host).await?;
         let outcome = self.run_container(&created.id, layers, output).await;
         let removal = RemoveOptions {
             force: true,

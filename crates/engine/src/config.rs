@@ -25,6 +25,8 @@ pub struct EngineConfig {
     pub networks: net::NetConfig,
     /// The parent of the containers' cgroups; must differ between daemons of one host.
     pub cgroup_parent: String,
+    /// The daemon of an ordinary user, root of a user namespace only: no bridge networks.
+    pub rootless: bool,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
     pub keeper_command: Vec<PathBuf>,
 }
@@ -44,6 +46,7 @@ impl EngineConfig {
             stop_timeout: Duration::from_secs(10),
             shm_size: 64 << 20,
             registries: Default::default(),
+            rootless: false,
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
         }
     }

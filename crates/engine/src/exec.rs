@@ -249,6 +249,13 @@ impl Engine {
                     .0,
             )
         };
+        // Told before it can end.
+        let words = config.cmd.join(" ");
+        self.tell_with(
+            container,
+            &format!("exec_start: {words}"),
+            &[("execID", exec.id.clone())],
+        );
         let started = keeper.exec(&exec.id, &container.id, &record).await;
         let _ = std::fs::remove_file(&record);
         let process = started.map_err(|error| match error {
@@ -265,12 +272,6 @@ impl Engine {
                 state.pid = process.pid;
             }
         });
-        let words = config.cmd.join(" ");
-        self.tell_with(
-            container,
-            &format!("exec_start: {words}"),
-            &[("execID", exec.id.clone())],
-        );
         Ok(stream.map(|stream| AttachStream {
             tty: config.tty,
             past: Default::default(),
@@ -285,7 +286,10 @@ impl Engine {
         size: [u16; 2],
         interactive: bool,
     ) -> Result<std::path::PathBuf> {
-        let record = container.record().clone();
+        let mut record = container.record().clone();
+        if let Ok(linked) = self.linked_environment(&record) {
+            record.config.env.splice(0..0, linked);
+        }
         let config = &exec.config;
         let layers = self
             .images

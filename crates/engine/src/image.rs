@@ -138,10 +138,6 @@ pub struct ImportOptions {
     pub changes: Vec<String>,
 }
 
-fn absent<T>() -> Result<T> {
-    Err(Error::Unsupported("this is not in this build yet".into()))
-}
-
 impl Engine {
     /// How many images there are.
     ///
@@ -592,8 +588,32 @@ impl Engine {
         name: &str,
         credentials: Credentials,
     ) -> Result<serde_json::Value> {
-        let _ = (name, credentials);
-        absent()
+        let reference = Reference::parse(name).map_err(Error::room)?;
+        let found = ::image::registry::describe(&reference, credentials.given(), &self.trust())
+            .await
+            .map_err(Error::room)?;
+        let platforms: Vec<serde_json::Value> = found
+            .platforms
+            .iter()
+            .map(|platform| serde_json::to_value(platform).unwrap_or_default())
+            .collect();
+        Ok(serde_json::json!({
+            "Descriptor": {
+                "mediaType": found.descriptor.media_type,
+                "digest": found.descriptor.digest.to_string(),
+                "size": found.descriptor.size,
+            },
+            "Platforms": platforms,
+        }))
+    }
+
+    /// The file at `url` as an archive going in.
+    ///
+    /// # Errors
+    /// What is no address of a file, or cannot be reached.
+    pub async fn fetch(&self, url: &str) -> Result<ArchiveReader> {
+        let fetched = ::image::fetch::fetch(url).await.map_err(Error::room)?;
+        Ok(Box::pin(tokio_util::io::StreamReader::new(fetched.body)))
     }
 
     /// Tries credentials at a registry; answers the token to keep in place of the password, or the empty text.

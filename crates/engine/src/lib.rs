@@ -7,6 +7,7 @@ pub mod bridge;
 pub mod build;
 pub mod config;
 pub mod container;
+pub mod context;
 pub mod error;
 pub mod events;
 pub mod exec;
@@ -45,7 +46,7 @@ pub struct Engine {
     _lock: File,
 }
 
-/// Makes the folders and takes their lock.
+/// Makes the folders and takes their lock, which the kernel lets go of however this process ends.
 fn take_folders(paths: &base::paths::Paths) -> Result<File> {
     use std::os::unix::fs::DirBuilderExt;
     for path in [
@@ -58,15 +59,21 @@ fn take_folders(paths: &base::paths::Paths) -> Result<File> {
             .create(path)
             .map_err(Error::io(format!("cannot make {}", path.display())))?;
     }
-    let path = paths.state.join("engine.lock");
+    let path = paths.state.join("lock");
     let file = File::create(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
-    file.try_lock().map_err(|_| {
-        Error::Conflict(format!(
-            "{} is in use by another daemon: stop it, or give this one another state folder",
-            paths.state.display()
-        ))
-    })?;
-    Ok(file)
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::Room {
+            message: format!("another daemon uses {}", paths.state.display()),
+            kind: base::Kind::Conflict,
+            fix: Some(
+                "end it with `berth system stop`, or choose another folder with --state-dir".into(),
+            ),
+        }),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(Error::io(format!("cannot lock {}", path.display()))(error))
+        }
+    }
 }
 
 impl Engine {
@@ -98,6 +105,12 @@ impl Engine {
             _lock: lock,
         });
         engine.reopen().await?;
+        // Rules that another program flushes come back. Without that networks work, until it happens.
+        if !engine.config.rootless
+            && let Err(error) = engine.networks.guard_rules()
+        {
+            tracing::warn!(%error, "firewall rules that others remove will not be put back");
+        }
         Ok(engine)
     }
 

@@ -232,7 +232,7 @@ impl Engine {
             warnings.push("WARNING: IPv4 forwarding is disabled".into());
         }
         let mut security = vec!["name=seccomp,profile=builtin".to_owned()];
-        if !rustix::process::geteuid().is_root() {
+        if self.config.rootless {
             security.push("name=rootless".into());
         }
         security.push("name=cgroupns".into());

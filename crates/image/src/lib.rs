@@ -11,6 +11,7 @@ pub mod config;
 pub mod copy;
 pub mod digest;
 pub mod error;
+pub mod fetch;
 pub mod layer;
 pub mod manifest;
 pub mod progress;

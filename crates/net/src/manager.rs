@@ -24,7 +24,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, Result};
 use crate::firewall::{Firewall, Forward, NetworkRules};
 use crate::ipam::{Addresses, SubnetPool, default_pools};
-use crate::namespace::{Pool, Sandbox};
+use crate::namespace::{self, Pool, Sandbox};
 use crate::neighbour::{self, Finding};
 use crate::netlink::Netlink;
 use crate::network::{Driver, Network, OPTION_MASQUERADE};
@@ -214,9 +214,7 @@ impl Manager {
     /// # Errors
     /// As [`Manager::sandbox`].
     pub fn bare_sandbox(&self) -> Result<Sandbox> {
-        let sandbox = self.pool.take()?;
-        self.strip(&sandbox)?;
-        Ok(sandbox)
+        namespace::alone().map_err(Error::Namespace)
     }
 
     /// Removes the interface that was made ahead, where it was not used.

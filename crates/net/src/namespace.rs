@@ -80,36 +80,58 @@ pub(crate) fn within<T: Send>(
     })
 }
 
+/// A new namespace with loopback up and nothing else. Made on a thread that ends in it, as only the host's root may come
+/// back out.
+pub(crate) fn alone() -> io::Result<Sandbox> {
+    thread::scope(|scope| {
+        let maker = thread::Builder::new()
+            .name("berth-netns".into())
+            .stack_size(128 * 1024)
+            .spawn_scoped(scope, || {
+                // SAFETY: as in `make`; this thread does nothing else.
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
+                settle()
+            })?;
+        maker
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the namespace thread panicked")))
+    })
+    .map(Sandbox::of_fd)
+}
+
+/// Sets up the namespace the calling thread is in.
+fn settle() -> io::Result<OwnedFd> {
+    let netns = current()?;
+    Netlink::open()?.set_link(
+        1,
+        &LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        },
+    )?;
+    // Interfaces made from now on announce their address, and have IPv6 only where their network has it.
+    for (key, value) in [
+        ("ipv4/conf/default/arp_notify", "1"),
+        ("ipv6/conf/default/ndisc_notify", "1"),
+        ("ipv6/conf/default/accept_dad", "0"),
+        ("ipv6/conf/default/accept_ra", "0"),
+        ("ipv6/conf/default/disable_ipv6", "1"),
+    ] {
+        match fs::write(format!("/proc/sys/net/{key}"), value) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {} // a kernel without IPv6
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(netns)
+}
+
 /// A new namespace with loopback up; the calling thread is back in `home` afterwards.
 fn make(home: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: unsharing the network namespace of this thread invalidates no memory and no descriptor; sockets keep
     // the namespace they were made in.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?;
-    let made = (|| {
-        let netns = current()?;
-        Netlink::open()?.set_link(
-            1,
-            &LinkChange {
-                up: Some(true),
-                ..LinkChange::default()
-            },
-        )?;
-        // Interfaces made from now on announce their address, and have IPv6 only where their network has it.
-        for (key, value) in [
-            ("ipv4/conf/default/arp_notify", "1"),
-            ("ipv6/conf/default/ndisc_notify", "1"),
-            ("ipv6/conf/default/accept_dad", "0"),
-            ("ipv6/conf/default/accept_ra", "0"),
-            ("ipv6/conf/default/disable_ipv6", "1"),
-        ] {
-            match fs::write(format!("/proc/sys/net/{key}"), value) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {} // a kernel without IPv6
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(netns)
-    })();
+    let made = settle();
     enter(home)?;
     made
 }

@@ -16,7 +16,7 @@ use engine::exec::{ExecConfig, ExecStart};
 
 use crate::error::{Answer, ApiError};
 use crate::hijack;
-use crate::request::{JsonBody, Params, parse_json, read_limited};
+use crate::request::{Params, StrictBody, parse_json, read_limited};
 use crate::version::ApiVersion;
 
 pub(super) fn router() -> Router<Arc<Engine>> {
@@ -30,7 +30,7 @@ pub(super) fn router() -> Router<Arc<Engine>> {
 async fn create(
     State(engine): State<Arc<Engine>>,
     Path(name): Path<String>,
-    body: JsonBody<ExecConfig>,
+    body: StrictBody<ExecConfig>,
 ) -> Answer {
     let config = body.0.unwrap_or_default();
     if config.cmd.is_empty() {

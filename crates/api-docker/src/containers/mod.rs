@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Answer, ApiError};
-use crate::request::{JsonBody, Params};
+use crate::request::{JsonBody, Params, StrictBody, refuse_unknown};
 
 pub(crate) fn router() -> Router<Arc<Engine>> {
     Router::new()
@@ -68,19 +68,35 @@ impl TryFrom<Value> for CreateBody {
         let host = fields.remove("HostConfig").unwrap_or_default();
         let networking = fields.remove("NetworkingConfig").unwrap_or_default();
         Ok(CreateBody {
-            config: read(Value::Object(fields), "the configuration")?,
+            config: read(Value::Object(fields), "")?,
             host: read(host, "HostConfig")?,
             networking: read(networking, "NetworkingConfig")?,
         })
     }
 }
 
-fn read<T: Default + for<'a> Deserialize<'a>>(value: Value, what: &str) -> Result<T, ApiError> {
-    if value.is_null() {
+/// One part of the body; `name` is its field, empty for the body itself.
+fn read<T>(input: Value, name: &str) -> Result<T, ApiError>
+where
+    T: Default + serde::Serialize + for<'a> Deserialize<'a>,
+{
+    if input.is_null() {
         return Ok(T::default());
     }
-    serde_json::from_value(value)
-        .map_err(|error| ApiError::bad_request(format!("invalid JSON: {what}: {error}")))
+    let what = match name {
+        "" => "the configuration",
+        name => name,
+    };
+    let value: T = serde_json::from_value(input.clone())
+        .map_err(|error| ApiError::bad_request(format!("invalid JSON: {what}: {error}")))?;
+    match name {
+        "" => refuse_unknown(&input, &value)?,
+        name => refuse_unknown(
+            &serde_json::json!({ name: input }),
+            &serde_json::json!({ name: &value }),
+        )?,
+    }
+    Ok(value)
 }
 
 async fn list(State(engine): State<Arc<Engine>>, params: Params) -> Answer {
@@ -103,8 +119,15 @@ async fn create(
 ) -> Answer {
     let body = body.required("config cannot be empty in order to create a container")?;
     let body = CreateBody::try_from(body)?;
+    let platform = crate::images::platform(&params)?;
     let created = engine
-        .create_container(params.get("name"), body.config, body.host, body.networking)
+        .create_container_on(
+            params.get("name"),
+            &platform,
+            body.config,
+            body.host,
+            body.networking,
+        )
         .await?;
     Ok((StatusCode::CREATED, Json(created)).into_response())
 }
@@ -236,7 +259,7 @@ async fn rename(
 async fn update(
     State(engine): State<Arc<Engine>>,
     Path(name): Path<String>,
-    body: JsonBody<UpdateConfig>,
+    body: StrictBody<UpdateConfig>,
 ) -> Answer {
     Ok(Json(engine.update(&name, body.0.unwrap_or_default()).await?).into_response())
 }
@@ -322,7 +345,7 @@ mod tests {
     #[test]
     fn a_create_body_falls_into_its_three_parts() {
         let body = serde_json::json!({
-            "Image": "busybox", "Cmd": "true", "Labels": null, "Unheard": {"of": 1},
+            "Image": "busybox", "Cmd": "true", "Labels": null, "Unheard": {},
             "HostConfig": {"AutoRemove": true, "Memory": 1024},
             "NetworkingConfig": {"EndpointsConfig": {"net": {"Aliases": ["a"]}}},
         });

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::Router;
 use axum::body::{Body, Bytes};
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, State};
-use axum::http::{Request, StatusCode, header};
+use axum::http::{Request, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use engine::Engine;
-use engine::container::{AttachOptions, LogsOptions};
-use futures_util::StreamExt;
+use engine::container::{AttachOptions, AttachStream, LogsOptions};
+use futures_util::{SinkExt, StreamExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::streamed;
 use crate::error::{Answer, ApiError};
@@ -47,11 +50,87 @@ async fn attach(
     Ok(hijack::join(request, kind, stream))
 }
 
-async fn attach_ws() -> Answer {
-    Err(ApiError::new(
-        StatusCode::NOT_IMPLEMENTED,
-        "attaching through a WebSocket is not supported; use POST /containers/X/attach with Upgrade: tcp",
-    ))
+/// Attaching through a WebSocket (RFC 6455): each output is a binary message, without frames of 8 bytes; each message of
+/// the client is input, and its closing is only the end of that.
+async fn attach_ws(
+    State(engine): State<Arc<Engine>>,
+    Path(name): Path<String>,
+    params: Params,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Answer {
+    let upgrade = upgrade.map_err(|error| {
+        ApiError::new(
+            error.status(),
+            format!(
+                "attach/ws wants a WebSocket handshake: {}",
+                error.body_text()
+            ),
+        )
+    })?;
+    let options = AttachOptions {
+        stdin: params.flag("stdin"),
+        stdout: params.flag("stdout"),
+        stderr: params.flag("stderr"),
+        logs: params.flag("logs"),
+        stream: params.flag("stream"),
+        detach_keys: params.text("detachKeys"),
+    };
+    let stream = engine.attach(&name, options).await?;
+    Ok(upgrade.on_upgrade(move |socket| converse(socket, stream)))
+}
+
+async fn converse(socket: WebSocket, stream: AttachStream) {
+    let terminal = stream.tty;
+    let (mut output, mut input) = tokio::io::split(stream);
+    let (mut to_client, mut from_client) = socket.split();
+    let sending = async {
+        let mut buffer = vec![0u8; 32 * 1024];
+        let mut left = 0usize;
+        loop {
+            if !terminal && left == 0 {
+                let mut head = [0u8; 8];
+                if output.read_exact(&mut head).await.is_err() {
+                    break;
+                }
+                left = u32::from_be_bytes([head[4], head[5], head[6], head[7]]) as usize;
+                continue;
+            }
+            let most = if terminal {
+                buffer.len()
+            } else {
+                left.min(buffer.len())
+            };
+            let Ok(count @ 1..) = output.read(&mut buffer[..most]).await else {
+                break;
+            };
+            left = left.saturating_sub(count);
+            let message = Message::Binary(Bytes::copy_from_slice(&buffer[..count]));
+            if to_client.send(message).await.is_err() {
+                return;
+            }
+        }
+        let _ = to_client.send(Message::Close(None)).await;
+    };
+    let receiving = async {
+        while let Some(Ok(message)) = from_client.next().await {
+            let bytes = match message {
+                Message::Binary(bytes) => bytes,
+                Message::Text(text) => text.into(),
+                Message::Close(_) => break,
+                Message::Ping(_) | Message::Pong(_) => continue,
+            };
+            if input.write_all(&bytes).await.is_err() {
+                break;
+            }
+        }
+        let _ = input.shutdown().await;
+        // Output ends the conversation, not input.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = sending => {}
+        () = receiving => {}
+    }
 }
 
 async fn logs(

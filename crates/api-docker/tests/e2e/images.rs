@@ -147,14 +147,14 @@ fn searching_says_that_it_is_not_there() {
 }
 
 /// Debian's `docker-registry` on a free port of the loopback interface; ends with its value.
-struct Registry {
+pub struct Registry {
     process: Child,
-    address: String,
+    pub address: String,
     _home: tempfile::TempDir,
 }
 
 impl Registry {
-    fn start(test: &str) -> Option<Registry> {
+    pub fn start(test: &str) -> Option<Registry> {
         let home = tempfile::tempdir().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()

@@ -10,6 +10,8 @@ mod containers;
 mod images;
 mod networks;
 mod python;
+mod remote;
+mod verbs;
 mod volumes;
 mod wire;
 
@@ -46,6 +48,8 @@ fn main() -> ExitCode {
         images::TESTS,
         containers::TESTS,
         python::TESTS,
+        remote::TESTS,
+        verbs::TESTS,
         compose::TESTS,
     ];
     let chosen: Vec<Test> = all

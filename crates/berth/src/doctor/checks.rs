@@ -84,8 +84,8 @@ fn privileges() -> Check {
     if !rustix::process::geteuid().is_root() {
         return Check::warn(
             NAME,
-            "not root: containers without bridged networks and without limits",
-            "run the daemon as root: sudo berth serve",
+            "not root: the daemon is root of a user namespace of its own; its containers have the networks host and none, and no limits",
+            "for bridge networks, published ports and limits: sudo berth serve",
         );
     }
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -217,55 +217,7 @@ impl Host {
 
     /// An image `busybox` of the host's static busybox.
     fn import_busybox(&self) {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let busybox = std::env::split_paths(&path)
-            .map(|f| f.join("busybox"))
-            .find(|f| f.is_file())
-            .unwrap();
-        let mut builder = tar::Builder::new(Vec::new());
-        let program = std::fs::read(&busybox).unwrap();
-        let mut header = tar::Header::new_gnu();
-        header.set_size(program.len() as u64);
-        header.set_mode(0o755);
-        builder
-            .append_data(&mut header, "bin/busybox", &program[..])
-            .unwrap();
-        let list = Command::new(&busybox).arg("--list").output().unwrap();
-        for applet in String::from_utf8(list.stdout)
-            .unwrap()
-            .lines()
-            .filter(|a| *a != "busybox")
-        {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(tar::EntryType::Symlink);
-            header.set_size(0);
-            header.set_mode(0o777);
-            builder
-                .append_link(&mut header, format!("bin/{applet}"), "busybox")
-                .unwrap();
-        }
-        for (name, text) in [
-            (
-                "etc/passwd",
-                "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
-            ),
-            ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
-        ] {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(text.len() as u64);
-            header.set_mode(0o644);
-            builder
-                .append_data(&mut header, name, text.as_bytes())
-                .unwrap();
-        }
-        for folder in ["tmp", "root", "var"] {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(tar::EntryType::Directory);
-            header.set_size(0);
-            header.set_mode(if folder == "tmp" { 0o1777 } else { 0o755 });
-            builder.append_data(&mut header, folder, &[][..]).unwrap();
-        }
-        let archive = builder.into_inner().unwrap();
+        let archive = busybox_archive();
         let output = self.with_input(&["import", "-c", "CMD [\"sh\"]", "-", "busybox"], &archive);
         assert!(
             output.status.success(),
@@ -287,6 +239,59 @@ impl Host {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// The host's static busybox with its links, as a file system in a tar archive.
+pub fn busybox_archive() -> Vec<u8> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let busybox = std::env::split_paths(&path)
+        .map(|f| f.join("busybox"))
+        .find(|f| f.is_file())
+        .unwrap();
+    let mut builder = tar::Builder::new(Vec::new());
+    let program = std::fs::read(&busybox).unwrap();
+    let mut header = tar::Header::new_gnu();
+    header.set_size(program.len() as u64);
+    header.set_mode(0o755);
+    builder
+        .append_data(&mut header, "bin/busybox", &program[..])
+        .unwrap();
+    let list = Command::new(&busybox).arg("--list").output().unwrap();
+    for applet in String::from_utf8(list.stdout)
+        .unwrap()
+        .lines()
+        .filter(|a| *a != "busybox")
+    {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        header.set_mode(0o777);
+        builder
+            .append_link(&mut header, format!("bin/{applet}"), "busybox")
+            .unwrap();
+    }
+    for (name, text) in [
+        (
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+        ),
+        ("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        builder
+            .append_data(&mut header, name, text.as_bytes())
+            .unwrap();
+    }
+    for folder in ["tmp", "root", "var"] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_size(0);
+        header.set_mode(if folder == "tmp" { 0o1777 } else { 0o755 });
+        builder.append_data(&mut header, folder, &[][..]).unwrap();
+    }
+    builder.into_inner().unwrap()
 }
 
 impl Drop for Host {
@@ -321,20 +326,25 @@ impl Drop for Host {
         // The state folder is not removed before the keeper, which ends by itself, has let go of it.
         let state = self.state();
         let end = Instant::now() + Duration::from_secs(20);
-        while keeper_of(&state) && Instant::now() < end {
+        while keeper_of(&state).is_some() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
 
-/// Whether a keeper of this state folder lives.
-pub fn keeper_of(state: &Path) -> bool {
-    let needle = state.as_os_str().as_encoded_bytes();
-    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else {
-            return false;
-        };
-        line.split(|b| *b == 0).any(|word| word == b"keeper")
-            && line.windows(needle.len()).any(|window| window == needle)
-    })
+/// The keeper of this state folder, where one lives: its messages go to the folder's `keeper.log`.
+pub fn keeper_of(state: &Path) -> Option<u32> {
+    let log = state.join("run/keeper.log");
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .find(|entry| {
+            let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            comm.trim_end() == "berth-keeper"
+                && std::fs::read_link(entry.path().join("fd/2")).is_ok_and(|path| {
+                    let path = path.to_string_lossy().into_owned();
+                    Path::new(path.trim_end_matches(" (deleted)")) == log
+                })
+        })
+        .and_then(|entry| entry.file_name().to_str()?.parse().ok())
 }

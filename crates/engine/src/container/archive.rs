@@ -226,7 +226,8 @@ impl Engine {
             let (_, source) = compression::reader(io::BufReader::with_capacity(128 << 10, reader))
                 .map_err(Error::room)?;
             let mut tar = TarReader::new(source);
-            unpack(&place, &mut tar, options).map_err(|error| match error.kind() {
+            let owner = engine.archive_owner(&own, options)?;
+            unpack(&place, &mut tar, options, owner).map_err(|error| match error.kind() {
                 io::ErrorKind::InvalidData
                 | io::ErrorKind::UnexpectedEof
                 | io::ErrorKind::InvalidInput => {
@@ -238,6 +239,25 @@ impl Engine {
         .await?;
         self.tell(&container, "extract-to-dir");
         Ok(())
+    }
+
+    /// With `-a`, what is copied into a container with a user belongs to that user, as dockerd has it; else the archive
+    /// says to whom.
+    fn archive_owner(
+        &self,
+        container: &Container,
+        options: ArchivePutOptions,
+    ) -> Result<Option<(u32, u32)>> {
+        let record = container.record().clone();
+        if !options.copy_uid_gid || record.config.user.is_empty() {
+            return Ok(None);
+        }
+        let layers = self
+            .images
+            .snapshot_layers(&container.id)
+            .map_err(Error::room)?;
+        let user = self.user_of(&record.config.user, &record, &layers)?;
+        Ok(Some((user.uid, user.gid)))
     }
 
     /// Its whole file system as a tar archive.
@@ -559,6 +579,7 @@ fn unpack<R: Read>(
     place: &Place,
     tar: &mut TarReader<R>,
     options: ArchivePutOptions,
+    owner: Option<(u32, u32)>,
 ) -> io::Result<()> {
     let mut folders: Vec<(Vec<u8>, (i64, u32))> = Vec::new();
     while let Some(entry) = tar.next_entry()? {
@@ -659,7 +680,8 @@ fn unpack<R: Read>(
                 )?;
             }
         }
-        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        let (uid, gid) = owner.unwrap_or((entry.uid, entry.gid));
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         rustix::fs::chownat(
             &parent,
             &*name,
@@ -754,6 +776,7 @@ mod tests {
             &place(directory.path()),
             &mut TarReader::new(&bytes[..]),
             ArchivePutOptions::default(),
+            None,
         );
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let mut writer = TarWriter::new(Vec::new());
@@ -765,7 +788,8 @@ mod tests {
             unpack(
                 &place(directory.path()),
                 &mut TarReader::new(&bytes[..]),
-                ArchivePutOptions::default()
+                ArchivePutOptions::default(),
+                None,
             )
             .is_err()
         );

@@ -13,7 +13,7 @@ use crate::container::host_config::HostConfig;
 use crate::container::inspect::Created;
 use crate::container::networking::NetworkingConfig;
 use crate::container::record::{Container, Phase, Record, VERSION};
-use crate::container::{capabilities, limits, mounts, network, spec};
+use crate::container::{capabilities, limits, links, mounts, network, spec};
 use crate::error::{Error, Result};
 use crate::wire::Words;
 
@@ -29,15 +29,57 @@ impl Engine {
         host: HostConfig,
         networking: NetworkingConfig,
     ) -> Result<Created> {
+        self.create_container_on(name, "", config, host, networking)
+            .await
+    }
+
+    /// [`Engine::create_container`] of an image that must be for `platform` (`linux/arm64/v8`); empty takes any.
+    ///
+    /// # Errors
+    /// As there, and [`Error::NotFound`] where the image is for another platform: clients pull then.
+    pub async fn create_container_on(
+        self: &Arc<Self>,
+        name: Option<&str>,
+        platform: &str,
+        config: ContainerConfig,
+        host: HostConfig,
+        networking: NetworkingConfig,
+    ) -> Result<Created> {
+        let platform = crate::image::platform(platform)?;
+        self.create_as(name, platform, config, host, networking, false)
+            .await
+    }
+
+    /// A container for one step of a build.
+    pub(crate) async fn create_step(
+        self: &Arc<Self>,
+        config: ContainerConfig,
+        host: HostConfig,
+    ) -> Result<Created> {
+        self.create_as(None, None, config, host, NetworkingConfig::default(), true)
+            .await
+    }
+
+    async fn create_as(
+        self: &Arc<Self>,
+        name: Option<&str>,
+        platform: Option<::image::Platform>,
+        config: ContainerConfig,
+        host: HostConfig,
+        networking: NetworkingConfig,
+        step: bool,
+    ) -> Result<Created> {
         let engine = self.clone();
         let name = name.map(|name| name.strip_prefix('/').unwrap_or(name).to_owned());
         // Layers, volumes and records: files all the way. A caller that goes away does not stop it half-way.
         blocking(move || {
             engine.make(
                 name.filter(|name| !name.is_empty()),
+                platform.as_ref(),
                 config,
                 host,
                 networking,
+                step,
             )
         })
         .await
@@ -46,9 +88,11 @@ impl Engine {
     fn make(
         self: &Arc<Self>,
         name: Option<String>,
+        platform: Option<&::image::Platform>,
         config: ContainerConfig,
         mut host: HostConfig,
         networking: NetworkingConfig,
+        step: bool,
     ) -> Result<Created> {
         if config.image.is_empty() {
             return Err(Error::Invalid(
@@ -62,6 +106,12 @@ impl Engine {
                     _ => Error::room(error),
                 }
             })?;
+        if let Some(wanted) = platform.filter(|wanted| wanted.accepts(&image.platform).is_none()) {
+            return Err(Error::NotFound(format!(
+                "image with reference {} was found but does not match the specified platform: wanted {wanted}, actual: {}",
+                config.image, image.platform
+            )));
+        }
         let id = Id::random();
         let mut config = over_image(config, image.config.config.as_ref())?;
         let mut warnings = self.complete(&mut config, &mut host, &id)?;
@@ -71,10 +121,27 @@ impl Engine {
             &mut host,
             networking,
             &self.inventory,
-        )?;
+        )
+        .map_err(refused)?;
+        let bridged = networks
+            .keys()
+            .find(|name| !matches!(name.as_str(), "host" | "none"));
+        if let (true, Some(name)) = (self.config.rootless, bridged) {
+            return Err(Error::Room {
+                message: format!(
+                    "the network {name:?} needs a daemon of root: this one runs as an ordinary user"
+                ),
+                kind: base::Kind::Unsupported,
+                fix: Some(
+                    "add --network host or --network none, or run the daemon as root: sudo berth serve"
+                        .into(),
+                ),
+            });
+        }
+        let links = links::wanted(&host, &self.inventory)?;
         for reference in [&host.ipc_mode, &host.pid_mode, &host.network_mode] {
             if let Some(other) = reference.strip_prefix("container:") {
-                self.inventory.find(other)?;
+                self.inventory.find(other).map_err(refused)?;
             }
         }
         let id = id.to_string();
@@ -89,6 +156,8 @@ impl Engine {
             config,
             host,
             networks,
+            links,
+            step,
             phase: Phase::Created,
             started_at: base::time::ZERO.into(),
             finished_at: base::time::ZERO.into(),
@@ -174,11 +243,6 @@ impl Engine {
         if security.unmask {
             host.masked_paths = Some(Vec::new());
             host.readonly_paths = Some(Vec::new());
-        }
-        if host.links.as_ref().is_some_and(|links| !links.is_empty()) {
-            warnings.push(
-                "links are not kept: containers find each other by their names on a network".into(),
-            );
         }
         host.masked_paths.get_or_insert_with(spec::masked_paths);
         host.readonly_paths.get_or_insert_with(spec::readonly_paths);
@@ -272,6 +336,7 @@ impl Engine {
             .map_err(Error::io(format!("making {}", directory.display())))?;
         record.mounts = mounts::resolve(
             &id,
+            &directory,
             &record.config,
             &record.host,
             &self.inventory,
@@ -288,22 +353,16 @@ impl Engine {
         }
         let container = Container::new(record, directory, self.run_folder().join(&id));
         container.change(Durability::Process, |_| ())?;
+        mounts::kept(&container.directory);
         Ok(container)
     }
 
     /// Takes back what a failed creation made.
     pub(crate) fn unmake(&self, id: &str) {
         let directory = self.containers_folder().join(id);
-        let anonymous = self.volumes.list(&Default::default()).unwrap_or_default();
-        let held: Vec<String> = anonymous
-            .into_iter()
-            .filter(|v| self.volumes.holders(&v.name) == [id])
-            .filter(is_anonymous)
-            .map(|v| v.name)
-            .collect();
         self.volumes.release(id);
-        for volume in held {
-            let _ = self.volumes.remove(&volume, false);
+        for volume in mounts::promised(&directory) {
+            let _ = self.volumes.remove(&volume, true);
         }
         if let Err(error) = self.images.remove_snapshot(id) {
             tracing::warn!(container = id, %error, "a failed creation leaves a snapshot");
@@ -344,11 +403,13 @@ impl Engine {
     }
 }
 
-fn is_anonymous(volume: &crate::volume::Volume) -> bool {
-    volume
-        .labels
-        .as_ref()
-        .is_some_and(|labels| labels.contains_key(crate::volume::ANONYMOUS_LABEL))
+/// What a new container names and is not there makes its definition wrong. It is no 404: clients take that for a missing
+/// image, and pull.
+fn refused(error: Error) -> Error {
+    match base::Classified::kind(&error) {
+        base::Kind::NotFound => Error::Invalid(error.to_string()),
+        _ => error,
+    }
 }
 
 /// Runs file work off the reactor, to its end even if the caller goes away.

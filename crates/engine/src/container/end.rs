@@ -62,7 +62,8 @@ impl Engine {
             };
             record.process = None;
             record.exit_code = exit.code;
-            record.oom_killed = exit.oom;
+            // A kill that was told while it ran stays.
+            record.oom_killed |= exit.oom;
             record.finished_at = exit.finished.clone();
             record.endpoints.clear();
             record.networks.values_mut().for_each(network::hide);
@@ -77,7 +78,7 @@ impl Engine {
         if let Ok(keeper) = self.keeper().await {
             let _ = keeper.forget(&container.id).await;
         }
-        if exit.oom {
+        if exit.oom && !record.oom_killed {
             self.tell(&container, "oom");
         }
         self.tell_with(

@@ -10,7 +10,7 @@ use crate::container::inspect::{
     ContainerInspect, ContainerSummary, GraphDriver, SummaryHostConfig, SummaryNetworkSettings,
 };
 use crate::container::record::{Container, Phase, Record, lock};
-use crate::container::{ListOptions, network};
+use crate::container::{HostConfig, ListOptions, network};
 use crate::error::{Error, Result};
 use crate::filters::Filters;
 
@@ -106,7 +106,10 @@ impl Engine {
                 .map(|mount| mount.point.clone())
                 .collect(),
             network_settings: network::settings(&record),
-            host_config: record.host,
+            host_config: HostConfig {
+                links: self.shown_links(&record),
+                ..record.host
+            },
             config: record.config,
             ..Default::default()
         }
@@ -202,9 +205,11 @@ impl Engine {
             .images
             .resolve(&record.config.image)
             .is_ok_and(|id| id.to_string() == record.image);
+        let mut names = vec![format!("/{}", record.name)];
+        names.extend(self.links_to(&record.id));
         ContainerSummary {
             id: record.id.clone(),
-            names: vec![format!("/{}", record.name)],
+            names,
             image: if named {
                 record.config.image.clone()
             } else {

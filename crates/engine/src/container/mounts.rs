@@ -9,9 +9,10 @@ use crate::container::config::ContainerConfig;
 use crate::container::host_config::{HostConfig, Mount, VolumeOptions};
 use crate::container::inspect::MountPoint;
 use crate::container::inventory::Inventory;
+use crate::container::probe;
 use crate::container::record::MountRecord;
 use crate::error::{Error, Result};
-use crate::volume::{VolumeCreate, VolumeSource, Volumes};
+use crate::volume::{ANONYMOUS_LABEL, VolumeCreate, VolumeSource, Volumes};
 
 const PROPAGATIONS: [&str; 6] = [
     "private", "rprivate", "shared", "rshared", "slave", "rslave",
@@ -119,14 +120,14 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
                 ));
             }
             let options = mount.bind_options.clone().unwrap_or_default();
-            if !Path::new(&mount.source).exists() {
+            if !probe::exists(Path::new(&mount.source))? {
                 if !options.create_mountpoint {
                     return invalid(format!(
                         "invalid mount config for type \"bind\": bind source path does not exist: {}",
                         mount.source
                     ));
                 }
-                make_source(&mount.source)?;
+                probe::exists_or_made(Path::new(&mount.source))?;
             }
             record.point.source = mount.source.clone();
             record.recursive = !options.non_recursive;
@@ -185,6 +186,7 @@ fn subpath(options: &VolumeOptions) -> Result<String> {
 /// [`Error::Invalid`] where two share a target or one is malformed.
 pub(crate) fn resolve(
     id: &str,
+    directory: &Path,
     config: &ContainerConfig,
     host: &HostConfig,
     inventory: &Inventory,
@@ -194,7 +196,10 @@ pub(crate) fn resolve(
     for reference in host.volumes_from.iter().flatten() {
         let (name, mode) = reference.split_once(':').unwrap_or((reference, "rw"));
         let read_only = mode.split(',').any(|option| option == "ro");
-        let other = inventory.find(name)?;
+        // No 404: clients take that for a missing image, and pull.
+        let other = inventory
+            .find(name)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
         for mount in &other.record().mounts {
             if mount.point.kind == "tmpfs" {
                 continue;
@@ -218,8 +223,8 @@ pub(crate) fn resolve(
     };
     for text in host.binds.iter().flatten() {
         let record = parse_bind(text)?;
-        if record.point.kind == "bind" && !Path::new(&record.point.source).exists() {
-            make_source(&record.point.source)?;
+        if record.point.kind == "bind" {
+            probe::exists_or_made(Path::new(&record.point.source))?;
         }
         add(record)?;
     }
@@ -265,7 +270,13 @@ pub(crate) fn resolve(
             .and_then(|m| m.volume_options.clone())
             .unwrap_or_default();
         let driver = options.driver_config.unwrap_or_default();
-        mount.anonymous |= mount.point.name.is_empty();
+        let mut labels = options.labels;
+        if mount.point.name.is_empty() {
+            mount.anonymous = true;
+            mount.point.name = base::Id::random().to_string();
+            labels.insert(ANONYMOUS_LABEL.into(), String::new());
+            promise(directory, &mount.point.name)?;
+        }
         let wanted = VolumeCreate {
             name: mount.point.name.clone(),
             driver: if driver.name.is_empty() {
@@ -274,7 +285,7 @@ pub(crate) fn resolve(
                 driver.name
             },
             driver_opts: Some(driver.options),
-            labels: Some(options.labels),
+            labels: Some(labels),
             cluster_volume_spec: None,
         };
         let (volume, _) = volumes.create_and_hold(wanted, Some(id))?;
@@ -288,12 +299,33 @@ pub(crate) fn resolve(
     Ok(mounts)
 }
 
-fn make_source(path: &str) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(|error| {
-        Error::Invalid(format!(
-            "error while creating mount source path '{path}': {error}"
-        ))
-    })
+/// Where a container that is being made says which volumes go with it if it never is.
+const PROMISES: &str = "anonymous-volumes";
+
+/// Notes a volume before it is made.
+fn promise(directory: &Path, name: &str) -> Result<()> {
+    use std::io::Write;
+    let path = directory.join(PROMISES);
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(&path)
+        .and_then(|mut file| writeln!(file, "{name}"))
+        .map_err(Error::io(format!("writing {}", path.display())))
+}
+
+/// The volumes of a container that was never finished.
+pub(crate) fn promised(directory: &Path) -> Vec<String> {
+    std::fs::read_to_string(directory.join(PROMISES))
+        .unwrap_or_default()
+        .lines()
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The container is made: from here on its record says what is its own.
+pub(crate) fn kept(directory: &Path) {
+    let _ = std::fs::remove_file(directory.join(PROMISES));
 }
 
 /// The mounts as the OCI spec writes them, shallow targets first. May ask a resolver (NFS volumes): call it off the reactor.
@@ -326,12 +358,18 @@ pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value
                 VolumeSource::Mount { kind, device, mut options } => {
                     let bind = options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
                     options.push(access.into());
+                    if bind && !probe::exists(Path::new(&device))? {
+                        return invalid(format!(
+                            "error while mounting volume '{}': failed to mount local volume: mount {device}: no such file or directory",
+                            point.name
+                        ));
+                    }
                     let kind = if bind { "bind".to_owned() } else { kind };
                     json!({ "destination": point.destination, "type": kind, "source": device, "options": options })
                 }
             },
             _ => {
-                if !Path::new(&point.source).exists() {
+                if !probe::exists(Path::new(&point.source))? {
                     return invalid(format!(
                         "invalid mount config for type \"bind\": bind source path does not exist: {}",
                         point.source

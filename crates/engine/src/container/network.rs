@@ -260,6 +260,16 @@ pub(crate) fn show(settings: &mut EndpointSettings, endpoint: &net::Endpoint) {
     settings.dns_names = Some(names);
 }
 
+/// Writes what all endpoints of a container got into its record.
+pub(crate) fn show_all(record: &mut Record, endpoints: &[net::Endpoint]) {
+    for endpoint in endpoints {
+        if let Some(settings) = record.networks.get_mut(&endpoint.network_name) {
+            show(settings, endpoint);
+        }
+    }
+    record.endpoints = endpoints.to_vec();
+}
+
 /// Takes back what [`show`] wrote, but for what was asked.
 pub(crate) fn hide(settings: &mut EndpointSettings) {
     *settings = EndpointSettings {
@@ -367,13 +377,47 @@ pub(crate) fn write_files(
     container: &Container,
     endpoints: &[net::Endpoint],
     manager: &net::Manager,
+    linked: &[(String, String)],
+) -> Result<()> {
+    write_hosts(container, endpoints, manager, linked)?;
+    let record = container.record().clone();
+    let own = &record.host;
+    let gateways = manager.name_servers(endpoints);
+    let asked = net::ResolvOptions {
+        servers: own
+            .dns
+            .iter()
+            .filter_map(|server| server.parse().ok())
+            .collect(),
+        search: own.dns_search.clone(),
+        options: own.dns_options.clone(),
+    };
+    let host_text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    write_file(
+        container,
+        "hostname",
+        &format!("{}\n", record.config.hostname),
+    )?;
+    write_file(
+        container,
+        "resolv.conf",
+        &net::resolv_conf(endpoints, &gateways, &host_text, &asked),
+    )
+}
+
+fn write_file(container: &Container, name: &str, text: &str) -> Result<()> {
+    let path = container.directory.join(name);
+    std::fs::write(&path, text).map_err(Error::io(format!("writing {}", path.display())))
+}
+
+/// Writes `hosts`, with the names and addresses that links add.
+pub(crate) fn write_hosts(
+    container: &Container,
+    endpoints: &[net::Endpoint],
+    manager: &net::Manager,
+    linked: &[(String, String)],
 ) -> Result<()> {
     let record = container.record().clone();
-    let write = |name: &str, text: String| {
-        let path = container.directory.join(name);
-        std::fs::write(&path, text).map_err(Error::io(format!("writing {}", path.display())))
-    };
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let own = &record.host;
     let gateways = manager.name_servers(endpoints);
     let domain = Some(record.config.domainname.as_str()).filter(|domain| !domain.is_empty());
@@ -383,6 +427,7 @@ pub(crate) fn write_files(
         .flatten()
         .filter_map(|host| host.split_once([':', '=']))
         .map(|(name, address)| (name.to_owned(), address.trim_matches(['[', ']']).to_owned()))
+        .chain(linked.iter().cloned())
         .collect();
     let mut hosts = net::hosts_file(
         endpoints,
@@ -393,23 +438,9 @@ pub(crate) fn write_files(
     );
     if own.network_mode == "host" {
         // The host's own names hold on its network.
-        hosts.push_str(&read("/etc/hosts"));
+        hosts.push_str(&std::fs::read_to_string("/etc/hosts").unwrap_or_default());
     }
-    let asked = net::ResolvOptions {
-        servers: own
-            .dns
-            .iter()
-            .filter_map(|server| server.parse().ok())
-            .collect(),
-        search: own.dns_search.clone(),
-        options: own.dns_options.clone(),
-    };
-    write("hostname", format!("{}\n", record.config.hostname))?;
-    write("hosts", hosts)?;
-    write(
-        "resolv.conf",
-        net::resolv_conf(endpoints, &gateways, &read("/etc/resolv.conf"), &asked),
-    )
+    write_file(container, "hosts", &hosts)
 }
 
 impl Engine {

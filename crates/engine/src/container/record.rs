@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::container::config::ContainerConfig;
 use crate::container::host_config::HostConfig;
 use crate::container::inspect::{ContainerState, Health, MountPoint};
+use crate::container::links::Link;
 use crate::container::networking::EndpointSettings;
 use crate::error::{Error, Result};
 
@@ -101,12 +102,18 @@ pub(crate) struct Record {
     pub mounts: Vec<MountRecord>,
     /// Network name to what is asked of it and, while running, what it got.
     pub networks: BTreeMap<String, EndpointSettings>,
+    /// Legacy links, on the default bridge.
+    #[serde(default)]
+    pub links: Vec<Link>,
     /// As the network manager gave them, while running.
     #[serde(default)]
     pub endpoints: Vec<net::Endpoint>,
     pub phase: Phase,
     #[serde(default)]
     pub process: Option<ProcessKey>,
+    /// The boot in which `process` was started: its numbers mean nothing in another.
+    #[serde(default)]
+    pub boot: String,
     pub exit_code: i32,
     pub oom_killed: bool,
     pub error: String,
@@ -115,6 +122,9 @@ pub(crate) struct Record {
     pub restart_count: u32,
     /// Stopped by a person, which `unless-stopped` heeds.
     pub stopped_by_user: bool,
+    /// It runs one step of a build, and goes with the daemon that builds.
+    #[serde(default)]
+    pub step: bool,
     /// Warnings of health checks survive a daemon.
     #[serde(default)]
     pub health: Option<Health>,

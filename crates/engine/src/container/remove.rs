@@ -20,9 +20,8 @@ impl Engine {
     /// [`Error::Conflict`] where it runs and is not to be killed.
     pub async fn remove(self: &Arc<Self>, container: &str, options: RemoveOptions) -> Result<()> {
         if options.link {
-            return Err(Error::NotFound(format!(
-                "there is no link {container}: legacy links are not kept"
-            )));
+            let (engine, name) = (self.clone(), container.to_owned());
+            return blocking(move || engine.remove_link(&name)).await;
         }
         let container = self.inventory.find(container)?;
         let engine = self.clone();

@@ -44,6 +44,14 @@ impl Engine {
         Ok(keeper)
     }
 
+    /// The keeper's process.
+    ///
+    /// # Errors
+    /// Where it cannot be reached.
+    pub async fn keeper_pid(self: &Arc<Self>) -> Result<i32> {
+        Ok(self.keeper().await?.pid)
+    }
+
     fn listen(self: &Arc<Self>, mut notices: mpsc::UnboundedReceiver<Notice>) {
         let engine = Arc::downgrade(self);
         tokio::spawn(async move {
@@ -98,6 +106,7 @@ impl Engine {
     /// Compares what the records say with what the keeper holds.
     fn settle_with(self: &Arc<Self>, held: &[Held]) {
         let held: HashMap<&str, &Held> = held.iter().map(|held| (held.id.as_str(), held)).collect();
+        let boot = crate::container::start::boot_id();
         for container in self.inventory.all() {
             let record = container.record().clone();
             let missed = match held.get(container.id.as_str()) {
@@ -126,7 +135,9 @@ impl Engine {
                 None => None,
             };
             if let Some(exit) = missed {
+                // Of another boot, the same numbers are somebody else's.
                 if let Some(process) = record.process
+                    && (record.boot.is_empty() || record.boot == boot)
                     && let Ok(Some(living)) = process.open()
                 {
                     let _ = living.signal(libc::SIGKILL);
@@ -140,6 +151,7 @@ impl Engine {
     pub(crate) async fn reopen(self: &Arc<Self>) -> Result<()> {
         let engine = self.clone();
         blocking(move || {
+            engine.sweep_contexts();
             engine.write_init()?;
             engine.load()
         })
@@ -167,6 +179,7 @@ impl Engine {
                     container.note(|record| {
                         record.phase = Phase::Running;
                         record.process = Some(held.process);
+                        record.boot = crate::container::start::boot_id();
                         record.started_at = base::time::now_rfc3339();
                     });
                 }
@@ -210,6 +223,20 @@ impl Engine {
         for container in self.inventory.all() {
             let record = container.record().clone();
             match record.phase {
+                // Its build died with the daemon before this one, and has nothing left to wait for it.
+                _ if record.step => {
+                    let engine = self.clone();
+                    tokio::spawn(async move {
+                        let options = crate::container::RemoveOptions {
+                            force: true,
+                            volumes: true,
+                            link: false,
+                        };
+                        if let Err(error) = engine.remove(&container.id, options).await {
+                            tracing::warn!(container = container.id, %error, "a step of a build that was cut off is not removed");
+                        }
+                    });
+                }
                 Phase::Removing => {
                     let (engine, volumes) = (self.clone(), record.host.auto_remove);
                     tokio::spawn(async move {
@@ -219,7 +246,10 @@ impl Engine {
                         }
                     });
                 }
-                Phase::Running => self.watch_health(&container),
+                Phase::Running => {
+                    self.watch_health(&container);
+                    self.watch_memory(&container);
+                }
                 Phase::Restarting => self.restart_later(container, Duration::ZERO),
                 Phase::Exited | Phase::Created
                     if record.host.auto_remove && record.phase == Phase::Exited =>

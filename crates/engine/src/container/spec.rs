@@ -465,7 +465,10 @@ fn base_mounts(host: &HostConfig, own_sysfs: bool) -> Vec<Value> {
     }
     if host.ipc_mode == "host" {
         mounts.push(json!({ "destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "rw"] }));
-        mounts.push(json!({ "destination": "/dev/mqueue", "type": "bind", "source": "/dev/mqueue", "options": ["rbind", "rw"] }));
+        // Not every host has it mounted.
+        if Path::new("/dev/mqueue").is_dir() {
+            mounts.push(json!({ "destination": "/dev/mqueue", "type": "bind", "source": "/dev/mqueue", "options": ["rbind", "rw"] }));
+        }
     } else {
         mounts.push(
             json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",

@@ -82,9 +82,12 @@ impl Engine {
         let started = async {
             let sandbox = if own_network {
                 let engine = self.clone();
-                Some(Arc::new(
-                    blocking(move || engine.networks.sandbox().map_err(Error::room)).await?,
-                ))
+                let bare = record.networks.keys().all(|name| name == "none");
+                let make = move || match bare {
+                    true => engine.networks.bare_sandbox().map_err(Error::room),
+                    false => engine.networks.sandbox().map_err(Error::room),
+                };
+                Some(Arc::new(blocking(make).await?))
             } else {
                 None
             };
@@ -124,7 +127,17 @@ impl Engine {
             });
             let (process, endpoints) = (created?, endpoints?);
             let (engine, own, laid) = (self.clone(), container.clone(), endpoints.clone());
-            blocking(move || network::write_files(&own, &laid, &engine.networks)).await?;
+            blocking(move || {
+                let linked = engine.linked_hosts(&own.record().clone());
+                network::write_files(&own, &laid, &engine.networks, &linked)
+            })
+            .await?;
+            // Noted before it runs: a daemon that dies now is followed by one that finds its network.
+            if !endpoints.is_empty() {
+                container.note(|record| {
+                    network::show_all(record, &endpoints);
+                });
+            }
             keeper.start(&container.id).await?;
             Ok::<_, Error>((process, endpoints))
         }
@@ -147,6 +160,8 @@ impl Engine {
                 .await;
                 let (error, code) = explain(error);
                 container.note(|record| {
+                    record.endpoints.clear();
+                    record.networks.values_mut().for_each(network::hide);
                     record.error = error.to_string();
                     record.exit_code = code;
                     record.process = None;
@@ -167,16 +182,12 @@ impl Engine {
         container.note(|record| {
             record.phase = Phase::Running;
             record.process = Some(process);
+            record.boot = boot_id();
             record.started_at = base::time::now_rfc3339();
             record.exit_code = 0;
             record.oom_killed = false;
             record.error.clear();
-            for endpoint in &endpoints {
-                if let Some(settings) = record.networks.get_mut(&endpoint.network_name) {
-                    network::show(settings, endpoint);
-                }
-            }
-            record.endpoints = endpoints;
+            network::show_all(record, &endpoints);
         });
         for endpoint in &networks {
             if let Ok(network) = self.networks.inspect(endpoint.network.as_str()) {
@@ -185,6 +196,9 @@ impl Engine {
         }
         self.tell(container, "start");
         self.watch_health(container);
+        self.watch_memory(container);
+        let (engine, own) = (self.clone(), container.clone());
+        tokio::task::spawn_blocking(move || engine.refresh_links_to(&own));
     }
 
     /// Writes `config.json` and `launch.json` of a run.
@@ -193,6 +207,11 @@ impl Engine {
             .images
             .snapshot_layers(&container.id)
             .map_err(Error::room)?;
+        let mut record = record.clone();
+        // Before the container's own, which win.
+        let linked = self.linked_environment(&record)?;
+        record.config.env.splice(0..0, linked);
+        let record = &record;
         let user = self.user_of(&record.config.user, record, &layers)?;
         let cgroup = self.cgroup_of(record);
         let of = |mode: &str| -> Result<Option<i32>> {
@@ -210,35 +229,16 @@ impl Engine {
             }
         };
         let wants_init = record.host.init.unwrap_or(self.config.init);
-        let mut list = mounts::oci(&record.mounts, &self.volumes)?;
+        let list = mounts::oci(&record.mounts, &self.volumes)?;
         let ipc_of = of(&record.host.ipc_mode)?;
-        // Shared memory that others may join is a folder: a mount could not be shared without being on the host.
-        let shared_memory = match record.host.ipc_mode.strip_prefix("container:") {
-            Some(other) => {
-                let other = self.inventory.find(other)?;
-                if other.record().host.ipc_mode != "shareable" {
-                    return Err(Error::Conflict(format!(
-                        "cannot join IPC namespace of container {}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)",
-                        other.id
-                    )));
-                }
-                Some(other.run.join("shm"))
+        if let Some(other) = record.host.ipc_mode.strip_prefix("container:") {
+            let other = self.inventory.find(other)?;
+            if other.record().host.ipc_mode != "shareable" {
+                return Err(Error::Conflict(format!(
+                    "cannot join IPC namespace of container {}: non-shareable IPC (hint: use IpcMode:shareable for the donor container)",
+                    other.id
+                )));
             }
-            None if record.host.ipc_mode == "shareable" => {
-                let path = container.run.join("shm");
-                let making = || format!("making {}", path.display());
-                std::fs::create_dir_all(&path).map_err(Error::io(making()))?;
-                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o1777);
-                std::fs::set_permissions(&path, mode).map_err(Error::io(making()))?;
-                Some(path)
-            }
-            None => None,
-        };
-        if let Some(path) = shared_memory {
-            list.push(
-                serde_json::json!({ "destination": "/dev/shm", "type": "bind", "source": path,
-                "options": ["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"] }),
-            );
         }
         let spec = spec::build(
             record,
@@ -265,6 +265,7 @@ impl Engine {
                 work: layers.work,
             },
             cgroup,
+            shared_memory_of: ipc_of,
             stdio: StdioRecord {
                 terminal: record.config.tty,
                 stdin: record.config.open_stdin,
@@ -315,6 +316,13 @@ impl Engine {
     pub(crate) fn init_program(&self) -> PathBuf {
         self.config.paths.state.join("docker-init")
     }
+}
+
+/// The kernel's name for this boot; empty where it has none.
+pub(crate) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
 }
 
 /// A failed start in the words clients look for, and the exit code they show for it.

@@ -98,6 +98,9 @@ pub(crate) fn resolve(text: &str, add: &[String], passwd: &str, group: &str) -> 
     if let Some(name) = group_wanted {
         result.gid = find_group(name)?;
     }
+    // The primary group too: a program that gives it up must not gain what members of it may not (CVE-2022-36109).
+    result.groups.retain(|gid| *gid != result.gid);
+    result.groups.insert(0, result.gid);
     for name in add {
         let gid = find_group(name)?;
         if !result.groups.contains(&gid) {
@@ -124,7 +127,7 @@ mod tests {
         let web = user("web", &["9"]).unwrap();
         assert_eq!(
             (web.uid, web.gid, web.groups, web.home.as_str()),
-            (33, 34, vec![4, 9], "/srv")
+            (33, 34, vec![34, 4, 9], "/srv")
         );
         assert_eq!(user("33:log", &[]).unwrap().gid, 4);
         let unknown = user("1000", &[]).unwrap();

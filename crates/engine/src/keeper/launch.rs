@@ -117,6 +117,7 @@ pub(super) fn create(
         cgroup: oci::cgroup::CgroupTarget::Path(format!("/{}", launch.cgroup)),
         stdio,
         net_ns,
+        rootless: is_rootless(),
         ..oci::Launch::new(id, directory, &spec).map_err(Failure::of)?
     };
     let mut created = oci::create(request).map_err(Failure::of)?;
@@ -141,23 +142,33 @@ pub(super) fn exec(
         .linux()
         .as_ref()
         .and_then(|linux| linux.seccomp().as_ref());
-    let group = oci::cgroup::Cgroup::open(&format!("/{cgroup}")).map_err(Failure::of)?;
+    let group = match oci::cgroup::Cgroup::open(&format!("/{cgroup}")) {
+        Ok(group) => Some(group),
+        // An ordinary user's containers have none.
+        Err(_) if is_rootless() => None,
+        Err(error) => return Err(Failure::of(error)),
+    };
     let (stdio, pipes) = streams(&exec.stdio)?;
     let running = oci::exec(oci::Exec {
         id: container,
         pid: init.pid,
-        cgroup: Some(&group),
+        cgroup: group.as_ref(),
         process: &exec.process,
         seccomp,
         stdio,
         preserve_fds: 0,
         listen_fds: 0,
         no_new_keyring: false,
-        rootless: !rustix::process::geteuid().is_root(),
+        rootless: is_rootless(),
         sub_cgroup: None,
     })
     .map_err(Failure::of)?;
     spawned(running.pid, running.pidfd, running.terminal, pipes)
+}
+
+/// Whether cgroups and devices are done without where they cannot be made.
+fn is_rootless() -> bool {
+    !rustix::process::geteuid().is_root() || base::userns::inside()
 }
 
 /// Whether the kernel has killed something in this cgroup for want of memory.

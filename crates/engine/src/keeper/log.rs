@@ -105,16 +105,32 @@ impl JsonLog {
     }
 
     // A full disk must not stop a container: what cannot be written is lost, the next is tried again.
-    fn append(&mut self, records: &[u8]) {
-        if records.is_empty() {
-            return;
+    fn append(&mut self, mut records: &[u8]) {
+        while !records.is_empty() {
+            if self.max_size > 0 && self.size >= self.max_size {
+                let _ = self.rotate();
+            }
+            let fits = self.fitting(records);
+            let (now, later) = records.split_at(fits);
+            if self.file.write_all(now).is_ok() {
+                self.size += now.len() as u64;
+            }
+            records = later;
         }
-        if self.max_size > 0 && self.size > 0 && self.size + records.len() as u64 > self.max_size {
-            let _ = self.rotate();
+    }
+
+    /// How many bytes of these whole records go into this file: up to the one that reaches the limit, as dockerd does.
+    fn fitting(&self, records: &[u8]) -> usize {
+        let room = match self.max_size.saturating_sub(self.size) {
+            _ if self.max_size == 0 => return records.len(),
+            room => usize::try_from(room).unwrap_or(usize::MAX),
+        };
+        if room >= records.len() {
+            return records.len();
         }
-        if self.file.write_all(records).is_ok() {
-            self.size += records.len() as u64;
-        }
+        let from = room.saturating_sub(1);
+        let end = records[from..].iter().position(|byte| *byte == b'\n');
+        end.map_or(records.len(), |end| from + end + 1)
     }
 
     fn rotate(&mut self) -> io::Result<()> {
@@ -247,6 +263,22 @@ mod tests {
             .collect();
         names.sort();
         assert_eq!(names, ["c-json.log", "c-json.log.1", "c-json.log.2"]);
+    }
+
+    #[test]
+    fn a_burst_that_comes_in_one_piece_is_rotated_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut log = open(directory.path(), 500, 3);
+        let burst: String = (0..200).map(|n| format!("line {n}\n")).collect();
+        log.write(Source::Stdout, burst.as_bytes());
+        for name in ["c-json.log", "c-json.log.1", "c-json.log.2"] {
+            let text = fs::read_to_string(directory.path().join(name)).unwrap();
+            assert!(text.len() < 700, "{name}: {}", text.len());
+            for line in text.lines() {
+                serde_json::from_str::<serde_json::Value>(line).unwrap();
+            }
+        }
+        assert_eq!(lines(directory.path()).last().unwrap()["log"], "line 199\n");
     }
 
     proptest! {

@@ -9,6 +9,7 @@ mod launch;
 pub mod log;
 mod process;
 pub mod protocol;
+mod shared_memory;
 mod streams;
 
 use std::io;

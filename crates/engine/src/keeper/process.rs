@@ -19,6 +19,7 @@ use crate::keeper::protocol::{
     self, Exec, Exit, FailureKind, Held, Launch, MAX_MESSAGE, ProtocolError, Reply, Request,
     StdioRecord, VERSION,
 };
+use crate::keeper::shared_memory;
 use crate::keeper::streams::{Client, Output};
 
 /// How many bytes of replies wait for a daemon that does not read before it is given up.
@@ -510,7 +511,7 @@ impl Keeper {
             .map_err(|error| Failure::system("opening the log", error))?;
         let (spawned, waiting) = launch::create(id, &directory, &launch, net_ns)?;
         let cgroup = launch.cgroup.clone();
-        self.keep(
+        let key = self.keep(
             id,
             spawned,
             Some(waiting),
@@ -519,7 +520,14 @@ impl Keeper {
             cgroup,
             Some(directory),
             None,
-        )
+        )?;
+        if let Some(donor) = launch.shared_memory_of
+            && let Err(error) = shared_memory::share(donor, key.pid)
+        {
+            self.discard(&Rc::from(id));
+            return Err(Failure::system("sharing /dev/shm", error));
+        }
+        Ok(key)
     }
 
     fn exec(

@@ -36,7 +36,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 /// The protocol this build speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The longest packet, bytes.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// The most descriptors beside one packet.
@@ -203,6 +203,9 @@ pub struct Launch {
     pub root: Root,
     /// The cgroup's path below each hierarchy's root.
     pub cgroup: String,
+    /// The init of the container whose `/dev/shm` is this one's too.
+    #[serde(default)]
+    pub shared_memory_of: Option<i32>,
     pub stdio: StdioRecord,
     pub log: LogRecord,
 }

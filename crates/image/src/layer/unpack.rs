@@ -237,8 +237,8 @@ impl<'a> Unpacker<'a> {
                     };
                     let device = rustix::fs::makedev(entry.major, entry.minor);
                     match rustix::fs::mknodat(&parent, &*name, kind, Mode::RUSR, device) {
-                        // Only privileged users make devices, and containers get theirs from the runtime.
-                        Err(Errno::PERM) if !self.privileged => {
+                        // Only the host's root makes devices, and containers get theirs from the runtime.
+                        Err(Errno::PERM) if !self.privileged || base::userns::inside() => {
                             self.parent = Some((folder.to_vec(), parent));
                             return Ok(());
                         }

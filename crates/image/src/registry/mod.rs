@@ -2,12 +2,14 @@
 
 mod auth;
 mod client;
+mod describe;
 mod pull;
 mod push;
 
 pub use auth::{Credentials, fuzz_challenge};
 pub use client::Client;
 pub(crate) use client::chain;
+pub use describe::{Described, describe};
 pub use pull::{PullOptions, Pulled, pull};
 pub use push::{PushOptions, Pushed, push};
 

@@ -168,7 +168,7 @@ pub async fn pull(
     })
 }
 
-async fn manifest(
+pub(super) async fn manifest(
     client: &Client,
     reference: &Reference,
     which: &str,
