@@ -440,8 +440,8 @@ mod tests {
     #[test]
     fn a_misspelt_field_is_refused_by_name_and_an_empty_one_is_not() {
         let refused = |text: &str| {
-            let value = serde_json::from_str(text).unwrap();
-            crate::containers::CreateBody::try_from(value).map_err(|error: ApiError| error.message)
+            let value: serde_json::Value = serde_json::from_str(text).unwrap();
+            crate::containers::CreateBody::try_from(value).map_err(|error| error.message)
         };
         for (text, name) in [
             (r#"{"Image":"a","Imagee":"b"}"#, "Imagee"),

@@ -112,8 +112,29 @@ impl Service<Request<Body>> for Versioned {
 }
 
 fn take_version(request: &mut Request<Body>) -> Result<ApiVersion, ApiError> {
-    let Some((version, rest)) = split(request.uri().path()) else {
-        return Ok(CURRENT);
+    let own = request.uri().path().to_owned();
+    let query = request.uri().query().unwrap_or_default().to_owned();
+    // `docker rm --link` names a link by its path, slashes and all, where everything else has one word.
+    let link = |path: &str| match path.strip_prefix("/containers/") {
+        Some(name)
+            if request.method() == axum::http::Method::DELETE
+                && query
+                    .split('&')
+                    .any(|part| matches!(part, "link=1" | "link=true")) =>
+        {
+            format!("/containers/{}", name.replace('/', "%2F"))
+        }
+        _ => path.to_owned(),
+    };
+    let (version, rest) = match split(&own) {
+        Some((version, rest)) => (version, link(rest)),
+        None => {
+            let rest = link(&own);
+            if rest == own {
+                return Ok(CURRENT);
+            }
+            (CURRENT, rest)
+        }
     };
     if version < OLDEST {
         return Err(ApiError::bad_request(format!(
@@ -127,7 +148,7 @@ fn take_version(request: &mut Request<Body>) -> Result<ApiVersion, ApiError> {
     }
     let rest = match request.uri().query() {
         Some(query) => format!("{rest}?{query}"),
-        None => rest.to_owned(),
+        None => rest,
     };
     let mut parts = request.uri().clone().into_parts();
     parts.path_and_query = Some(
