@@ -13,6 +13,26 @@ pub fn inside() -> bool {
     })
 }
 
+/// Whether a group's number means anything here: a file system cannot be given to one that is not mapped.
+pub fn maps_group(gid: u32) -> bool {
+    std::fs::read_to_string("/proc/self/gid_map").map_or(true, |map| mapped(&map, gid))
+}
+
+/// Whether further groups can be set: not by an ordinary user without subordinate ids.
+pub fn may_set_groups() -> bool {
+    std::fs::read_to_string("/proc/self/setgroups").map_or(true, |text| text.trim() != "deny")
+}
+
+fn mapped(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line
+            .split_whitespace()
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        matches!(numbers[..], [first, _, count] if (first..first + count).contains(&u64::from(id)))
+    })
+}
+
 /// The user whose daemon this is, where it is that of an ordinary one.
 pub fn owner() -> Option<u32> {
     std::env::var(ROOTLESS).ok()?.parse().ok()
@@ -43,6 +63,8 @@ mod tests {
     fn mappings_are_told_apart() {
         assert!(is_identity("         0          0 4294967295\n"));
         assert!(!is_identity("0 1000 1\n1 100000 65536\n"));
+        assert!(mapped("0 1000 1\n1 100000 65536\n", 5) && mapped("0 0 4294967295", 5));
+        assert!(!mapped("0 1000 1\n", 5) && !mapped("nonsense", 0));
     }
 
     #[test]

@@ -654,6 +654,25 @@ fn as_nobody(home: &Path, program: &Path, args: &[&str]) -> std::process::Comman
     command
 }
 
+/// Ends a user's daemon however the test ends.
+struct UsersDaemon<'a> {
+    home: &'a Path,
+    program: &'a Path,
+}
+
+impl Drop for UsersDaemon<'_> {
+    fn drop(&mut self) {
+        if !self.home.join("run/berth/berth.sock").exists() {
+            return;
+        }
+        for args in [&["rm", "-f", "stays"][..], &["system", "stop"]] {
+            let _ = as_nobody(self.home, self.program, args)
+                .stdin(Stdio::null())
+                .output();
+        }
+    }
+}
+
 #[test]
 fn the_daemon_of_an_ordinary_user_runs_containers_and_finds_them_again() {
     use std::os::unix::fs::PermissionsExt;
@@ -699,6 +718,10 @@ fn the_daemon_of_an_ordinary_user_runs_containers_and_finds_them_again() {
             .unwrap()
             .trim_end()
             .to_owned()
+    };
+    let _ended = UsersDaemon {
+        home,
+        program: &program,
     };
     // The first command starts the daemon, as for anybody.
     let mut import = as_nobody(home, &program, &["import", "-", "busybox"])

@@ -278,9 +278,14 @@ pub(crate) fn process(
 ) -> Value {
     // A user other than root keeps what it may gain by a set-user-id program, but starts with none.
     let own: &[&str] = if user.uid == 0 { capabilities } else { &[] };
+    let groups: &[u32] = if base::userns::may_set_groups() {
+        &user.groups
+    } else {
+        &[]
+    };
     let mut process = json!({
         "terminal": terminal,
-        "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups },
+        "user": { "uid": user.uid, "gid": user.gid, "additionalGids": groups },
         "args": arguments,
         "env": environment,
         "cwd": directory,
@@ -442,12 +447,23 @@ fn namespaces(
 
 fn base_mounts(host: &HostConfig, own_sysfs: bool) -> Vec<Value> {
     let system = if host.privileged { "rw" } else { "ro" };
+    let mut terminals = vec![
+        "nosuid",
+        "noexec",
+        "newinstance",
+        "ptmxmode=0666",
+        "mode=0620",
+    ];
+    // The group `tty`, where it can own anything.
+    if base::userns::maps_group(5) {
+        terminals.push("gid=5");
+    }
     let mut mounts = vec![
         json!({ "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] }),
         json!({ "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] }),
         json!({ "destination": "/dev/pts", "type": "devpts", "source": "devpts",
-            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] }),
+            "options": terminals }),
         // Without a network namespace of one's own sysfs cannot be mounted anew; the runtime binds the host's.
         if own_sysfs {
             json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
