@@ -120,7 +120,9 @@ pub(super) fn create(
         rootless: is_rootless(),
         ..oci::Launch::new(id, directory, &spec).map_err(Failure::of)?
     };
-    let mut created = oci::create(request).map_err(Failure::of)?;
+    let created = oci::create(request).map_err(Failure::of);
+    stay_joinable();
+    let mut created = created?;
     let pidfd = created
         .pidfd
         .try_clone()
@@ -162,13 +164,23 @@ pub(super) fn exec(
         rootless: is_rootless(),
         sub_cgroup: None,
     })
-    .map_err(Failure::of)?;
+    .map_err(Failure::of);
+    stay_joinable();
+    let running = running?;
     spawned(running.pid, running.pidfd, running.terminal, pipes)
 }
 
 /// Whether cgroups and devices are done without where they cannot be made.
 fn is_rootless() -> bool {
     !rustix::process::geteuid().is_root() || base::userns::inside()
+}
+
+/// The runtime hides this process from its children until they are in their container. The next daemon of an ordinary
+/// user joins this one's namespaces, which it may only while it is not hidden.
+fn stay_joinable() {
+    if is_rootless() {
+        let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable);
+    }
 }
 
 /// Whether the kernel has killed something in this cgroup for want of memory.

@@ -15,7 +15,7 @@ pub(super) fn clone(
     staged: bool,
     birthplace: Option<BorrowedFd<'_>>,
 ) -> Result<Option<Child>> {
-    if staged {
+    if staged || (namespaces.joined_fd(libc::CLONE_NEWPID).is_some() && base::userns::inside()) {
         return clone_staged(flags, &namespaces.joined, birthplace);
     }
     let own = match namespaces.joined_fd(libc::CLONE_NEWPID) {

@@ -152,7 +152,10 @@ fn exec_clone(
     birthplace: Option<BorrowedFd<'_>>,
     privileged: bool,
 ) -> Result<Option<Child>> {
-    if joins_by_stage(flags, privileged) {
+    let user = joins_by_stage(flags, privileged);
+    // Only the host's root comes back out of a pid namespace to the host's.
+    let one_way = flags & libc::CLONE_NEWPID != 0 && base::userns::inside();
+    if user || one_way {
         let open = |name: &str| {
             rustix::fs::open(
                 format!("/proc/{}/ns/{name}", request.pid),
@@ -161,7 +164,10 @@ fn exec_clone(
             )
             .during(|| format!("open the {name} namespace of process {}", request.pid))
         };
-        let mut joined = vec![(libc::CLONE_NEWUSER, open("user")?)];
+        let mut joined = Vec::new();
+        if user {
+            joined.push((libc::CLONE_NEWUSER, open("user")?));
+        }
         if flags & libc::CLONE_NEWPID != 0 {
             joined.push((libc::CLONE_NEWPID, open("pid")?));
         }
