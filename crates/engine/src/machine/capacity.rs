@@ -160,8 +160,9 @@ impl Machines {
         storage.finish(&self.folder)
     }
 
-    /// Says in the log, once per change, that promised space may not be there.
+    /// Removes what nothing needs any more, and says in the log, once per change, that promised space may not be there.
     pub fn watch_storage(&self) {
+        self.sweep_bases();
         let warning = self.storage().warning;
         let warned = self.warned.swap(warning.is_some(), Ordering::Relaxed);
         match warning {

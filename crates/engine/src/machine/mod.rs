@@ -153,7 +153,6 @@ impl Machines {
                 Some(machine) => machines.adopt(path, machine),
             }
         }
-        machines.sweep_bases();
         machines.watch_storage();
         Ok(machines)
     }
