@@ -152,6 +152,20 @@ impl Drop for Podman {
     fn drop(&mut self) {
         let _ = self.podman(&["rm", "--all", "--force", "--time", "0"]);
         let _ = self.podman(&["rmi", "--all", "--force"]);
+        // podman leaves the cgroup above its containers; in use, it stays.
+        let _ = Command::new("find")
+            .args(["/sys/fs/cgroup", "-depth", "-type", "d", "("])
+            .args([
+                "-path",
+                "*/libpod_parent/conmon",
+                "-o",
+                "-name",
+                "libpod_parent",
+                ")",
+            ])
+            .args(["-exec", "rmdir", "{}", ";"])
+            .stderr(Stdio::null())
+            .status();
     }
 }
 
