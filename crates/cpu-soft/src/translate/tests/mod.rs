@@ -109,8 +109,11 @@ fn undefined_flags(text: &[Instruction]) -> Option<u64> {
 fn undefined_result(text: &[Instruction]) -> bool {
     text.iter().any(|i| {
         let narrow = i.op0_register().size() == 2 || i.memory_size().size() == 2;
-        matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd) && narrow
-            || (i.mnemonic() == Mnemonic::Bswap && narrow)
+        narrow
+            && matches!(
+                i.mnemonic(),
+                Mnemonic::Shld | Mnemonic::Shrd | Mnemonic::Bswap
+            )
     })
 }
 
