@@ -139,9 +139,6 @@ COPY *.conf single /etc/confs/
 ADD packed.tar.gz /opt/
 RUN ["/bin/busybox", "touch", "/exec form"]
 
-FROM first AS never
-RUN exit 3
-
 FROM localhost/base:1 AS last
 LABEL a=b "c d"="e f" multi="x \
 y"
@@ -161,6 +158,9 @@ ONBUILD COPY . /later
 HEALTHCHECK --interval=5s --timeout=3s --retries=2 CMD true
 SHELL ["/bin/sh", "-ec"]
 ENV LAST=$GREETING
+
+FROM first AS never
+RUN exit 3
 "#;
 
 const SHELLS: &str = "FROM localhost/base:1\nSHELL [\"/bin/sh\", \"-xc\"]\nENV A=1\nENV A=2 B=$A\nRUN echo $0 $B > /said\n\
