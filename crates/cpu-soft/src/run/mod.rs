@@ -59,6 +59,9 @@ impl Cpu {
         let bus: *mut (dyn CpuIo + 'static) = unsafe { std::mem::transmute(bus) };
         self.io = Some(bus);
         self.count_time();
+        if self.replay.is_some() && self.count == 0 {
+            system::msr::begin_counting(self);
+        }
         self.x87_load();
         let result = self.run_loop();
         self.x87_store();

@@ -325,6 +325,13 @@ pub fn clock_now(cpu: &Cpu) -> u64 {
         .wrapping_add((u128::from(ticks) * 1_000_000_000 / u128::from(tsc_hz())) as u64)
 }
 
+/// Makes a counted clock begin at its own zero, whatever the state that the CPU was given says.
+pub(crate) fn begin_counting(cpu: &mut Cpu) {
+    cpu.tsc_offset = 0;
+    cpu.system.msr.clock_offset = 0;
+    cpu.system.msr.tsc_adjust = 0;
+}
+
 /// Fills the page of the paravirtual clock (Documentation/virt/kvm/x86/msr.rst of Linux): 32 bytes. The TSC is
 /// constant and the same on all CPUs, so it is written once.
 fn write_system_time(cpu: &mut Cpu) {
