@@ -180,6 +180,8 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// An access that could not be made in place: where it goes once the instruction has run (see `translate`).
     pub bounce: Bounce,
+    /// It ran, or was restored from one that did: time has begun for its guest.
+    pub ran: bool,
     /// What the debug registers arm.
     pub debug: crate::system::debug::Debug,
     /// Instructions executed, counted only for [`crate::replay`].
@@ -334,6 +336,7 @@ impl Frame {
                 address: 0,
                 len: 0,
             },
+            ran: false,
             debug: crate::system::debug::Debug::default(),
             count: 0,
             skipped: 0,

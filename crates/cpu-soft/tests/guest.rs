@@ -383,3 +383,15 @@ fn random_bytes_as_code_neither_break_nor_hang_the_process() {
     }
     eprintln!("{stopped} stopped, {triple} triple faults, {kicked} kicked");
 }
+
+#[test]
+fn a_state_saved_before_the_first_instruction_leaves_the_guests_time_at_its_beginning() {
+    let (vm, _) = machine(&assemble(CODE, end));
+    let mut vcpu = start(&vm);
+    let state = vcpu.save().expect("saved");
+    assert_eq!(state.tsc, 0);
+    vcpu.restore(&state).expect("restored");
+    assert_eq!(vcpu.cpu().tsc_offset, 0, "as fast as the host's counter");
+    run(&mut vcpu);
+    assert_ne!(vcpu.save().expect("saved").tsc, 0);
+}

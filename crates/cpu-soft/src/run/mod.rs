@@ -58,6 +58,7 @@ impl Cpu {
         // SAFETY: only the lifetime changes; taken back below before `io`'s borrow ends.
         let bus: *mut (dyn CpuIo + 'static) = unsafe { std::mem::transmute(bus) };
         self.io = Some(bus);
+        self.ran = true;
         self.count_time();
         if self.replay.is_some() && self.count == 0 {
             system::msr::begin_counting(self);

@@ -403,7 +403,9 @@ pub fn save(cpu: &mut Cpu) -> Vec<(u32, u64)> {
         .into_iter()
         .filter_map(|n| read(cpu, n).ok().map(|v| (n, v)))
         .collect();
-    saved.push((SAVED_CLOCK, clock_now(cpu)));
+    if cpu.ran {
+        saved.push((SAVED_CLOCK, clock_now(cpu)));
+    }
     saved.sort_unstable();
     saved
 }

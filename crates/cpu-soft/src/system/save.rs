@@ -16,7 +16,12 @@ pub fn save(cpu: &mut Cpu, state: &mut CpuState) {
     state.apic = cpu.system.apic.save();
     state.apic_base = cpu.system.apic.base;
     state.tsc_deadline = cpu.system.apic.tsc_deadline;
-    state.tsc = host_tsc().wrapping_add(cpu.tsc_offset);
+    // Zero says that the guest's time has not begun (see `restore`): a loader may save, change and restore.
+    state.tsc = if cpu.ran {
+        host_tsc().wrapping_add(cpu.tsc_offset)
+    } else {
+        0
+    };
     state.pending_nmi = cpu.system.nmi_pending;
     state.nmi_masked = cpu.system.nmi_masked;
 }
@@ -42,6 +47,7 @@ pub fn restore(cpu: &mut Cpu, state: &CpuState) -> Result<(), String> {
     } else {
         state.tsc.wrapping_sub(host_tsc())
     };
+    cpu.ran = state.tsc != 0;
     msr::restore(cpu, &state.msrs);
     if state.apic.is_empty() {
         cpu.system.apic.reset();
