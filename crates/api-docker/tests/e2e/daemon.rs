@@ -84,10 +84,12 @@ impl Daemon {
                 let engine = Engine::open(config).await.unwrap();
                 let listener = tokio::net::UnixListener::bind(&path).unwrap();
                 let router = api_docker::router(engine.clone());
-                sender.send(engine).unwrap();
+                sender.send(engine.clone()).unwrap();
                 api_docker::serve(vec![listener], router, token)
                     .await
                     .unwrap();
+                // Cgroups, bridges and rules are for the daemon's lifetime.
+                let _ = engine.leave_host().await;
             });
             runtime.shutdown_timeout(Duration::from_secs(2));
         });
