@@ -259,7 +259,7 @@ async fn bootstrap(
     wanted: bool,
     failure: Failure,
 ) -> Result<(), Failure> {
-    let command = format!("berth image bootstrap {image} --kernel");
+    let command = format!("berth image bootstrap {image} --kernel --tag {image}");
     if !wanted {
         if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
             return Err(failure.with_fix(format!("{command}, or say --bootstrap")));
