@@ -122,8 +122,8 @@ pub struct Verbatim {
 
 #[derive(Debug, Args)]
 pub struct VersionArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(short, long, value_name = "FORMAT")]
     pub format: Option<crate::output::Format>,
 }
 

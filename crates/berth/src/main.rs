@@ -14,6 +14,7 @@ mod rootless;
 mod serve;
 #[cfg(stage)]
 mod stage;
+mod template;
 mod terminal;
 mod user_network;
 

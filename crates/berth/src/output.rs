@@ -1,15 +1,18 @@
-//! Standard output: tables for people, JSON and YAML for programs. Colours only on a terminal and
+//! Standard output: tables for people, JSON, YAML and templates for programs. Colours only on a terminal and
 //! without `NO_COLOR`.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
-use clap::ValueEnum;
+use clap::builder::{PossibleValue, TypedValueParser, ValueParserFactory};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::failure::Failure;
+use crate::template::Template;
 
 /// How answers are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
     /// Aligned columns for people.
     #[default]
@@ -18,6 +21,75 @@ pub enum Format {
     Json,
     /// YAML.
     Yaml,
+    /// A Go template, as docker's command line takes it.
+    Template(Template),
+}
+
+impl Format {
+    /// Whether the answer is written as it came, not as rows.
+    pub fn is_document(self) -> bool {
+        matches!(self, Format::Json | Format::Yaml)
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Table => "table",
+            Format::Json => "json",
+            Format::Yaml => "yaml",
+            Format::Template(_) => "template",
+        })
+    }
+}
+
+/// Reads `--format`.
+#[derive(Debug, Clone)]
+pub struct FormatParser;
+
+impl ValueParserFactory for Format {
+    type Parser = FormatParser;
+
+    fn value_parser() -> FormatParser {
+        FormatParser
+    }
+}
+
+impl TypedValueParser for FormatParser {
+    type Value = Format;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &std::ffi::OsStr,
+    ) -> Result<Format, clap::Error> {
+        let text = value.to_string_lossy();
+        let why = match text.as_ref() {
+            "table" => return Ok(Format::Table),
+            "json" => return Ok(Format::Json),
+            "yaml" => return Ok(Format::Yaml),
+            template if template.contains("{{") => match Template::parse(template) {
+                Ok(template) => return Ok(Format::Template(template)),
+                Err(why) => why,
+            },
+            _ => "table, json, yaml or a template as '{{.Name}}' is wanted".to_owned(),
+        };
+        let name = argument.map_or_else(|| "--format".to_owned(), ToString::to_string);
+        Err(clap::Error::raw(
+            clap::error::ErrorKind::ValueValidation,
+            format!("invalid value '{text}' for '{name}': {why}\n"),
+        )
+        .with_cmd(command))
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(
+            ["table", "json", "yaml"]
+                .into_iter()
+                .map(PossibleValue::new),
+        ))
+    }
 }
 
 /// Escape sequences, empty where colours are unwanted.
@@ -76,9 +148,19 @@ pub fn line(text: impl AsRef<str>) {
     print(&format!("{}\n", text.as_ref()));
 }
 
-/// Writes `value` as JSON or YAML.
+/// Writes `value` as JSON or YAML, or what a template says of it or, where it is a list, of each of its elements.
 pub fn document<T: Serialize>(format: Format, value: &T) -> Result<(), Failure> {
     match format {
+        Format::Template(template) => {
+            let value = serde_json::to_value(value)
+                .map_err(|e| Failure::internal(format!("cannot write JSON: {e}")))?;
+            match value {
+                Value::Array(items) => items
+                    .iter()
+                    .try_for_each(|item| template.render(item).map(line))?,
+                value => line(template.render(&value)?),
+            }
+        }
         Format::Yaml => {
             let text = serde_yaml_ng::to_string(value)
                 .map_err(|e| Failure::internal(format!("cannot write YAML: {e}")))?;
@@ -98,6 +180,29 @@ pub fn document<T: Serialize>(format: Format, value: &T) -> Result<(), Failure> 
 pub struct Table {
     heading: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    /// What each row is of, for templates.
+    subjects: Vec<Value>,
+}
+
+/// The name by which docker's templates know a column.
+fn field(heading: &str) -> String {
+    match heading {
+        "CONTAINER ID" | "IMAGE ID" | "NETWORK ID" => "ID".to_owned(),
+        "CREATED" => "CreatedSince".to_owned(),
+        "VOLUME NAME" => "Name".to_owned(),
+        "CPU %" => "CPUPerc".to_owned(),
+        "MEM %" => "MemPerc".to_owned(),
+        "MEM USAGE / LIMIT" => "MemUsage".to_owned(),
+        "NET I/O" => "NetIO".to_owned(),
+        "BLOCK I/O" => "BlockIO".to_owned(),
+        "PIDS" => "PIDs".to_owned(),
+        "TOTAL" => "TotalCount".to_owned(),
+        words => words
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .filter(|word| !word.is_empty())
+            .map(|word| format!("{}{}", &word[..1], word[1..].to_ascii_lowercase()))
+            .collect(),
+    }
 }
 
 impl Table {
@@ -105,47 +210,107 @@ impl Table {
         Table {
             heading: heading.to_vec(),
             rows: Vec::new(),
+            subjects: Vec::new(),
         }
     }
 
     pub fn row(&mut self, cells: Vec<String>) {
+        self.row_of(&Value::Null, cells);
+    }
+
+    /// A row that says of `subject` what is worth a column; a template reaches the rest of it too.
+    pub fn row_of(&mut self, subject: &Value, cells: Vec<String>) {
+        self.subjects.push(subject.clone());
         self.rows.push(cells);
+    }
+
+    /// Writes it as a table or by a template, row by row.
+    pub fn print(&self, format: Format) -> Result<(), Failure> {
+        match format {
+            Format::Template(template) => print(&self.by(template)?),
+            _ => print(&self.render()),
+        }
+        Ok(())
+    }
+
+    fn by(&self, template: Template) -> Result<String, Failure> {
+        let fields: Vec<String> = self.heading.iter().map(|heading| field(heading)).collect();
+        let mut lines = Vec::new();
+        for (subject, cells) in self.subjects.iter().zip(&self.rows) {
+            let mut about = subject.as_object().cloned().unwrap_or_default();
+            for (field, cell) in fields.iter().zip(cells) {
+                about.insert(field.clone(), Value::String(cell.clone()));
+                if field == "CreatedSince" {
+                    about.insert("RunningFor".to_owned(), Value::String(cell.clone()));
+                }
+            }
+            // docker's word for them in a row.
+            if let Some(Value::Object(labels)) = about.get("Labels") {
+                let labels: Vec<String> = labels
+                    .iter()
+                    .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default()))
+                    .collect();
+                about.insert("Labels".to_owned(), Value::String(labels.join(",")));
+            }
+            if template.heading && lines.is_empty() {
+                let titles = about
+                    .keys()
+                    .map(|key| {
+                        let title = fields.iter().position(|field| field == key);
+                        let title = title.map_or(key.to_uppercase(), |at| self.heading[at].into());
+                        (key.clone(), Value::String(title))
+                    })
+                    .collect();
+                lines.push(template.render(&Value::Object(titles))?);
+            }
+            lines.push(template.render(&Value::Object(about))?);
+        }
+        if !template.heading {
+            return Ok(lines.iter().map(|line| format!("{line}\n")).collect());
+        }
+        let mut rows = lines
+            .iter()
+            .map(|line| line.split('\t').map(str::to_owned).collect());
+        let heading: Vec<String> = rows.next().unwrap_or_default();
+        Ok(aligned(&heading, rows.collect()))
     }
 
     /// Columns as wide as their widest cell, three spaces apart. Control characters of a cell are
     /// shown as `?`: names come from images and guests.
     pub fn render(&self) -> String {
-        let clean = |cell: &str| -> String {
-            cell.chars()
-                .map(|c| if c.is_control() { '?' } else { c })
-                .collect()
-        };
-        let rows: Vec<Vec<String>> = self
-            .rows
-            .iter()
-            .map(|row| row.iter().map(|cell| clean(cell)).collect())
-            .collect();
-        let mut widths: Vec<usize> = self.heading.iter().map(|h| h.chars().count()).collect();
-        for row in &rows {
-            for (width, cell) in widths.iter_mut().zip(row) {
-                *width = (*width).max(cell.chars().count());
-            }
-        }
-        let mut text = String::new();
         let heading: Vec<String> = self.heading.iter().map(|&h| h.to_owned()).collect();
-        for row in std::iter::once(&heading).chain(&rows) {
-            let last = row.len().saturating_sub(1);
-            for (column, cell) in row.iter().enumerate() {
-                text.push_str(cell);
-                if column < last {
-                    let pad = widths[column] + 3 - cell.chars().count();
-                    text.extend(std::iter::repeat_n(' ', pad));
-                }
-            }
-            text.push('\n');
-        }
-        text
+        aligned(&heading, self.rows.clone())
     }
+}
+
+fn aligned(heading: &[String], mut rows: Vec<Vec<String>>) -> String {
+    let width = |cell: &String| cell.chars().count();
+    let mut widths: Vec<usize> = heading.iter().map(width).collect();
+    for row in &mut rows {
+        for (column, cell) in row.iter_mut().enumerate() {
+            *cell = cell
+                .chars()
+                .map(|c| if c.is_control() { '?' } else { c })
+                .collect();
+            if column == widths.len() {
+                widths.push(0);
+            }
+            widths[column] = widths[column].max(width(cell));
+        }
+    }
+    let mut text = String::new();
+    for row in std::iter::once(heading).chain(rows.iter().map(Vec::as_slice)) {
+        let last = row.len().saturating_sub(1);
+        for (column, cell) in row.iter().enumerate() {
+            text.push_str(cell);
+            if column < last {
+                let pad = widths[column] + 3 - width(cell);
+                text.extend(std::iter::repeat_n(' ', pad));
+            }
+        }
+        text.push('\n');
+    }
+    text
 }
 
 /// `2 hours ago`, `Less than a second ago`, as docker words it. `seconds` since then.
@@ -189,6 +354,28 @@ mod tests {
             table.render(),
             "NAME         STATE\na?[31mlong   running\nb            exited\n"
         );
+    }
+
+    #[test]
+    fn a_template_sees_the_columns_by_dockers_names_and_the_rest_of_what_a_row_is_of() {
+        let mut table = Table::new(&["CONTAINER ID", "NAMES", "CREATED"]);
+        let subject =
+            serde_json::json!({"State": "running", "Labels": {"a": "b"}, "Names": ["/web"]});
+        table.row_of(
+            &subject,
+            vec!["abc".into(), "web".into(), "2 hours ago".into()],
+        );
+        let by = |text: &str| table.by(Template::parse(text).unwrap()).unwrap();
+        assert_eq!(
+            by("{{.ID}} {{.Names}} {{.State}} {{.Labels}}"),
+            "abc web running a=b\n"
+        );
+        assert_eq!(by("{{.RunningFor}}"), "2 hours ago\n");
+        assert_eq!(
+            by("table {{.ID}}\t{{.Names}}"),
+            "CONTAINER ID   NAMES\nabc            web\n"
+        );
+        assert!(table.by(Template::parse("{{.Nope}}").unwrap()).is_err());
     }
 
     #[test]

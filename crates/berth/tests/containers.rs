@@ -68,6 +68,18 @@ fn a_container_lives_through_its_whole_life() {
     assert!(host.ok(&["top", "site"]).contains("sleep"));
     let json: serde_json::Value = serde_json::from_str(&host.ok(&["inspect", "site"])).unwrap();
     assert_eq!(json[0]["State"]["Running"], true);
+    assert_eq!(
+        host.ok(&["ps", "--format", "{{.Names}} {{.State}} {{.Image}}"]),
+        "site running busybox"
+    );
+    assert_eq!(
+        host.ok(&["inspect", "-f", "{{.State.Status}}", "site"]),
+        "running"
+    );
+    let (code, error) = host.fails(&["inspect", "-f", "{{.State.Nope}}", "site"]);
+    assert_eq!(code, 2, "{error}");
+    let (code, error) = host.fails(&["ps", "--format", "{{.Names"]);
+    assert_eq!(code, 2, "{error}");
     let (code, error) = host.fails(&["rm", "site"]);
     assert_eq!(code, 4, "{error}");
     host.ok(&["stop", "-t", "1", "site"]);

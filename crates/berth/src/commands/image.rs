@@ -16,7 +16,7 @@ use super::show::{clip, filters, list, short, since, text};
 use super::{Context, ListOptions};
 use crate::client::{Body, Client, each_json, empty, encode, json_body, stream_body};
 use crate::failure::Failure;
-use crate::output::{self, Format, Table};
+use crate::output::{self, Table};
 use crate::progress::Progress;
 
 /// Splits `registry:5000/name:tag` at the tag's colon.
@@ -172,7 +172,7 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Result<ExitCode, Fai
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.list.format != Format::Table {
+    if args.list.format.is_document() {
         output::document(args.list.format, &images)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -207,10 +207,10 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Result<ExitCode, Fai
                 since(image["Created"].as_i64().unwrap_or(0)),
                 format_size_decimal(image["Size"].as_u64().unwrap_or(0)),
             ]);
-            table.row(row);
+            table.row_of(image, row);
         }
     }
-    output::print(&table.render());
+    table.print(args.list.format)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -292,7 +292,7 @@ pub async fn history(context: &Context, args: HistoryArgs) -> Result<ExitCode, F
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.list.format != Format::Table {
+    if args.list.format.is_document() {
         output::document(args.list.format, &steps)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -300,15 +300,18 @@ pub async fn history(context: &Context, args: HistoryArgs) -> Result<ExitCode, F
     for step in &steps {
         let id = text(step, "/Id");
         let by = text(step, "/CreatedBy");
-        table.row(vec![
-            if args.no_trunc { id } else { short(&id) },
-            since(step["Created"].as_i64().unwrap_or(0)),
-            if args.no_trunc { by } else { clip(&by, 45) },
-            format_size_decimal(step["Size"].as_u64().unwrap_or(0)),
-            text(step, "/Comment"),
-        ]);
+        table.row_of(
+            step,
+            vec![
+                if args.no_trunc { id } else { short(&id) },
+                since(step["Created"].as_i64().unwrap_or(0)),
+                if args.no_trunc { by } else { clip(&by, 45) },
+                format_size_decimal(step["Size"].as_u64().unwrap_or(0)),
+                text(step, "/Comment"),
+            ],
+        );
     }
-    output::print(&table.render());
+    table.print(args.list.format)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -24,8 +24,8 @@ pub struct Context {
 /// `--format` and `-q` of everything that lists.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ListOptions {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// Write ids or names only.
     #[arg(short, long)]
@@ -35,7 +35,7 @@ pub struct ListOptions {
 /// `--format` of everything that shows one thing.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ShowOptions {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t = Format::Json, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(short, long, default_value_t = Format::Json, value_name = "FORMAT")]
     pub format: Format,
 }

@@ -10,7 +10,7 @@ use super::show::{filters, list, short, text};
 use super::{Context, ListOptions};
 use crate::client::encode;
 use crate::failure::Failure;
-use crate::output::{self, Format, Table};
+use crate::output::{self, Table};
 
 #[derive(Debug, Subcommand)]
 pub enum NetworkCommand {
@@ -211,7 +211,7 @@ async fn ls(context: &Context, args: LsArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.list.format != Format::Table {
+    if args.list.format.is_document() {
         output::document(args.list.format, &networks)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -221,20 +221,23 @@ async fn ls(context: &Context, args: LsArgs) -> Result<ExitCode, Failure> {
             .iter()
             .map(|c| text(c, "/Subnet"))
             .collect();
-        table.row(vec![
-            id_of(network),
-            text(network, "/Name"),
-            text(network, "/Driver"),
-            subnets.join(", "),
-            if network["Internal"] == true {
-                "yes"
-            } else {
-                "no"
-            }
-            .to_owned(),
-        ]);
+        table.row_of(
+            network,
+            vec![
+                id_of(network),
+                text(network, "/Name"),
+                text(network, "/Driver"),
+                subnets.join(", "),
+                if network["Internal"] == true {
+                    "yes"
+                } else {
+                    "no"
+                }
+                .to_owned(),
+            ],
+        );
     }
-    output::print(&table.render());
+    table.print(args.list.format)?;
     Ok(ExitCode::SUCCESS)
 }
 

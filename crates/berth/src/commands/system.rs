@@ -28,8 +28,8 @@ pub enum SystemCommand {
 
 #[derive(Debug, Args)]
 pub struct InfoArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
 }
 
@@ -38,8 +38,8 @@ pub struct DfArgs {
     /// Each image, container and volume.
     #[arg(short, long)]
     pub verbose: bool,
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
 }
 
@@ -175,7 +175,7 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
     let mut df: Value = context.client.get("/system/df", &[]).await?;
     let machines: Value = context.client.get("/berth/v1/storage", &[]).await?;
     df["Machines"] = machines.clone();
-    if args.format != Format::Table {
+    if args.format.is_document() {
         output::document(args.format, &df)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -200,7 +200,10 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
         format_size_decimal(figure("used") + figure("shared")),
         format_size_decimal(figure("reclaimable")),
     ]);
-    output::print(&table.render());
+    table.print(args.format)?;
+    if args.format != Format::Table {
+        return Ok(ExitCode::SUCCESS);
+    }
     if figure("machines") > 0 {
         output::line(format!(
             "\nMachines' disks: {} promised, {} used, {} still to grow; {} are free.",

@@ -12,7 +12,7 @@ use super::show::{filters, list, text};
 use super::{Context, ListOptions};
 use crate::client::encode;
 use crate::failure::Failure;
-use crate::output::{self, Format, Table};
+use crate::output::{self, Table};
 
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
@@ -145,18 +145,21 @@ async fn ls(context: &Context, args: LsArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.list.format != Format::Table {
+    if args.list.format.is_document() {
         output::document(args.list.format, &volumes)?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = Table::new(&["DRIVER", "VOLUME NAME", "CREATED"]);
     for volume in volumes {
-        table.row(vec![
-            text(volume, "/Driver"),
-            text(volume, "/Name"),
-            super::container::age(&text(volume, "/CreatedAt")),
-        ]);
+        table.row_of(
+            volume,
+            vec![
+                text(volume, "/Driver"),
+                text(volume, "/Name"),
+                super::container::age(&text(volume, "/CreatedAt")),
+            ],
+        );
     }
-    output::print(&table.render());
+    table.print(args.list.format)?;
     Ok(ExitCode::SUCCESS)
 }

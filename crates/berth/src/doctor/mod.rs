@@ -22,8 +22,8 @@ pub struct DoctorArgs {
     /// Folder whose file system is looked at; the daemon's state folder if not given.
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
 }
 

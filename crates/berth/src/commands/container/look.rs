@@ -14,8 +14,8 @@ use crate::output::{self, Format};
 
 #[derive(Debug, Args)]
 pub struct DiffArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// The container.
     pub container: String,
@@ -39,8 +39,8 @@ pub async fn diff(context: &Context, args: DiffArgs) -> Result<ExitCode, Failure
 
 #[derive(Debug, Args)]
 pub struct PortArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// The container.
     pub container: String,

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::super::show::{clip, filters, list, short, since, text};
 use super::super::{Context, ListOptions};
 use crate::failure::Failure;
-use crate::output::{self, Format, Table};
+use crate::output::{self, Table};
 
 #[derive(Debug, Args)]
 pub struct PsArgs {
@@ -79,7 +79,7 @@ pub async fn ps(context: &Context, args: PsArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.list.format != Format::Table {
+    if args.list.format.is_document() {
         output::document(args.list.format, &containers)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -132,9 +132,9 @@ pub async fn ps(context: &Context, args: PsArgs) -> Result<ExitCode, Failure> {
                 format_size_decimal(container["SizeRootFs"].as_u64().unwrap_or(0))
             ));
         }
-        table.row(row);
+        table.row_of(container, row);
     }
-    output::print(&table.render());
+    table.print(args.list.format)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -88,8 +88,8 @@ pub fn body_reader(
 
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// The container.
     pub container: String,
@@ -141,8 +141,8 @@ pub struct StatsArgs {
     /// One reading only.
     #[arg(long)]
     pub no_stream: bool,
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// The containers; all running ones if not given.
     pub containers: Vec<String>,
@@ -261,7 +261,7 @@ pub async fn stats(context: &Context, args: StatsArgs) -> Result<ExitCode, Failu
         for reading in readings {
             match reading {
                 Ok(stats) => {
-                    table.row(stats_row(&stats));
+                    table.row_of(&stats, stats_row(&stats));
                     all.push(stats);
                 }
                 // One that ended meanwhile is no failure of a list of all.
@@ -281,6 +281,7 @@ pub async fn stats(context: &Context, args: StatsArgs) -> Result<ExitCode, Failu
                     output::line(stats.to_string());
                 }
             }
+            Format::Template(_) => table.print(args.format)?,
             format => {
                 if format == Format::Yaml && !args.no_stream {
                     output::line("---");
@@ -307,8 +308,8 @@ pub struct EventsArgs {
     /// Only those that match: container=web, event=die, type=network …
     #[arg(short, long, value_name = "KEY=VALUE")]
     pub filter: Vec<String>,
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
 }
 
@@ -348,6 +349,8 @@ pub async fn events(context: &Context, args: EventsArgs) -> Result<ExitCode, Fai
             // A stream of YAML documents.
             output::line("---");
             output::document(Format::Yaml, &event)?;
+        } else if let Format::Template(template) = args.format {
+            output::line(template.render(&event)?);
         } else {
             output::line(event.to_string());
         }

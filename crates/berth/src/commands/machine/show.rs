@@ -27,8 +27,8 @@ pub struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub struct StatsArgs {
-    /// How to write the answer.
-    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    /// table, json, yaml, or a Go template as '{{.Name}}'.
+    #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
     /// The machines; all running ones if not given.
     pub machines: Vec<String>,
