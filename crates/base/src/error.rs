@@ -4,8 +4,11 @@
 //! kinds below a failure is. Faces translate the kind: the command line into an exit code, the HTTP APIs
 //! into a status.
 
+use serde::{Deserialize, Serialize};
+
 /// The kinds of failure that a caller can act on differently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The request itself is malformed or contradicts itself.
     Invalid,

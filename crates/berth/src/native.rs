@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use base::{Classified, Kind};
 use engine::Engine;
-use engine::machine::{MachineChange, MachineSpec, Machines};
+use engine::machine::{Line, MachineChange, MachineSpec, Machines};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::json;
@@ -58,6 +58,9 @@ pub fn router(engine: Arc<Engine>, machines: Arc<Machines>, stop: CancellationTo
         .route("/berth/v1/machines/{name}/stats", get(stats))
         .route("/berth/v1/machines/{name}/logs", get(logs))
         .route("/berth/v1/machines/{name}/console", post(console))
+        .route("/berth/v1/machines/{name}/vsock", post(vsock))
+        .route("/berth/v1/machines/{name}/balloon", post(balloon))
+        .route("/berth/v1/machines/{name}/resize", post(resize))
         .route("/berth/v1/machines/{name}/update", post(update))
         .route("/berth/v1/machines/{name}/rename", post(rename))
         .route("/berth/v1/machines/{name}/wait", post(wait))
@@ -259,19 +262,80 @@ async fn act(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// The serial line over an upgraded connection, raw.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct BalloonQuery {
+    /// Bytes the guest keeps.
+    memory: u64,
+}
+
+async fn balloon(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<BalloonQuery>,
+) -> Answer<StatusCode> {
+    blocking(move || machines.balloon(&name, query.memory)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Docker's words for a terminal's size.
+#[derive(Debug, Deserialize)]
+struct ResizeQuery {
+    w: u16,
+    h: u16,
+}
+
+async fn resize(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<ResizeQuery>,
+) -> Answer<StatusCode> {
+    blocking(move || machines.resize(&name, query.w, query.h)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ConsoleQuery {
+    line: Line,
+}
+
+/// A console over an upgraded connection, raw.
 async fn console(
     State(machines): State<Arc<Machines>>,
     Path(name): Path<String>,
-    headers: HeaderMap,
+    Query(query): Query<ConsoleQuery>,
     request: axum::extract::Request,
 ) -> Answer<Response> {
-    if !headers.contains_key(header::UPGRADE) {
+    upgraded(request, move || machines.console(&name, query.line)).await
+}
+
+#[derive(Debug, Deserialize)]
+struct VsockQuery {
+    port: u32,
+}
+
+/// A socket of the guest over an upgraded connection, raw.
+async fn vsock(
+    State(machines): State<Arc<Machines>>,
+    Path(name): Path<String>,
+    Query(query): Query<VsockQuery>,
+    request: axum::extract::Request,
+) -> Answer<Response> {
+    upgraded(request, move || machines.connect(&name, query.port)).await
+}
+
+/// Joins an upgraded connection with a stream of a machine.
+async fn upgraded(
+    request: axum::extract::Request,
+    open: impl FnOnce() -> engine::Result<std::os::unix::net::UnixStream> + Send + 'static,
+) -> Answer<Response> {
+    if !request.headers().contains_key(header::UPGRADE) {
         return Err(Refusal(engine::Error::Invalid(
-            "the console needs a connection upgrade (Upgrade: tcp)".into(),
+            "this needs a connection upgrade (Upgrade: tcp)".into(),
         )));
     }
-    let stream = blocking(move || machines.console(&name)).await?;
+    let stream = blocking(open).await?;
     tokio::spawn(async move {
         let Ok(upgraded) = hyper::upgrade::on(request).await else {
             return;

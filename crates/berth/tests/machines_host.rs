@@ -115,6 +115,131 @@ fn a_machines_process_is_jailed_and_each_kind_of_thread_more_narrowly() {
     assert!(!log.contains("keeps"), "{log}");
 }
 
+/// Files and folders below `root` as a process with it as its root names them; folders that lead on are left out.
+fn leaves(root: &Path, at: &Path, found: &mut Vec<String>) {
+    let here = root.join(at);
+    let mut entries: Vec<_> = std::fs::read_dir(&here).unwrap().flatten().collect();
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let inside = at.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            leaves(root, &inside, found);
+        } else {
+            found.push(format!("/{}", inside.display()));
+        }
+    }
+}
+
+#[test]
+fn a_machines_process_sees_its_own_files_and_no_other_process() {
+    let Some(host) = start_with_idle() else {
+        return;
+    };
+    let drive = host.scratch().join("drive.img");
+    std::fs::write(&drive, vec![0; 1 << 20]).unwrap();
+    std::fs::write(host.scratch().join("secret"), "x").unwrap();
+    create(
+        &host,
+        "vm",
+        &["--drive", &format!("{},ro", drive.display())],
+    );
+    create(&host, "other", &[]);
+    host.ok(&["machine", "start", "other", "vm"]);
+    let process = PathBuf::from(format!("/proc/{}", pid(&host, "vm")));
+    // It is the first process of a namespace of its own, in which there is no other.
+    let status = fields(&process.join("status"));
+    let numbers: Vec<&str> = status["NSpid"].split_ascii_whitespace().collect();
+    assert!(
+        numbers.len() >= 2 && numbers.last() == Some(&"1"),
+        "{numbers:?}"
+    );
+    let of = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap();
+    assert_ne!(of(pid(&host, "vm")), of(pid(&host, "other")));
+    assert_ne!(of(pid(&host, "vm")), of(host.daemon_pid() as i32));
+    // All files there are, below its root.
+    let folder = inspect(&host, "vm")["folder"].as_str().unwrap().to_owned();
+    let mut found = Vec::new();
+    leaves(&process.join("root"), Path::new(""), &mut found);
+    let bases = host.state().join("machine-bases");
+    let allowed = |file: &str| {
+        Path::new(file).starts_with(&folder)
+            || (Path::new(file).starts_with(&bases) && file.ends_with("/disk.raw"))
+            || file == "/dev/kvm"
+            || Path::new(file) == drive
+    };
+    let strange: Vec<_> = found.iter().filter(|file| !allowed(file)).collect();
+    assert!(strange.is_empty(), "{strange:?}");
+    assert!(
+        found.iter().any(|file| file.ends_with("/disk.qcow2")),
+        "{found:?}"
+    );
+    // All mounts there are: its root and those files, and only its folder may be written to.
+    let mounts = std::fs::read_to_string(process.join("mountinfo")).unwrap();
+    for mount in mounts.lines() {
+        let words: Vec<&str> = mount.split(' ').collect();
+        let (place, options) = (words[4], words[5]);
+        assert!(place == "/" || place == folder || allowed(place), "{mount}");
+        let read_only = options.split(',').any(|option| option == "ro");
+        assert_eq!(read_only, place != folder && place != "/dev/kvm", "{mount}");
+    }
+    // The old root is nowhere: what the process has as its root cannot be left by going up.
+    assert!(std::fs::metadata(process.join("root/../etc/passwd")).is_err());
+    // Its death is one death.
+    let (before, inside) = (pid(&host, "vm"), process.clone());
+    kill_process(before);
+    host.eventually("its end is seen", || state(&host, "vm") == "stopped");
+    let line = std::fs::read(inside.join("cmdline")).unwrap_or_default();
+    assert!(line.is_empty());
+    host.ok(&["machine", "start", "vm"]);
+}
+
+#[test]
+fn two_starts_at_once_never_get_the_same_memory() {
+    let Some(mut host) = start_with_idle() else {
+        return;
+    };
+    let info = fields(Path::new("/proc/meminfo"));
+    let total: u64 = info["MemTotal"].trim_end_matches(" kB").parse().unwrap();
+    let memory = format!("{}M", total / 1024 * 2 / 5);
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for name in names {
+        host.ok(&[
+            "machine", "create", name, "--image", "idle", "--memory", &memory, "--disk", "128M",
+            "--cpu", "soft",
+        ]);
+    }
+    let children = names.map(|name| {
+        host.command(&["machine", "start", name])
+            .stderr(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    });
+    let outputs = children.map(|child| child.wait_with_output().unwrap());
+    let started = outputs.iter().filter(|o| o.status.success()).count();
+    assert_eq!(started, 2, "{outputs:?}");
+    for output in outputs.iter().filter(|o| !o.status.success()) {
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(5), "{error}");
+        assert!(error.contains("running machines have"), "{error}");
+    }
+    // The next daemon counts what runs.
+    host.kill_daemon();
+    host.start_daemon();
+    let stopped = names
+        .iter()
+        .find(|name| state(&host, name) != "running")
+        .unwrap();
+    let (code, error) = host.fails(&["machine", "start", stopped]);
+    assert_eq!(code, 5, "{error}");
+    let running = names
+        .iter()
+        .find(|name| state(&host, name) == "running")
+        .unwrap();
+    host.ok(&["machine", "kill", running]);
+    host.ok(&["machine", "start", stopped]);
+}
+
 #[test]
 fn a_machines_process_has_limits_of_its_own_which_go_with_it() {
     let Some(host) = start_with_idle() else {
@@ -410,7 +535,8 @@ fn what_a_machine_lacks_is_named_when_it_starts() {
         .path();
     let kernel = base.join("vmlinuz");
     std::fs::rename(&kernel, base.join("away")).unwrap();
-    let (_, error) = host.fails(&["machine", "start", "vm"]);
+    let (code, error) = host.fails(&["machine", "start", "vm"]);
+    assert_eq!(code, 3, "{error}");
     assert!(
         error.contains("kernel") && error.contains("vmlinuz"),
         "{error}"
@@ -421,6 +547,103 @@ fn what_a_machine_lacks_is_named_when_it_starts() {
     let (code, error) = host.fails(&["machine", "start", "vm"]);
     assert_eq!(code, 3, "{error}");
     std::fs::rename(base.join("away"), base.join("base.json")).unwrap();
+    // Another's drive, which is not the machine's to read.
+    let drive = host.scratch().join("foreign.img");
+    std::fs::write(&drive, vec![0; 1 << 20]).unwrap();
+    std::os::unix::fs::chown(&drive, Some(54321), Some(54321)).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&drive, mode).unwrap();
+    create(&host, "foreign", &["--drive", &drive.display().to_string()]);
+    let (code, error) = host.fails(&["machine", "start", "foreign"]);
+    assert_eq!(code, 6, "{error}");
+    assert!(
+        error.contains("foreign.img") && error.contains("chown 0 "),
+        "{error}"
+    );
+    // More than the guest has room for.
+    let initrd = host.scratch().join("initrd");
+    std::fs::File::create(&initrd)
+        .unwrap()
+        .set_len(96 << 20)
+        .unwrap();
+    let kernel = host.scratch().join("vmlinuz");
+    std::fs::write(&kernel, guest::idle_kernel()).unwrap();
+    create(
+        &host,
+        "narrow",
+        &[
+            "--kernel",
+            &kernel.display().to_string(),
+            "--initrd",
+            &initrd.display().to_string(),
+        ],
+    );
+    let (code, error) = host.fails(&["machine", "start", "narrow"]);
+    assert_eq!(code, 5, "{error}");
+    assert!(
+        error.contains("berth machine update narrow --memory SIZE"),
+        "{error}"
+    );
     host.ok(&["machine", "start", "vm"]);
     assert_eq!(state(&host, "vm"), "running");
+}
+
+#[test]
+fn a_kernel_in_the_foreground_fails_with_the_kind_of_what_it_lacks() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("vmlinuz");
+    std::fs::write(&kernel, guest::idle_kernel()).unwrap();
+    let kernel = kernel.display().to_string();
+    let initrd = directory.path().join("initrd");
+    std::fs::File::create(&initrd)
+        .unwrap()
+        .set_len(96 << 20)
+        .unwrap();
+    let boot = |more: &[&str]| {
+        let output = std::process::Command::new(host::BERTH)
+            .args(["machine", "boot", "--kernel", &kernel, "--cpu", "soft"])
+            .args(more)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().unwrap(), error)
+    };
+    let (code, error) = boot(&["--memory", "1"]);
+    assert_eq!(code, 2, "{error}");
+    let (code, error) = boot(&["--disk", "/no/such/disk"]);
+    assert_eq!(code, 3, "{error}");
+    let narrow = ["--memory", "64M", "--initrd", &initrd.display().to_string()];
+    let (code, error) = boot(&narrow);
+    assert_eq!(code, 5, "{error}");
+    // No KVM, for one who insists on it.
+    let mask = r#"mount -t tmpfs none /dev && exec "$0" machine boot --cpu kvm --kernel "$1""#;
+    let output = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", mask, host::BERTH, &kernel])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: needs root to hide /dev/kvm");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(7), "{error}");
+    assert!(error.contains("--cpu soft"), "{error}");
+    // A kernel that a user may not read.
+    let secret = directory.path().join("secret");
+    std::fs::copy(&kernel, &secret).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&secret, mode).unwrap();
+    std::fs::copy(host::BERTH, directory.path().join("berth")).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(directory.path(), mode).unwrap();
+    let output = std::process::Command::new("setpriv")
+        .args(["--reuid", "54321", "--regid", "54321", "--clear-groups"])
+        .arg(directory.path().join("berth"))
+        .args(["machine", "boot", "--kernel"])
+        .arg(&secret)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(6), "{error}");
 }

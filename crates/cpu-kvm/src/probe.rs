@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::sync::OnceLock;
 
 /// See [`probe`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +32,7 @@ impl fmt::Display for Probe {
     }
 }
 
-/// Looks at `/dev/kvm` and `/proc/cpuinfo`. Makes no machine.
+/// Looks at `/dev/kvm` and, the first time, at `/proc/cpuinfo`, which a jailed process no longer sees. Makes no machine.
 pub fn probe() -> Probe {
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Probe::Missing,
@@ -62,7 +63,11 @@ pub fn probe() -> Probe {
             ));
         }
     }
-    if has_virtualization(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()) {
+    static VIRTUALIZATION: OnceLock<bool> = OnceLock::new();
+    let virtualization = VIRTUALIZATION.get_or_init(|| {
+        has_virtualization(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+    });
+    if *virtualization {
         Probe::Usable
     } else {
         Probe::EmulatedOnly

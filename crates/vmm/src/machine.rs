@@ -100,6 +100,8 @@ pub enum MachineError {
     Pci(#[from] PciError),
     #[error("the host gives no thread for a CPU or a device: {0}")]
     Thread(std::io::Error),
+    #[error("the host gives no descriptor for a device: {0}")]
+    Event(std::io::Error),
     #[error(transparent)]
     State(#[from] StateError),
     #[error("the machine was started already")]
@@ -110,9 +112,10 @@ impl Classified for MachineError {
     fn kind(&self) -> Kind {
         match self {
             MachineError::Cpus(_) | MachineError::Memory(MemoryError::Size(_)) => Kind::Invalid,
-            MachineError::Memory(_) | MachineError::Thread(_) | MachineError::Pci(_) => {
-                Kind::Capacity
-            }
+            MachineError::Memory(_)
+            | MachineError::Thread(_)
+            | MachineError::Event(_)
+            | MachineError::Pci(_) => Kind::Capacity,
             MachineError::Cpu(CpuError::NoVirtualization(_)) => Kind::Unsupported,
             MachineError::Cpu(CpuError::State(_)) | MachineError::State(_) => Kind::Invalid,
             MachineError::Started => Kind::Conflict,
@@ -303,7 +306,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Adds a virtio device called `name` (`net0`).
+    /// Adds a virtio device called `name` (`net0`); its transport is what tells the driver of a changed configuration.
     ///
     /// # Errors
     /// Where there is no slot or no thread for it.
@@ -311,13 +314,13 @@ impl Machine {
         &mut self,
         name: impl Into<String>,
         backend: Arc<dyn crate::virtio::Backend>,
-    ) -> Result<(), MachineError> {
+    ) -> Result<Arc<Transport>, MachineError> {
         let transport = Transport::new(name, self.dma.clone(), self.vm.clone(), backend)
             .map_err(MachineError::Thread)?;
         self.pci.attach(transport.clone())?;
         self.transports.push(transport.clone());
-        self.devices.push(transport);
-        Ok(())
+        self.devices.push(transport.clone());
+        Ok(transport)
     }
 
     /// The driver of the virtio device called `name` is told that its configuration changed: the size of a console or

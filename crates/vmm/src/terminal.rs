@@ -1,16 +1,24 @@
-//! The person's terminal as the guest's serial line: raw mode while the machine runs, and the escape key.
+//! The person's terminal as a console of the guest: raw mode while the machine runs, the escape key, and the signals
+//! that would end this process with the terminal left raw.
 //!
 //! `Ctrl-A x` ends the machine, `Ctrl-A p` presses its power button, `Ctrl-A Ctrl-A` sends a Ctrl-A,
 //! `Ctrl-A h` shows these.
+
+mod signals;
 
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+
+use self::signals::{Signal, Signals};
 
 const ESCAPE: u8 = 0x01;
+/// What the escape key does, for people.
+pub const KEYS: &str =
+    "Ctrl-A x ends the machine, Ctrl-A p presses its power button, Ctrl-A Ctrl-A sends Ctrl-A";
 
 /// What the person wants of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +27,20 @@ pub enum Input {
     Quit,
     PowerButton,
     Help,
+    /// The terminal has this size now.
+    Window {
+        columns: u16,
+        rows: u16,
+    },
+}
+
+/// The size of the terminal on standard output, where there is one.
+fn window() -> Option<Input> {
+    let size = tcgetwinsize(std::io::stdout()).ok()?;
+    (size.ws_row > 0).then_some(Input::Window {
+        columns: size.ws_col,
+        rows: size.ws_row,
+    })
 }
 
 /// Splits what was typed into bytes for the guest and commands.
@@ -87,35 +109,59 @@ impl Terminal {
             before = Some(mode);
         }
         let interactive = before.is_some();
+        if interactive {
+            eprintln!("berth: {KEYS}\r");
+        }
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let stopped = rustix::io::dup(&stop)?;
+        let signals = Signals::take()?;
         let thread = std::thread::Builder::new()
             .name("terminal".into())
             .spawn(move || {
                 let stdin = std::io::stdin();
                 let mut escape = Escape::default();
                 let mut buffer = [0u8; 4096];
+                window().into_iter().for_each(&mut handle);
+                // Signals are taken to the end, also where there is no more input.
+                let mut open = true;
                 loop {
                     let input = stdin.as_fd();
+                    let waited = if open {
+                        PollFlags::IN
+                    } else {
+                        PollFlags::empty()
+                    };
                     let mut wanted = [
-                        PollFd::new(&input, PollFlags::IN),
                         PollFd::new(&stopped, PollFlags::IN),
+                        PollFd::new(&signals, PollFlags::IN),
+                        PollFd::new(&input, waited),
                     ];
-                    match poll(&mut wanted, None) {
+                    match poll(if open { &mut wanted } else { &mut wanted[..2] }, None) {
                         Err(rustix::io::Errno::INTR) => continue,
                         Err(_) => return,
-                        Ok(_) if !wanted[1].revents().is_empty() => return,
+                        Ok(_) if !wanted[0].revents().is_empty() => return,
                         Ok(_) => {}
                     }
+                    if !wanted[1].revents().is_empty() {
+                        for signal in signals.arrived() {
+                            match signal {
+                                Signal::Window => window().into_iter().for_each(&mut handle),
+                                Signal::End => handle(Input::Quit),
+                            }
+                        }
+                    }
+                    if !open || wanted[2].revents().is_empty() {
+                        continue;
+                    }
                     match rustix::io::read(input, &mut buffer) {
-                        Ok(0) => return,
+                        Ok(0) => open = false,
                         Ok(count) if interactive => escape
                             .feed(&buffer[..count])
                             .into_iter()
                             .for_each(&mut handle),
                         Ok(count) => handle(Input::Bytes(buffer[..count].to_vec())),
                         Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                        Err(_) => return,
+                        Err(_) => open = false,
                     }
                 }
             });

@@ -370,7 +370,7 @@ enum StreamEnd {
 }
 
 /// A task that ends with its handle.
-struct Background(tokio::task::JoinHandle<()>);
+pub(super) struct Background(tokio::task::JoinHandle<()>);
 
 impl Drop for Background {
     fn drop(&mut self) {
@@ -378,7 +378,8 @@ impl Drop for Background {
     }
 }
 
-fn follow_size(client: Client, path: String) -> Background {
+/// Tells the terminal's size to a path of the daemon, now and whenever it changes.
+pub(super) fn follow_size(client: Client, path: String) -> Background {
     Background(tokio::spawn(async move {
         let Ok(mut changes) = signal(SignalKind::window_change()) else {
             return;

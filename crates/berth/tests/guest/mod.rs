@@ -48,6 +48,15 @@ pub const MODULES: [&str; 8] = [
     "drivers/net/virtio_net.ko",
 ];
 
+/// Further drivers, which lie in `/modules` and are loaded where a test wants them.
+pub const MORE_MODULES: [&str; 5] = [
+    "drivers/virtio/virtio_balloon.ko",
+    "drivers/char/virtio_console.ko",
+    "net/vmw_vsock/vsock.ko",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
+    "net/vmw_vsock/vmw_vsock_virtio_transport.ko",
+];
+
 /// An image `tiny` of busybox and Debian's kernel that serves a page and keeps a stamp on its disk.
 pub fn import_tiny(host: &Host, package: &Path) {
     let mut builder = tar::Builder::new(Vec::new());
@@ -79,14 +88,16 @@ pub fn import_tiny(host: &Host, package: &Path) {
         .path()
         .join("kernel");
     let mut load = String::new();
-    for module in MODULES {
+    for module in MODULES.iter().chain(&MORE_MODULES) {
         let name = module.rsplit('/').next().unwrap();
         add(
             &format!("modules/{name}"),
             0o644,
-            &std::fs::read(modules.join(module)).unwrap(),
+            &std::fs::read(modules.join(*module)).unwrap(),
         );
-        load.push_str(&format!("insmod /modules/{name}\n"));
+        if MODULES.contains(module) {
+            load.push_str(&format!("insmod /modules/{name}\n"));
+        }
     }
     add("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     add("bin/off", 0o755, b"#!/bin/busybox sh\npoweroff -f\n");

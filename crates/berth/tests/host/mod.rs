@@ -17,6 +17,8 @@ pub struct Host {
     daemon: Option<Child>,
     /// Keeps the network namespace while no daemon runs.
     sleeper: Option<Child>,
+    /// The ordinary user whose daemon this is.
+    user: Option<u32>,
 }
 
 /// Whether `program` is installed.
@@ -29,11 +31,20 @@ pub fn has(program: &str) -> bool {
 
 /// Starts a daemon, or says why this machine cannot.
 pub fn start() -> Option<Host> {
+    start_with(None)
+}
+
+/// Starts the daemon of an ordinary user without any rights, or says why this machine cannot.
+pub fn start_as(user: u32) -> Option<Host> {
+    start_with(Some(user))
+}
+
+fn start_with(user: Option<u32>) -> Option<Host> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: needs root");
         return None;
     }
-    for program in ["nft", "ip", "unshare", "busybox"] {
+    for program in ["nft", "ip", "unshare", "busybox", "setpriv"] {
         if !has(program) {
             eprintln!("SKIPPED: needs {program} (scripts/setup installs it)");
             return None;
@@ -46,7 +57,13 @@ pub fn start() -> Option<Host> {
             .unwrap(),
         daemon: None,
         sleeper: None,
+        user,
     };
+    if let Some(user) = user {
+        // The user reaches neither the build's folder nor one of root's.
+        std::fs::copy(BERTH, host.scratch().join("berth")).unwrap();
+        std::os::unix::fs::chown(host.scratch(), Some(user), Some(user)).unwrap();
+    }
     host.start_daemon();
     host.import_busybox();
     Some(host)
@@ -81,7 +98,16 @@ impl Host {
             .open(self.directory.path().join("daemon.log"))
             .unwrap();
         // The namespace lives on in the keeper's namespace file so that a second daemon joins the first one's.
-        let script = r#"ip link set lo up; exec "$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#;
+        let drop_rights = self.user.map_or_else(String::new, |user| {
+            format!("setpriv --reuid {user} --regid {user} --clear-groups env HOME=\"$1\" XDG_RUNTIME_DIR=\"$1\" ")
+        });
+        let script = format!(
+            r#"ip link set lo up; exec {drop_rights}"$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#
+        );
+        let program = match self.user {
+            Some(_) => self.scratch().join("berth"),
+            None => BERTH.into(),
+        };
         let namespace = self.directory.path().join("pid-of-namespace");
         let mut command = match std::fs::read_to_string(&namespace) {
             Ok(pid) => {
@@ -96,7 +122,8 @@ impl Host {
             }
         };
         command
-            .args(["sh", "-c", script, BERTH])
+            .args(["sh", "-c", &script])
+            .arg(program)
             .arg(self.state())
             .arg(self.socket())
             .arg(self.docker_socket());

@@ -1,10 +1,13 @@
 //! What machines may take of the host, and what was promised to them.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use base::Id;
 use base::file::read_json;
 use base::units::format_size;
 use serde::{Deserialize, Serialize};
@@ -20,6 +23,34 @@ pub(super) fn host_memory() -> u64 {
 
 pub(super) fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+/// Memory of the machines that run or are about to, in bytes. Its own lock, a leaf, is what two starts at once meet at.
+#[derive(Default)]
+pub(super) struct Ledger(Mutex<HashMap<Id, u64>>);
+
+impl Ledger {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Id, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a machine in where `check` lets it, which is told what the others have.
+    pub fn admit(&self, id: &Id, memory: u64, check: impl FnOnce(u64) -> Result<()>) -> Result<()> {
+        let mut entries = self.lock();
+        let others = entries.iter().filter(|(other, _)| *other != id);
+        check(others.map(|(_, memory)| memory).sum())?;
+        entries.insert(id.clone(), memory);
+        Ok(())
+    }
+
+    /// A machine that runs already, whatever the host has.
+    pub fn note(&self, id: &Id, memory: u64) {
+        self.lock().insert(id.clone(), memory);
+    }
+
+    pub fn strike(&self, id: &Id) {
+        self.lock().remove(id);
+    }
 }
 
 /// The space that machines' disks have and were promised, all in bytes.
@@ -117,16 +148,6 @@ impl Storage {
 }
 
 impl Machines {
-    /// Memory of the machines that run.
-    pub(super) fn memory_in_use(&self) -> u64 {
-        self.all()
-            .iter()
-            .map(|slot| slot.lock())
-            .filter(|m| m.run.is_some())
-            .map(|m| m.spec.memory)
-            .sum()
-    }
-
     pub(super) fn check_capacity(&self, spec: &MachineSpec, in_use: u64) -> Result<()> {
         let cpus = host_cpus();
         if spec.cpus > cpus {
@@ -186,6 +207,33 @@ mod tests {
             ..Storage::default()
         }
         .judge()
+    }
+
+    #[test]
+    fn two_starts_at_once_do_not_get_the_same_memory() {
+        let ledger = Ledger::default();
+        let check = |others: u64| match others + 60 > 100 {
+            true => Err(Error::Capacity(format!("{others} are in use"))),
+            false => Ok(()),
+        };
+        let ids = [Id::random(), Id::random()];
+        let admitted = std::thread::scope(|scope| {
+            let started = ids.each_ref().map(|id| {
+                let ledger = &ledger;
+                scope.spawn(move || ledger.admit(id, 60, check).is_ok())
+            });
+            started.map(|one| u32::from(one.join().unwrap()))
+        });
+        assert_eq!(admitted.iter().sum::<u32>(), 1);
+        // One that ended makes room, and one's own entry is no obstacle.
+        let winner = &ids[usize::from(admitted[0] == 0)];
+        assert!(ledger.admit(winner, 60, check).is_ok());
+        ledger.strike(winner);
+        assert!(
+            ledger
+                .admit(&ids[usize::from(admitted[0] == 1)], 60, check)
+                .is_ok()
+        );
     }
 
     #[test]

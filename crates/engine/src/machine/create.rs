@@ -15,7 +15,7 @@ use super::{Machines, RECORD, Slot, bases, disk};
 use crate::{Error, Result};
 
 const SMALLEST_DISK: u64 = 96 << 20;
-const SMALLEST_MEMORY: u64 = 64 << 20;
+pub(super) const SMALLEST_MEMORY: u64 = 64 << 20;
 const DEFAULT_DISK: u64 = 10 << 30;
 /// What a guest on the user network asks for names: its gateway.
 const USER_RESOLVER: &str = "10.0.2.2";
@@ -50,6 +50,14 @@ fn copy_boot_file(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map(drop).map_err(failed())
 }
 
+/// A machine's network as its guest is told of it.
+pub(super) struct Surroundings {
+    /// The name server's address.
+    pub resolver: String,
+    /// Addresses of IPv6 are given, by router advertisements and DHCPv6.
+    pub v6: bool,
+}
+
 /// What creation made, for the record.
 struct Made {
     base: Option<String>,
@@ -74,7 +82,8 @@ impl Machines {
         }
         spec.disk = spec.disk.next_multiple_of(4096);
         if spec.network.is_empty() {
-            spec.network = "bridge".into();
+            let rootless = base::userns::owner().is_some();
+            spec.network = if rootless { USER_NETWORK } else { "bridge" }.into();
         }
         if spec.memory < SMALLEST_MEMORY || (spec.disk != 0 && spec.disk < SMALLEST_DISK) {
             return Err(Error::Invalid(format!(
@@ -90,14 +99,14 @@ impl Machines {
         }
         self.check_capacity(&spec, 0)?;
         self.check_free(&spec.name)?;
-        let resolver = self.resolver_of(&spec)?;
+        let surroundings = self.surroundings_of(&spec)?;
         let id = Id::random();
         let folder = self.folder.join(id.as_str());
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&folder)
             .map_err(Error::io(format!("cannot make {}", folder.display())))?;
-        let made = self.make(&id, &spec, &folder, &resolver);
+        let made = self.make(&id, &spec, &folder, &surroundings);
         if let Err(error) = made {
             let _ = fs::remove_dir_all(&folder);
             self.sweep_bases();
@@ -116,8 +125,8 @@ impl Machines {
         Ok(())
     }
 
-    /// The name server of the machine's network.
-    fn resolver_of(&self, spec: &MachineSpec) -> Result<String> {
+    /// What the guest is told of the machine's network.
+    fn surroundings_of(&self, spec: &MachineSpec) -> Result<Surroundings> {
         if spec.network == USER_NETWORK {
             let vague = spec.ports.iter().find(|port| port.host_ports.is_none());
             if let Some(port) = vague {
@@ -126,13 +135,32 @@ impl Machines {
                     port.container_port
                 )));
             }
-            return Ok(USER_RESOLVER.into());
+            return Ok(Surroundings {
+                resolver: USER_RESOLVER.into(),
+                v6: false,
+            });
+        }
+        if base::userns::owner().is_some() {
+            return Err(Error::Room {
+                message: format!(
+                    "an ordinary user's daemon makes no bridges: a machine of it cannot be on the network {}",
+                    spec.network
+                ),
+                kind: base::Kind::Permission,
+                fix: Some("say --network user, or use the daemon of root".into()),
+            });
         }
         let networks = self.engine.networks();
         let network = networks.inspect(&spec.network).map_err(Error::room)?;
-        Ok(network
-            .gateway_v4()
-            .map_or_else(|| "127.0.0.1".into(), |address| address.to_string()))
+        let resolver = match (network.gateway_v4(), network.gateway_v6()) {
+            (Some(v4), _) => v4.to_string(),
+            (None, Some(v6)) => v6.to_string(),
+            (None, None) => "127.0.0.1".into(),
+        };
+        Ok(Surroundings {
+            resolver,
+            v6: network.gateway_v6().is_some(),
+        })
     }
 
     fn make(
@@ -140,14 +168,14 @@ impl Machines {
         id: &Id,
         spec: &MachineSpec,
         folder: &Path,
-        resolver: &str,
+        surroundings: &Surroundings,
     ) -> Result<()> {
         let store = self.engine.images();
         let image = match spec.image.as_str() {
             "" => None,
             name => Some(store.resolve(name).map_err(Error::room)?),
         };
-        let made = self.make_disk(image.as_ref(), spec, folder, resolver)?;
+        let made = self.make_disk(image.as_ref(), spec, folder, surroundings)?;
         let drives = disk::drives(&spec.drives, folder)?;
         let mut spec = spec.clone();
         spec.disk = made.disk;
@@ -188,7 +216,7 @@ impl Machines {
         image: Option<&image::ImageId>,
         spec: &MachineSpec,
         folder: &Path,
-        resolver: &str,
+        surroundings: &Surroundings,
     ) -> Result<Made> {
         // An image is looked at for its kernel even where the disk is another one.
         let base = match image {
@@ -210,7 +238,7 @@ impl Machines {
         let (format, disk) = match (&spec.disk_file, &base) {
             (Some(file), _) => disk::import(file, spec.disk, folder)?,
             (None, Some(base)) => {
-                disk::make_overlay(base, spec, folder, resolver)?;
+                disk::make_overlay(base, spec, folder, surroundings)?;
                 (Format::Qcow2, spec.disk)
             }
             (None, None) => return Err(Error::Invalid("a machine needs an image".into())),
@@ -327,23 +355,29 @@ impl Machines {
     /// [`Error::Conflict`] where it runs and `force` is not said.
     pub fn remove(&self, name: &str, force: bool) -> Result<()> {
         let slot = self.find(name)?;
-        if slot.lock().run.is_some() {
-            if !force {
-                return Err(Error::Room {
-                    message: format!("machine {name} is running"),
-                    kind: base::Kind::Conflict,
-                    fix: Some(format!("berth machine stop {name}, or say --force")),
-                });
-            }
-            self.kill(name)?;
-        }
+        // From here on no policy starts it again, and with its lock no start is under way.
         slot.gone.store(true, Ordering::SeqCst);
         let machine = slot.lock();
+        let key = machine.run.as_ref().map(|run| run.process);
+        let id = machine.id.clone();
+        drop(machine);
+        let ended = match key {
+            Some(_) if !force => Err(Error::Room {
+                message: format!("machine {name} is running"),
+                kind: base::Kind::Conflict,
+                fix: Some(format!("berth machine stop {name}, or say --force")),
+            }),
+            Some(key) => self.kill_slot(&slot, key),
+            None => Ok(()),
+        };
+        if let Err(error) = ended {
+            slot.gone.store(false, Ordering::SeqCst);
+            return Err(error);
+        }
         self.slots
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .remove(&machine.id);
-        drop(machine);
+            .remove(&id);
         // The record goes first: what is left of a crash in between is swept at the next start.
         let _ = fs::remove_file(slot.folder.join(RECORD));
         fs::remove_dir_all(&slot.folder).map_err(Error::io(format!(

@@ -11,6 +11,7 @@ use disk::qcow2::{Backing, CreateOptions};
 use disk::{BackingFiles, Disk as _, Format, Qcow2Disk};
 
 use super::bases::{self, Base};
+use super::create::Surroundings;
 use super::record::{Drive, DriveSpec, MachineSpec};
 use crate::{Error, Result};
 
@@ -27,11 +28,16 @@ pub fn file_name(format: Format) -> &'static str {
     }
 }
 
-/// Makes the root disk of a machine of an image, in `folder`. `resolver` is the name server the guest shall ask.
+/// Makes the root disk of a machine of an image, in `folder`.
 ///
 /// # Errors
 /// Where the image does not fit, a tool fails, or there is no room. The folder is the caller's to remove.
-pub fn make_overlay(base: &Base, spec: &MachineSpec, folder: &Path, resolver: &str) -> Result<()> {
+pub fn make_overlay(
+    base: &Base,
+    spec: &MachineSpec,
+    folder: &Path,
+    surroundings: &Surroundings,
+) -> Result<()> {
     if spec.disk < base.size {
         return Err(Error::Capacity(format!(
             "the image does not fit on a disk of {}: it needs {}; give a larger --disk",
@@ -49,7 +55,7 @@ pub fn make_overlay(base: &Base, spec: &MachineSpec, folder: &Path, resolver: &s
     let (own, scratch) = (folder.join(OWN), folder.join(SCRATCH));
     let meta = base.folder.join(bases::META);
     copy_sparse(&meta, &scratch).map_err(failed("cannot copy the file system's tables"))?;
-    write_own_files(&own, spec, resolver, &base.shadow)
+    write_own_files(&own, spec, surroundings, &base.shadow)
         .map_err(failed("cannot write the machine's own files"))?;
     let size = format!("{}K", spec.disk / 1024);
     bases::tool(
@@ -171,7 +177,12 @@ fn copy_changes(meta: &Path, scratch: &Path, image: &Qcow2Disk) -> Result<()> {
 }
 
 /// What makes this machine this one.
-fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str) -> io::Result<()> {
+fn write_own_files(
+    own: &Path,
+    spec: &MachineSpec,
+    surroundings: &Surroundings,
+    shadow: &str,
+) -> io::Result<()> {
     let file = |path: &str, text: &str, mode: u32| -> io::Result<()> {
         let path = own.join(path);
         if let Some(parent) = path.parent() {
@@ -199,12 +210,20 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
     )?;
     file(
         "etc/resolv.conf",
-        &format!("nameserver {resolver}\n"),
+        &format!("nameserver {}\n", surroundings.resolver),
         0o644,
     )?;
     file(
         "etc/systemd/network/80-berth.network",
-        "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=no\n\n[DHCPv4]\nUseMTU=yes\n",
+        &format!(
+            "[Match]\nName=en* eth*\n\n[Network]\n{}\n\n[DHCPv4]\nUseMTU=yes\n",
+            // Where there is no router to hear of, waiting for one only costs.
+            if surroundings.v6 {
+                "DHCP=yes\nIPv6AcceptRA=yes"
+            } else {
+                "DHCP=ipv4\nIPv6AcceptRA=no"
+            }
+        ),
         0o644,
     )?;
     let wants = own.join("etc/systemd/system/multi-user.target.wants");
@@ -223,12 +242,21 @@ fn write_own_files(own: &Path, spec: &MachineSpec, resolver: &str, shadow: &str)
     for service in ["systemd-rfkill.service", "systemd-rfkill.socket"] {
         symlink("/dev/null", system.join(service))?;
     }
+    // A login on the virtio console, whose driver comes too late for systemd to find it by itself.
+    let gettys = system.join("getty.target.wants");
+    fs::create_dir_all(&gettys)?;
+    symlink(
+        "/lib/systemd/system/serial-getty@.service",
+        gettys.join("serial-getty@hvc0.service"),
+    )?;
     if spec.autologin {
-        file(
-            "etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf",
-            "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --keep-baud 115200,57600,38400,9600 - $TERM\n",
-            0o644,
-        )?;
+        for line in ["ttyS0", "hvc0"] {
+            file(
+                &format!("etc/systemd/system/serial-getty@{line}.service.d/autologin.conf"),
+                "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --keep-baud 115200,57600,38400,9600 - $TERM\n",
+                0o644,
+            )?;
+        }
     }
     if let Some(hash) = &spec.password_hash {
         file("etc/shadow", &with_password(shadow, hash), 0o640)?;
@@ -460,7 +488,15 @@ mod tests {
             ssh_keys: vec!["ssh-ed25519 AAAA me".into()],
             ..MachineSpec::default()
         };
-        write_own_files(directory.path(), &spec, "10.0.0.1", "").unwrap();
+        let surroundings = Surroundings {
+            resolver: "10.0.0.1".into(),
+            v6: true,
+        };
+        write_own_files(directory.path(), &spec, &surroundings, "").unwrap();
+        let network = directory
+            .path()
+            .join("etc/systemd/network/80-berth.network");
+        assert!(fs::read_to_string(network).unwrap().contains("DHCP=yes"));
         let text = script(directory.path()).unwrap();
         for line in [
             "rm /etc/hostname",

@@ -34,9 +34,11 @@ pub use record::{
     Drive, DriveSpec, Machine, MachineChange, MachineSpec, MachineStats, MachineView, Restart, Run,
     USER_NETWORK,
 };
+pub use vmm::process::protocol::Line;
 
 use crate::{Engine, Error, Result};
 use bases::Bases;
+use capacity::Ledger;
 
 const RECORD: &str = "machine.json";
 
@@ -70,6 +72,7 @@ pub struct Machines {
     engine: Arc<Engine>,
     folder: PathBuf,
     bases: Bases,
+    ledger: Ledger,
     slots: RwLock<HashMap<Id, Arc<Slot>>>,
     /// The log says that space runs short.
     warned: AtomicBool,
@@ -133,6 +136,7 @@ impl Machines {
             engine,
             folder: folder.clone(),
             bases,
+            ledger: Ledger::default(),
             slots: RwLock::default(),
             warned: AtomicBool::new(false),
         });
@@ -161,6 +165,7 @@ impl Machines {
         let (id, name) = (machine.id.clone(), machine.spec.name.clone());
         let run = machine.run.clone();
         let ports = machine.spec.ports.clone();
+        let memory = machine.spec.memory;
         let always = machine.spec.restart == Restart::Always && machine.last_exit.is_some();
         let slot = Slot::new(folder, machine);
         self.slots
@@ -175,6 +180,7 @@ impl Machines {
         };
         match run.process.open() {
             Ok(Some(pidfd)) => {
+                self.ledger.note(&slot.lock().id, memory);
                 if let Some(endpoint) = run.endpoint.filter(|_| !ports.is_empty())
                     && let Err(error) = self.engine.networks().publish(&endpoint, &ports)
                 {

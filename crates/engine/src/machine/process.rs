@@ -1,7 +1,7 @@
 //! A machine's process as the daemon meets it: its start, its control socket, its cgroup.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -13,6 +13,7 @@ use std::time::Duration;
 use base::pidfd::PidFd;
 use oci::cgroup::Cgroup;
 use oci_spec::runtime::LinuxResources;
+use rustix::thread::UnshareFlags;
 use serde_json::json;
 use vmm::process;
 use vmm::process::protocol::{Answer, Request};
@@ -48,31 +49,68 @@ pub fn reap(mut child: std::process::Child) {
         .spawn(move || child.wait());
 }
 
-pub fn connect(folder: &Path) -> std::io::Result<UnixStream> {
+/// Connects to a socket in a machine's folder.
+pub fn connect(folder: &Path, name: &str) -> std::io::Result<UnixStream> {
     // The path of a socket may have 107 bytes, a state folder more: the folder's descriptor is short.
     let directory = fs::File::open(folder)?;
-    UnixStream::connect(format!(
-        "/proc/self/fd/{}/{}",
-        directory.as_raw_fd(),
-        process::CONTROL
-    ))
+    UnixStream::connect(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
 }
 
+/// How long the guest has to take or refuse a connection.
+const GUEST_ANSWER: Duration = Duration::from_secs(10);
+
+/// Asks for a port of the guest (see `vmm::virtio::vsock`); false where it is refused.
+pub fn greet(stream: &UnixStream, port: u32) -> std::io::Result<bool> {
+    stream.set_read_timeout(Some(GUEST_ANSWER))?;
+    (&*stream).write_all(format!("CONNECT {port}\n").as_bytes())?;
+    let mut answer = Vec::new();
+    // Byte by byte: what follows the line is the guest's.
+    let read = BufReader::with_capacity(1, stream.take(64)).read_until(b'\n', &mut answer);
+    stream.set_read_timeout(None)?;
+    match read {
+        Ok(_) => Ok(answer.starts_with(b"OK ")),
+        // A guest without the driver does not answer at all.
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::WouldBlock
+                    | std::io::ErrorKind::TimedOut
+                    | std::io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// How long a machine's process has to answer what it does at once, and what may take it a while, as a pause.
+const QUICK: Duration = Duration::from_secs(3);
+const SLOW: Duration = Duration::from_secs(20);
+/// The longest answer; the process serves a guest that may have taken it over.
+const ANSWER_LIMIT: u64 = 256 << 10;
+
 pub fn exchange(stream: &UnixStream, request: &Request) -> std::io::Result<Answer> {
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let timeout = match request {
+        Request::Status | Request::Stats => QUICK,
+        _ => SLOW,
+    };
+    stream.set_write_timeout(Some(timeout))?;
+    stream.set_read_timeout(Some(timeout))?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     (&*stream).write_all(&line)?;
     // Byte by byte: what follows the line belongs to the console.
     let mut answer = Vec::new();
-    let mut reader = BufReader::with_capacity(1, stream);
+    let mut reader = BufReader::with_capacity(1, stream.take(ANSWER_LIMIT));
     reader.read_until(b'\n', &mut answer)?;
     stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)?;
     Ok(serde_json::from_slice(&answer)?)
 }
 
 pub fn ask(folder: &Path, request: &Request) -> Result<Answer> {
-    connect(folder)
+    connect(folder, process::CONTROL)
         .and_then(|stream| exchange(&stream, request))
         .map_err(Error::io(
             "the machine's process does not answer".to_owned(),
@@ -129,7 +167,7 @@ pub fn make_cgroup(path: &str, machine: &Machine) -> Result<(Cgroup, Vec<OwnedFd
 }
 
 /// Starts the process of the machine in `folder`, with the taps as descriptors from [`FIRST_PASSED`] on. It enters its
-/// cgroup before it does anything else.
+/// cgroup before it does anything else, and is the first of a process namespace where the host gives one.
 pub fn spawn(
     folder: &Path,
     taps: Vec<OwnedFd>,
@@ -172,7 +210,19 @@ pub fn spawn(
             Ok(())
         });
     }
-    command
-        .spawn()
-        .map_err(Error::io("cannot start the machine's process".to_owned()))
+    // What a thread leaves, only its later children are without: the daemon's other threads keep their namespace.
+    let spawner = std::thread::Builder::new()
+        .name("machine-start".into())
+        .spawn(move || {
+            // SAFETY: no memory, descriptor or file system state is unshared, only where this thread's children begin.
+            if let Err(error) = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) } {
+                tracing::warn!(%error, "a machine's process sees the host's processes");
+            }
+            command.spawn()
+        });
+    let failed = || Error::io("cannot start the machine's process".to_owned());
+    let spawned = spawner.map_err(failed())?.join();
+    spawned
+        .unwrap_or_else(|_| Err(std::io::Error::other("a defect in its start")))
+        .map_err(failed())
 }

@@ -9,6 +9,7 @@ use net::{Endpoint, PortMap, PublishedPort};
 use serde::{Deserialize, Serialize};
 use vmm::machine::CpuChoice;
 use vmm::process::disks::DiskCounts;
+use vmm::process::protocol::GuestMemory;
 use vmm::process::{ExitRecord, OnCrash};
 
 /// The network of a machine whose process reaches out by itself, with the rights of its user.
@@ -164,7 +165,7 @@ pub struct MachineView {
     pub name: String,
     pub image: String,
     pub image_id: String,
-    /// `created`, `starting`, `running`, `paused` or `stopped`.
+    /// `created`, `starting`, `running`, `paused`, `unresponsive` (its process does not answer) or `stopped`.
     pub state: String,
     /// What keeps it from running, as a full disk of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -218,6 +219,9 @@ pub struct MachineStats {
     pub memory: u64,
     pub disk_used: u64,
     pub disk: u64,
+    /// What the guest has and says of its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_memory: Option<GuestMemory>,
     /// By disk, the root disk first.
     pub disks: Vec<DiskCounts>,
     /// Bytes the guest received and sent; absent on the user network.

@@ -6,14 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use base::Kind;
 use base::file::{Durability, read_json, write_json};
 use base::pidfd::{PidFd, ProcessKey};
+use base::units::format_size;
 use net::{Endpoint, EndpointSpec, Mac, Protocol, PublishedPort, TapOptions};
 use vmm::process::protocol::{Request, State};
 use vmm::process::{
     self, ExitReason, ExitRecord, Forward, ProcessConfig, ProcessDisk, ProcessNetwork, UserNetwork,
 };
 
+use super::create::SMALLEST_MEMORY;
 use super::process::{FIRST_PASSED, ask, has_ended, make_cgroup, reap, spawn};
 use super::record::{Machine, Restart, Run, USER_NETWORK};
 use super::{Machines, Slot, bases, disk};
@@ -23,6 +26,10 @@ use crate::{Error, Result};
 const STEADY: Duration = Duration::from_secs(30);
 /// Between an end and the restart that the policy wants: doubled each time, up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How long a process has to end by itself once told to, and how long one that was killed can take.
+const PATIENCE: Duration = Duration::from_secs(5);
+const HOPELESS: Duration = Duration::from_secs(120);
 
 /// A machine's way onto its network.
 struct Access {
@@ -59,6 +66,16 @@ fn last_words(log: &str) -> &str {
     }
 }
 
+/// The fix of a machine's process, which knows the options of `machine boot`, for a machine of the daemon.
+fn update_of(name: &str, fix: &str) -> String {
+    match fix.find("--") {
+        Some(option) if fix.starts_with("use --") || fix.starts_with("give --") => {
+            format!("berth machine update {name} {}", &fix[option..])
+        }
+        _ => fix.to_owned(),
+    }
+}
+
 impl Machines {
     /// Starts a machine.
     ///
@@ -70,7 +87,6 @@ impl Machines {
     }
 
     fn start_slot(self: &Arc<Machines>, slot: &Arc<Slot>) -> Result<()> {
-        let in_use = self.memory_in_use();
         let mut machine = slot.lock();
         let name = machine.spec.name.clone();
         if slot.gone.load(Ordering::SeqCst) {
@@ -79,7 +95,10 @@ impl Machines {
         if machine.run.is_some() {
             return Err(Error::NotModified(format!("machine {name} runs already")));
         }
-        self.check_capacity(&machine.spec, in_use)?;
+        let (id, memory) = (machine.id.clone(), machine.spec.memory);
+        self.ledger.admit(&id, memory, |others| {
+            self.check_capacity(&machine.spec, others)
+        })?;
         let pidfd = self.begin(slot, &mut machine).inspect_err(|_| {
             self.clear_up(&machine);
             machine.run = None;
@@ -92,6 +111,7 @@ impl Machines {
 
     /// Removes what a run had of the host.
     fn clear_up(&self, machine: &Machine) {
+        self.ledger.strike(&machine.id);
         self.engine.networks().release(machine.id.as_str());
         crate::container::cgroup::remove(&self.cgroup_of(machine));
     }
@@ -276,7 +296,7 @@ impl Machines {
         machine.stopped = false;
         let begun = self
             .save(slot, machine)
-            .and_then(|()| self.wait_until_it_answers(folder, &pidfd));
+            .and_then(|()| self.wait_until_it_answers(&machine.spec.name, folder, &pidfd));
         if let Err(error) = begun {
             let _ = pidfd.signal(libc::SIGKILL);
             let end = Instant::now() + Duration::from_secs(10);
@@ -289,19 +309,23 @@ impl Machines {
     }
 
     /// A process that ends at once says why here and not in some log.
-    fn wait_until_it_answers(&self, folder: &Path, pidfd: &PidFd) -> Result<()> {
+    fn wait_until_it_answers(&self, name: &str, folder: &Path, pidfd: &PidFd) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(60);
         let failed = |message: String| {
             Err(Error::Runtime {
                 message,
-                kind: base::Kind::Internal,
+                kind: Kind::Internal,
             })
         };
         loop {
             let ended = has_ended(pidfd);
             match read_json::<ExitRecord>(&folder.join(process::EXIT)) {
                 Ok(Some(record)) if record.reason == ExitReason::Failed => {
-                    return failed(record.message);
+                    return Err(Error::Room {
+                        kind: record.kind.unwrap_or(Kind::Internal),
+                        fix: record.fix.map(|fix| update_of(name, &fix)),
+                        message: format!("machine {name} cannot start: {}", record.message),
+                    });
                 }
                 // It may have run and powered off within our pause.
                 Ok(Some(_)) => return Ok(()),
@@ -357,10 +381,11 @@ impl Machines {
         let record = read_json::<ExitRecord>(&slot.folder.join(process::EXIT))
             .ok()
             .flatten();
-        let record = record.unwrap_or_else(|| ExitRecord {
-            reason: ExitReason::Killed,
-            message: "its process was killed, or the host went down".into(),
-            finished: base::time::now_rfc3339(),
+        let record = record.unwrap_or_else(|| {
+            ExitRecord::now(
+                ExitReason::Killed,
+                "its process was killed, or the host went down",
+            )
         });
         let again = match machine.spec.restart {
             Restart::No => false,
@@ -421,7 +446,7 @@ impl Machines {
         let run = slot.lock().run.as_ref().map(|run| run.process);
         let key = run.ok_or_else(|| Error::Room {
             message: format!("machine {name} is not running"),
-            kind: base::Kind::Conflict,
+            kind: Kind::Conflict,
             fix: Some(format!("berth machine start {name}")),
         })?;
         Ok((slot, key))
@@ -467,8 +492,7 @@ impl Machines {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        self.kill_slot(&slot, key);
-        Ok(())
+        self.kill_slot(&slot, key)
     }
 
     /// Ends a machine at once.
@@ -478,21 +502,29 @@ impl Machines {
     pub fn kill(&self, name: &str) -> Result<()> {
         let (slot, key) = self.running(name)?;
         self.note_stop(&slot);
-        self.kill_slot(&slot, key);
-        Ok(())
+        self.kill_slot(&slot, key)
     }
 
-    fn kill_slot(&self, slot: &Slot, key: ProcessKey) {
-        let asked = ask(&slot.folder, &Request::Kill).is_ok();
-        let end = Instant::now() + Duration::from_secs(if asked { 5 } else { 0 });
+    /// Ends the run that `key` names, by a word and then by force.
+    pub(super) fn kill_slot(&self, slot: &Slot, key: ProcessKey) -> Result<()> {
+        let asked = ask(&slot.folder, &Request::Kill).is_ok_and(|answer| answer.ok);
+        let begun = Instant::now();
+        let patience = if asked { PATIENCE } else { Duration::ZERO };
         while !Self::is_over(slot, key) {
-            if Instant::now() > end
+            if begun.elapsed() > HOPELESS {
+                return Err(Error::Conflict(format!(
+                    "process {} of the machine does not end: it hangs in the kernel, perhaps on a disk that does not answer",
+                    key.pid
+                )));
+            }
+            if begun.elapsed() > patience
                 && let Ok(Some(pidfd)) = key.open()
             {
                 let _ = pidfd.signal(libc::SIGKILL);
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+        Ok(())
     }
 
     /// Stops the CPUs.
@@ -519,6 +551,37 @@ impl Machines {
         self.command(name, &Request::Reset)
     }
 
+    /// Leaves a running guest `bytes` of its memory and asks the rest back, up to its end.
+    ///
+    /// # Errors
+    /// Where it does not run; less than a guest needs, or more than the machine has.
+    pub fn balloon(&self, name: &str, bytes: u64) -> Result<()> {
+        let (slot, _) = self.running(name)?;
+        let memory = slot.lock().spec.memory;
+        if !(SMALLEST_MEMORY..=memory).contains(&bytes) {
+            return Err(Error::Invalid(format!(
+                "machine {name} can keep between {} and {} of its memory; {} were asked for",
+                format_size(SMALLEST_MEMORY),
+                format_size(memory),
+                format_size(bytes)
+            )));
+        }
+        self.command(
+            name,
+            &Request::Balloon {
+                bytes: memory - bytes,
+            },
+        )
+    }
+
+    /// Sets the size of the virtio console, as its guest sees it.
+    ///
+    /// # Errors
+    /// Where it does not run.
+    pub fn resize(&self, name: &str, columns: u16, rows: u16) -> Result<()> {
+        self.command(name, &Request::Resize { columns, rows })
+    }
+
     /// Waits for a machine's end, up to `timeout`: how it ended last, where it does not run.
     ///
     /// # Errors
@@ -531,9 +594,8 @@ impl Machines {
                 let machine = slot.lock();
                 if machine.run.is_none() {
                     let never = || ExitRecord {
-                        reason: ExitReason::Failed,
-                        message: "it never ran".into(),
                         finished: String::new(),
+                        ..ExitRecord::now(ExitReason::Failed, "it never ran")
                     };
                     return Ok(Some(machine.last_exit.clone().unwrap_or_else(never)));
                 }
@@ -549,6 +611,15 @@ impl Machines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fix_of_the_process_becomes_one_of_the_machine() {
+        assert_eq!(
+            update_of("web", "use --cpu soft"),
+            "berth machine update web --cpu soft"
+        );
+        assert_eq!(update_of("web", "chmod o+r /x"), "chmod o+r /x");
+    }
 
     #[test]
     fn a_defects_message_is_found_among_its_notes() {

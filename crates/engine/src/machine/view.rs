@@ -7,10 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use base::Kind;
 use vmm::process;
-use vmm::process::protocol::{Request, State, Status};
+use vmm::process::protocol::{Line, Request, State, Status};
 
-use super::process::{ask, connect, exchange};
+use super::process::{ask, connect, exchange, greet};
 use super::record::{MachineStats, MachineView};
 use super::{Machines, Slot, capacity};
 use crate::{Error, Result};
@@ -33,11 +34,18 @@ fn monotonic() -> u64 {
 impl Machines {
     fn view(&self, slot: &Slot) -> MachineView {
         let machine = slot.lock().clone();
-        let status: Option<Status> = machine
+        let answer = machine
             .run
             .as_ref()
-            .and_then(|_| ask(&slot.folder, &Request::Status).ok()?.status);
+            .map(|_| ask(&slot.folder, &Request::Status));
+        let silent = matches!(&answer, Some(Err(Error::Io { source, .. })) if matches!(
+            source.kind(),
+            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+        ));
+        let status: Option<Status> = answer.and_then(|answer| answer.ok()?.status);
         let state = match (&machine.run, &status, &machine.last_exit) {
+            // It was stopped from outside, or waits for a disk.
+            (Some(_), None, _) if silent => "unresponsive",
             (Some(_), Some(status), _) => match status.state {
                 State::Starting => "starting",
                 State::Running => "running",
@@ -140,6 +148,7 @@ impl Machines {
             memory: machine.spec.memory,
             disk_used,
             disk,
+            guest_memory: counts.as_ref().and_then(|counts| counts.memory.clone()),
             disks: counts.map(|counts| counts.disks).unwrap_or_default(),
             received: traffic.map(|(_, to_guest)| to_guest),
             sent: traffic.map(|(from_guest, _)| from_guest),
@@ -161,19 +170,39 @@ impl Machines {
         })
     }
 
-    /// The serial line, both ways.
+    /// A console, both ways.
     ///
     /// # Errors
     /// Where it does not run.
-    pub fn console(&self, name: &str) -> Result<UnixStream> {
+    pub fn console(&self, name: &str, line: Line) -> Result<UnixStream> {
         let (slot, _) = self.running(name)?;
         let failed = || Error::io(format!("the machine's process of {name} does not answer"));
-        let stream = connect(&slot.folder).map_err(failed())?;
-        let answer = exchange(&stream, &Request::Console { history: true }).map_err(failed())?;
+        let stream = connect(&slot.folder, process::CONTROL).map_err(failed())?;
+        let history = true;
+        let answer = exchange(&stream, &Request::Console { history, line }).map_err(failed())?;
         match answer.error {
             None => Ok(stream),
             Some(error) => Err(Error::Conflict(error)),
         }
+    }
+
+    /// A connection to a port of the guest (vsock).
+    ///
+    /// # Errors
+    /// Where it does not run, or nothing of its guest listens there.
+    pub fn connect(&self, name: &str, port: u32) -> Result<UnixStream> {
+        let (slot, _) = self.running(name)?;
+        let failed = || Error::io(format!("the sockets of machine {name} do not answer"));
+        let stream = connect(&slot.folder, process::VSOCK).map_err(failed())?;
+        greet(&stream, port).map_err(failed())?.then_some(stream).ok_or_else(|| {
+            Error::Room {
+                message: format!("nothing in machine {name} listens on vsock port {port}"),
+                kind: Kind::NotFound,
+                fix: Some(format!(
+                    "in the guest: socat VSOCK-LISTEN:{port},fork TCP:127.0.0.1:22, with the module vmw_vsock_virtio_transport"
+                )),
+            }
+        })
     }
 }
 

@@ -14,15 +14,17 @@ pub mod elf;
 mod entry;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
 use cpu::{CpuError, CpuModel, GuestMemory};
-use disk::{BackingFiles, Disk, Format};
+use disk::{BackingFiles, Disk, DiskError, Format};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -30,9 +32,13 @@ pub use crate::control::Outcome;
 use crate::crash::{CrashWatch, Watched};
 use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
 use crate::memory::MemoryError;
-use crate::terminal::{Input, Terminal};
+use crate::process::GUEST_CID;
+use crate::terminal::{Input, KEYS, Terminal};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
+use crate::virtio::console::Console;
 use crate::virtio::net::{Net, Port};
+use crate::virtio::vsock::Vsock;
 
 /// Kernels and initrds larger than this are mistakes.
 const FILE_LIMIT: u64 = 2 << 30;
@@ -82,12 +88,17 @@ pub enum BootError {
     Link(std::io::Error),
     #[error("the user-mode network cannot be made: {why}")]
     Network { why: String },
+    #[error("cannot listen at {path} for connections to the guest: {source}")]
+    Socket {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("the terminal cannot be used: {0}")]
     Terminal(std::io::Error),
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
-    Disk(#[from] disk::DiskError),
+    Disk(#[from] DiskError),
 }
 
 impl From<CpuError> for BootError {
@@ -109,6 +120,11 @@ impl Classified for BootError {
             BootError::Compression(_) => Kind::Unsupported,
             BootError::NoRoom { .. } => Kind::Capacity,
             BootError::Tap { source, .. } => kind_of_io(source),
+            // Bound by another, or left by one that was killed.
+            BootError::Socket { source, .. } if source.kind() == ErrorKind::AddrInUse => {
+                Kind::Conflict
+            }
+            BootError::Socket { source, .. } => kind_of_io(source),
             BootError::Terminal(_) | BootError::Link(_) => Kind::Internal,
             BootError::Network { .. } => Kind::Conflict,
             BootError::Machine(error) => error.kind(),
@@ -119,7 +135,17 @@ impl Classified for BootError {
     fn fix(&self) -> Option<String> {
         match self {
             BootError::Machine(error) => error.fix(),
-            BootError::NoRoom { .. } => Some("give a larger --memory".into()),
+            // The process of a daemon's machine has given up root's privileges by then.
+            BootError::Disk(DiskError::Open { path, source })
+                if source.kind() == ErrorKind::PermissionDenied =>
+            {
+                let user = rustix::process::geteuid().as_raw();
+                Some(format!("chown {user} {}", path.display()))
+            }
+            BootError::NoRoom { .. } => Some("give --memory SIZE, larger than now".into()),
+            BootError::Socket { path, source } if source.kind() == ErrorKind::AddrInUse => {
+                Some(format!("rm {}, or name another", path.display()))
+            }
             BootError::Tap { name, .. } => Some(format!(
                 "ip tuntap add {name} mode tap user $USER; ip link set {name} up"
             )),
@@ -362,6 +388,10 @@ pub struct BootConfig {
     /// Tap interfaces of the host, a virtio card for each.
     pub taps: Vec<String>,
     pub network: Option<NetworkConfig>,
+    /// Where host programs reach the guest's sockets (see [`crate::virtio::vsock`]).
+    pub vsock: Option<PathBuf>,
+    /// The terminal is the virtio console, with its window's size; the serial line only writes.
+    pub virtio_console: bool,
     pub machine: MachineConfig,
     pub protocol: Protocol,
     /// Says on standard error which CPU serves and how long the start took.
@@ -546,6 +576,28 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
         machine.add_virtio("net0", Arc::new(Net::new(port, network.mac, 1500)))?;
     }
     machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
+    // What the guest frees goes back to the host.
+    let balloon = Balloon::new().map_err(MachineError::Event)?;
+    machine.add_virtio("balloon0", Arc::new(balloon))?;
+    if let Some(path) = &config.vsock {
+        let failed = |source| BootError::Socket {
+            path: path.clone(),
+            source,
+        };
+        remove_stale(path);
+        let vsock = Vsock::new(path, GUEST_CID).map_err(failed)?;
+        machine.add_virtio("vsock0", Arc::new(vsock))?;
+    }
+    let console = config
+        .virtio_console
+        .then(|| Console::new(Box::new(std::io::stdout())))
+        .transpose()
+        .map_err(MachineError::Event)?
+        .map(Arc::new);
+    let window = match &console {
+        Some(console) => Some(machine.add_virtio("console0", console.clone())?),
+        None => None,
+    };
     let rsdp = crate::acpi::write(&machine.memory, config.machine.cpus)?;
     let command_line = command_line(&config.append, has_root, initrd.is_some());
     let memory = machine.memory.clone();
@@ -569,12 +621,20 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
         machine.control.clone(),
     );
     let terminal = Terminal::open(move |input| match input {
-        Input::Bytes(bytes) => serial.receive(&bytes),
+        Input::Bytes(bytes) => match &console {
+            Some(console) => console.receive(&bytes),
+            None => serial.receive(&bytes),
+        },
+        Input::Window { columns, rows } => {
+            if let (Some(console), Some(window)) = (&console, &window) {
+                console.resize(columns, rows);
+                window.config_changed();
+            }
+        }
         Input::Quit => control.end(Outcome::Killed),
         Input::PowerButton => power.press_button(),
         Input::Help => {
-            let _ = std::io::stderr()
-                .write_all(b"\r\nCtrl-A x ends the machine, p presses its power button, Ctrl-A sends Ctrl-A\r\n");
+            let _ = std::io::stderr().write_all(format!("\r\n{KEYS}\r\n").as_bytes());
         }
     })
     .map_err(BootError::Terminal)?;
@@ -591,12 +651,24 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     }
     let outcome = watch.judge(machine.wait());
     drop(terminal);
+    if let Some(path) = &config.vsock {
+        let _ = fs::remove_file(path);
+    }
     if config.verbose {
         for (name, value) in machine.counters() {
             eprintln!("berth: {name} {value}");
         }
     }
     Ok(outcome)
+}
+
+/// Removes a socket on which nobody listens any more, as one leaves that was killed.
+fn remove_stale(path: &Path) {
+    let refused =
+        UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    if refused && fs::metadata(path).is_ok_and(|about| about.file_type().is_socket()) {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// The model asked for by name: `max`, `x86-64-v2`, `x86-64-v3`.
@@ -689,7 +761,7 @@ mod tests {
             )
             .unwrap_err();
             assert_eq!(error.kind(), Kind::Capacity);
-            assert_eq!(error.fix().unwrap(), "give a larger --memory");
+            assert!(error.fix().unwrap().contains("--memory"));
             assert!(error.to_string().contains("initrd"), "{error}");
         }
     }

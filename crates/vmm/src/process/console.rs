@@ -1,5 +1,5 @@
-//! The serial line of a machine without a terminal: into a log that cannot fill the disk, to everyone attached,
-//! and with a little of the past for those who attach late.
+//! A console of a machine without a terminal: into a log that cannot fill the disk (the serial line's), to everyone
+//! attached, and with a little of the past for those who attach late.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -14,16 +14,40 @@ const LOG_LIMIT: u64 = 4 << 20;
 /// What a newcomer is shown.
 const HISTORY: usize = 16 << 10;
 
-struct Inner {
-    log: File,
+/// The log and what is in it.
+struct Log {
+    path: PathBuf,
+    file: File,
     written: u64,
+}
+
+impl Log {
+    fn write(&mut self, bytes: &[u8]) {
+        if self.written + bytes.len() as u64 > LOG_LIMIT {
+            let mut older = self.path.clone().into_os_string();
+            older.push(".1");
+            if fs::rename(&self.path, older).is_ok()
+                && let Ok(file) = open_log(&self.path)
+            {
+                self.file = file;
+                self.written = 0;
+            }
+        }
+        // A full disk must not stop the guest: its console goes on without a log.
+        if self.file.write_all(bytes).is_ok() {
+            self.written += bytes.len() as u64;
+        }
+    }
+}
+
+struct Inner {
+    log: Option<Log>,
     history: VecDeque<u8>,
     attached: Vec<UnixStream>,
 }
 
 /// See the module. Its lock is a leaf.
 pub struct Console {
-    path: PathBuf,
     inner: Mutex<Inner>,
 }
 
@@ -38,17 +62,28 @@ fn open_log(path: &Path) -> io::Result<File> {
 impl Console {
     /// Opens (and continues) a log.
     pub fn open(path: &Path) -> io::Result<Arc<Console>> {
-        let log = open_log(path)?;
-        let written = log.metadata()?.len();
-        Ok(Arc::new(Console {
+        let file = open_log(path)?;
+        let written = file.metadata()?.len();
+        Ok(Console::with(Some(Log {
             path: path.to_owned(),
+            file,
+            written,
+        })))
+    }
+
+    /// A console that only those see who attach.
+    pub fn unlogged() -> Arc<Console> {
+        Console::with(None)
+    }
+
+    fn with(log: Option<Log>) -> Arc<Console> {
+        Arc::new(Console {
             inner: Mutex::new(Inner {
                 log,
-                written,
                 history: VecDeque::new(),
                 attached: Vec::new(),
             }),
-        }))
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -58,19 +93,8 @@ impl Console {
     /// What the guest wrote.
     pub fn output(&self, bytes: &[u8]) {
         let mut inner = self.lock();
-        if inner.written + bytes.len() as u64 > LOG_LIMIT {
-            let mut older = self.path.clone().into_os_string();
-            older.push(".1");
-            if fs::rename(&self.path, older).is_ok()
-                && let Ok(log) = open_log(&self.path)
-            {
-                inner.log = log;
-                inner.written = 0;
-            }
-        }
-        // A full disk must not stop the guest: its console goes on without a log.
-        if inner.log.write_all(bytes).is_ok() {
-            inner.written += bytes.len() as u64;
+        if let Some(log) = &mut inner.log {
+            log.write(bytes);
         }
         inner.history.extend(bytes);
         let excess = inner.history.len().saturating_sub(HISTORY);
@@ -99,7 +123,7 @@ impl Console {
         Ok(())
     }
 
-    /// The console as the serial device writes to it.
+    /// The console as a device writes to it.
     pub fn writer(self: &Arc<Console>) -> ConsoleWriter {
         ConsoleWriter(self.clone())
     }

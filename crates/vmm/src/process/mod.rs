@@ -6,6 +6,7 @@
 //! FOLDER/process.json   what to run (ProcessConfig), written by the daemon
 //! FOLDER/control.sock   requests and answers, one JSON object a line (protocol)
 //! FOLDER/console.log    the serial line's output, with one older file
+//! FOLDER/vsock.sock     where host programs reach the guest's sockets, and it theirs at vsock.sock_PORT
 //! FOLDER/exit.json      how it ended (ExitRecord), written last
 //! ```
 //!
@@ -15,38 +16,48 @@
 pub mod console;
 pub mod disks;
 pub mod jail;
+mod link;
 pub mod protocol;
 
 use std::any::Any;
 use std::fs;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use base::Classified;
 use base::file::{Durability, read_json, write_json};
+use base::{Classified, Kind};
 use serde::{Deserialize, Serialize};
 
 use crate::boot::{BootError, Kernel, Protocol, command_line, place};
 use crate::control::Outcome;
 use crate::crash::{CrashWatch, Watched};
-use crate::machine::{CpuChoice, Machine, MachineConfig};
-use crate::virtio::net::{Net, Port};
+use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::console::Console as Terminal;
+use crate::virtio::transport::Transport;
+use crate::virtio::vsock::Vsock;
 use console::Console;
 use cpu::CpuModel;
 use disk::{BackingFiles, Disk, Format};
 use disks::{Counters, GuardedDisk, Room};
-use jail::{Reach, Thread};
+use jail::Reach;
+use link::Link;
+pub use link::datagrams;
 
 /// File names inside a machine's folder.
 pub const CONFIG: &str = "process.json";
 pub const CONTROL: &str = "control.sock";
 pub const CONSOLE_LOG: &str = "console.log";
 pub const EXIT: &str = "exit.json";
+pub const VSOCK: &str = "vsock.sock";
+/// The guest's number among sockets between host and guest. Each machine has its own unix socket, so one serves all.
+pub const GUEST_CID: u64 = 3;
 
 /// What a machine process runs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -137,8 +148,36 @@ pub struct ExitRecord {
     pub reason: ExitReason,
     /// For people; empty for a plain power-off.
     pub message: String,
+    /// What sort of failure kept it from running.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<Kind>,
+    /// What mends that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
     /// RFC 3339.
     pub finished: String,
+}
+
+impl ExitRecord {
+    /// An end at this moment.
+    pub fn now(reason: ExitReason, message: impl Into<String>) -> ExitRecord {
+        ExitRecord {
+            reason,
+            message: message.into(),
+            kind: None,
+            fix: None,
+            finished: base::time::now_rfc3339(),
+        }
+    }
+
+    /// A start that failed.
+    pub fn of_failure(error: &impl Classified) -> ExitRecord {
+        ExitRecord {
+            kind: Some(error.kind()),
+            fix: error.fix(),
+            ..ExitRecord::now(ExitReason::Failed, error.to_string())
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,13 +193,49 @@ pub enum ExitReason {
 /// What control connections reach; the machine inside changes with each reset.
 pub(crate) struct Running {
     pub machine: Mutex<Option<Handles>>,
+    /// The serial line's.
     pub console: Arc<Console>,
-    pub resets: Mutex<u64>,
+    /// The virtio console's.
+    pub terminal: Arc<Console>,
+    /// Columns and rows of the virtio console.
+    pub window: Mutex<(u16, u16)>,
+    /// Bytes of the guest's memory that were asked back.
+    pub wanted: AtomicU64,
+    pub resets: AtomicU64,
+    /// A person ended the machine while its guest was between two boots.
+    pub left: Mutex<bool>,
+    pub leaving: Condvar,
     /// How the guest crashed last, where it was started again.
     pub last_crash: Mutex<Option<String>>,
     pub started: Instant,
     /// In the order of the configuration.
     pub disks: Vec<Arc<Counters>>,
+}
+
+impl Running {
+    /// Ends a machine that is between two boots.
+    pub fn leave(&self) {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.leaving.notify_all();
+    }
+
+    /// Whether a guest crashed before, so that no machine now means one to come.
+    pub fn boots_again(&self) -> bool {
+        self.last_crash
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+
+    /// Waits, unless a person ends the machine meanwhile: true then.
+    fn wait_to_leave(&self, pause: Duration) -> bool {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self
+            .leaving
+            .wait_timeout_while(left, pause, |left| !*left)
+            .unwrap_or_else(PoisonError::into_inner);
+        *waited.0
+    }
 }
 
 /// The parts of a machine that may be reached while its thread waits for its end.
@@ -169,6 +244,10 @@ pub(crate) struct Handles {
     pub control: Arc<crate::control::Control>,
     pub power: Arc<crate::devices::power::Power>,
     pub serial: Arc<crate::devices::serial::Serial>,
+    pub balloon: Arc<Balloon>,
+    pub terminal: Arc<Terminal>,
+    /// Of the balloon and of the virtio console.
+    pub transports: [Arc<Transport>; 2],
     pub room: Arc<Room>,
     pub cpu: &'static str,
     pub note: Option<String>,
@@ -184,38 +263,26 @@ pub fn main(args: impl IntoIterator<Item = String>, networks: UserNetworks) -> E
     };
     let record = match run(&folder, networks) {
         Ok(Outcome::PowerOff | Outcome::Reset | Outcome::DebugExit(_)) => {
-            record(ExitReason::PowerOff, String::new())
+            ExitRecord::now(ExitReason::PowerOff, "")
         }
-        Ok(Outcome::Killed) => record(ExitReason::Killed, String::new()),
-        Ok(Outcome::Crash(why)) => record(ExitReason::Crashed, why),
-        Err(error) => {
-            let mut message = error.to_string();
-            if let Some(fix) = error.fix() {
-                message = format!("{message} (fix: {fix})");
-            }
-            record(ExitReason::Failed, message)
-        }
+        Ok(Outcome::Killed) => ExitRecord::now(ExitReason::Killed, ""),
+        Ok(Outcome::Crash(why)) => ExitRecord::now(ExitReason::Crashed, why),
+        Err(error) => ExitRecord::of_failure(&error),
     };
     if !record.message.is_empty() {
         eprintln!("berth: {}", record.message);
     }
-    let _ = fs::remove_file(folder.join(CONTROL));
+    for name in [CONTROL, VSOCK] {
+        let _ = fs::remove_file(folder.join(name));
+    }
     if let Err(error) = write_json(&folder.join(EXIT), &record, Durability::Host) {
         eprintln!("berth: cannot record the end: {error}");
         return ExitCode::FAILURE;
     }
-    if record.reason == ExitReason::PowerOff {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
-}
-
-fn record(reason: ExitReason, message: String) -> ExitRecord {
-    ExitRecord {
-        reason,
-        message,
-        finished: base::time::now_rfc3339(),
+    match (record.reason, record.kind) {
+        (ExitReason::PowerOff, _) => ExitCode::SUCCESS,
+        (_, Some(kind)) => ExitCode::from(kind.exit_code()),
+        (_, None) => ExitCode::FAILURE,
     }
 }
 
@@ -233,6 +300,14 @@ fn read_config(folder: &Path) -> Result<ProcessConfig, BootError> {
 
 fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError> {
     let config = read_config(folder)?;
+    // Its files are at hand from now on by short names, here and in the jail.
+    std::env::set_current_dir(folder).map_err(|source| BootError::Read {
+        what: "the machine's folder",
+        path: folder.to_owned(),
+        source,
+    })?;
+    // The host's CPU is looked at while that is allowed.
+    let _ = cpu_kvm::probe();
     let kernel = match &config.unpacked {
         Some(unpacked) => Kernel::open_unpacked(&config.kernel, unpacked)?,
         None => Kernel::open(&config.kernel, Protocol::default())?,
@@ -251,18 +326,17 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
     };
     let console =
         Console::open(&folder.join(CONSOLE_LOG)).map_err(failed("the console's log in"))?;
-    let socket = folder.join(CONTROL);
-    let _ = fs::remove_file(&socket);
-    // A socket's path may have 107 bytes, a machine's folder more: its descriptor is short.
-    let listener = fs::File::open(folder)
-        .and_then(|directory| {
-            UnixListener::bind(format!("/proc/self/fd/{}/{CONTROL}", directory.as_raw_fd()))
-        })
-        .map_err(failed("the control socket in"))?;
+    let _ = fs::remove_file(CONTROL);
+    let listener = UnixListener::bind(CONTROL).map_err(failed("the control socket in"))?;
     let running = Arc::new(Running {
         machine: Mutex::new(None),
         console: console.clone(),
-        resets: Mutex::new(0),
+        terminal: Console::unlogged(),
+        window: Mutex::new((80, 24)),
+        wanted: AtomicU64::new(0),
+        resets: AtomicU64::new(0),
+        left: Mutex::new(false),
+        leaving: Condvar::new(),
         last_crash: Mutex::default(),
         started: Instant::now(),
         disks: config.disks.iter().map(|_| Arc::default()).collect(),
@@ -271,11 +345,11 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
         let disks = config.disks.iter();
         disks.filter(move |disk| disk.read_only == read_only)
     };
-    let mut writable: Vec<&Path> = vec![folder];
-    writable.extend(paths(false).map(|disk| disk.path.as_path()));
+    let writable: Vec<&Path> = paths(false).map(|disk| disk.path.as_path()).collect();
     let mut readable: Vec<&Path> = paths(true).map(|disk| disk.path.as_path()).collect();
     readable.extend(config.below.iter().map(PathBuf::as_path));
     let reach = Reach {
+        folder,
         readable: &readable,
         writable: &writable,
         network: config.networks.iter().any(|network| network.user.is_some()),
@@ -320,7 +394,9 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
                     .last_crash
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner) = Some(why.clone());
-                std::thread::sleep(pause);
+                if running.wait_to_leave(pause) {
+                    return Ok(Outcome::Killed);
+                }
             }
             Outcome::Crash(why) => {
                 console.note(&format!("the guest crashed: {why}"));
@@ -328,10 +404,7 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
             }
             _ => return Ok(outcome),
         }
-        *running
-            .resets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) += 1;
+        running.resets.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -396,6 +469,7 @@ fn run_once(
     }
     // Without it a guest's first seconds go by waiting for randomness.
     machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
+    let (balloon, terminal) = guest_services(&mut machine, running)?;
     let rsdp = crate::acpi::write(&machine.memory, config.cpus)?;
     let words = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
     let memory = machine.memory.clone();
@@ -417,6 +491,9 @@ fn run_once(
         control: machine.control.clone(),
         power: machine.power.clone(),
         serial: machine.serial.clone(),
+        transports: [balloon.1, terminal.1],
+        balloon: balloon.0,
+        terminal: terminal.0,
         room,
         cpu: machine.vm.name(),
         note: machine.cpu_note.clone(),
@@ -425,66 +502,36 @@ fn run_once(
     Ok(machine.wait())
 }
 
-/// One network interface's way out; it outlives each machine of a reset.
-struct Link {
-    fd: OwnedFd,
-    network: ProcessNetwork,
-    /// The user-mode network at the other end.
-    _user: Option<Box<dyn Any + Send>>,
-}
+type WithTransport<T> = (Arc<T>, Arc<Transport>);
 
-impl Link {
-    fn open(network: &ProcessNetwork, user_networks: UserNetworks) -> Result<Link, BootError> {
-        let (fd, user) = match &network.user {
-            None => {
-                // SAFETY: the daemon passed these descriptors to this process alone and wrote their numbers;
-                // this is the only place that takes them, once.
-                (unsafe { OwnedFd::from_raw_fd(network.descriptor) }, None)
-            }
-            Some(wish) => {
-                let (ours, theirs) = datagrams().map_err(BootError::Link)?;
-                let confine = || jail::confine(Thread::Network);
-                let user = user_networks(wish, network.mac, theirs, confine)
-                    .map_err(|why| BootError::Network { why })?;
-                (ours, Some(user))
-            }
-        };
-        Ok(Link {
-            fd,
-            network: network.clone(),
-            _user: user,
-        })
-    }
-
-    fn card(&self, index: usize) -> Result<Net, BootError> {
-        let port = rustix::io::fcntl_dupfd_cloexec(&self.fd, 0)
-            .map_err(std::io::Error::from)
-            .and_then(|fd| match self.network.user {
-                None => Port::tap(fd),
-                Some(_) => Port::datagrams(fd),
-            })
-            .map_err(|source| BootError::Read {
-                what: "the network interface",
-                path: PathBuf::from(format!("net{index}")),
-                source,
-            })?;
-        let mtu = self.network.mtu.unwrap_or(1500);
-        Ok(Net::new(port, self.network.mac, mtu))
-    }
-}
-
-/// Two ends of a link on which each datagram is a frame.
-///
-/// # Errors
-/// Where the host gives no sockets.
-pub fn datagrams() -> std::io::Result<(OwnedFd, OwnedFd)> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    Ok(socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?)
+/// Adds the devices that every machine has beside disks and networks: memory given back, sockets, a terminal.
+fn guest_services(
+    machine: &mut Machine,
+    running: &Running,
+) -> Result<(WithTransport<Balloon>, WithTransport<Terminal>), BootError> {
+    let failed = |what: &'static str| {
+        move |source| BootError::Read {
+            what,
+            path: PathBuf::from(VSOCK),
+            source,
+        }
+    };
+    let balloon = Arc::new(Balloon::new().map_err(MachineError::Event)?);
+    balloon.want(running.wanted.load(Ordering::Relaxed));
+    let balloon_transport = machine.add_virtio("balloon0", balloon.clone())?;
+    // That of the machine before a reset, or of a process that was killed.
+    let _ = fs::remove_file(VSOCK);
+    let vsock = Vsock::new(Path::new(VSOCK), GUEST_CID).map_err(failed("the socket"))?;
+    machine.add_virtio("vsock0", Arc::new(vsock))?;
+    let sink = Box::new(running.terminal.writer());
+    let terminal = Arc::new(Terminal::new(sink).map_err(MachineError::Event)?);
+    let (columns, rows) = *running
+        .window
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    terminal.resize(columns, rows);
+    let terminal_transport = machine.add_virtio("console0", terminal.clone())?;
+    Ok(((balloon, balloon_transport), (terminal, terminal_transport)))
 }
 
 #[cfg(test)]

@@ -2,22 +2,26 @@
 //!
 //! ```text
 //! ▶ {"op":"status"}      ◀ {"ok":true,"state":"running","cpu":"soft","resets":0,"uptime_ms":1234}
-//! ▶ {"op":"stats"}       ◀ {"ok":true,"disks":[{"reads":1,…},…]}
+//! ▶ {"op":"stats"}       ◀ {"ok":true,"stats":{"disks":[{"reads":1,…},…],"memory":{"balloon":0,…}}}
 //! ▶ {"op":"pause"}       ◀ {"ok":true}          also: resume, power-button, reset, kill
-//! ▶ {"op":"console"}     ◀ {"ok":true}          then raw bytes of the serial line, both ways, until either end closes
+//! ▶ {"op":"balloon","bytes":1048576}  ◀ {"ok":true}     also: resize
+//! ▶ {"op":"console"}     ◀ {"ok":true}          then raw bytes of a console, both ways, until either end closes
 //! ▶ anything else        ◀ {"ok":false,"error":"…"}
 //! ```
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 
 use super::disks::DiskCounts;
 use super::jail::{self, Thread};
 use super::{Handles, Running};
 use crate::control::Outcome;
+use crate::virtio::balloon::Statistics;
 
 /// A request longer than this is none.
 const LINE_LIMIT: u64 = 4096;
@@ -38,11 +42,33 @@ pub enum Request {
     Reset,
     /// Ends the machine at once.
     Kill,
+    /// Asks this much of the guest's memory back; 0 returns all.
+    Balloon {
+        bytes: u64,
+    },
+    /// Sets the size of the virtio console.
+    Resize {
+        columns: u16,
+        rows: u16,
+    },
     Console {
         /// Begin with what was written lately.
         #[serde(default)]
         history: bool,
+        #[serde(default)]
+        line: Line,
     },
+}
+
+/// A console of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Line {
+    /// The serial line, which is there from the kernel's first word to its last.
+    #[default]
+    Serial,
+    /// The virtio console: quicker, with a size, and there once the guest has its driver.
+    Virtio,
 }
 
 /// What it answers.
@@ -62,6 +88,22 @@ pub struct Answer {
 pub struct Stats {
     /// By disk, the root disk first.
     pub disks: Vec<DiskCounts>,
+    /// Absent while it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<GuestMemory>,
+}
+
+/// The guest's memory, all in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// Asked back of it.
+    pub wanted: u64,
+    /// What it gave of that.
+    pub balloon: u64,
+    /// Dropped on the host since the guest's start, by the balloon and by the guest's reports of free pages.
+    pub dropped: u64,
+    /// What the guest last told of itself; empty where it has no driver.
+    pub guest: Statistics,
 }
 
 /// How the machine is.
@@ -140,7 +182,7 @@ fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
                 return Ok(());
             }
         };
-        if let Request::Console { history } = request {
+        if let Request::Console { history, line } = request {
             send(
                 stream,
                 &Answer {
@@ -148,8 +190,12 @@ fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
                     ..Answer::default()
                 },
             )?;
-            running.console.attach(stream.try_clone()?, history)?;
-            return type_into(reader, running);
+            let console = match line {
+                Line::Serial => &running.console,
+                Line::Virtio => &running.terminal,
+            };
+            console.attach(stream.try_clone()?, history)?;
+            return type_into(reader, stream, running, line);
         }
         send(stream, &answer(&request, running))?;
     }
@@ -169,19 +215,28 @@ fn handles(running: &Running) -> Option<Handles> {
         .clone()
 }
 
-fn type_into(mut reader: impl Read, running: &Running) -> io::Result<()> {
+fn type_into(
+    mut reader: impl Read,
+    stream: &UnixStream,
+    running: &Running,
+    line: Line,
+) -> io::Result<()> {
     let mut buffer = [0; 1024];
     loop {
         match reader.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(n) => {
                 if let Some(machine) = handles(running) {
-                    machine.serial.receive(&buffer[..n]);
+                    match line {
+                        Line::Serial => machine.serial.receive(&buffer[..n]),
+                        Line::Virtio => machine.terminal.receive(&buffer[..n]),
+                    }
                 }
             }
             // The stream is shared with the console's writing side, which does not block.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(std::time::Duration::from_millis(10));
+                let mut input = [PollFd::new(stream, PollFlags::IN)];
+                let _ = poll(&mut input, None);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -207,16 +262,25 @@ fn status(running: &Running, machine: Option<Handles>) -> Status {
         cpu: machine.as_ref().map_or("", |m| m.cpu).to_owned(),
         problem: machine.as_ref().and_then(|m| m.room.problem()),
         note: machine.and_then(|m| m.note),
-        resets: *running
-            .resets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner),
+        resets: running.resets.load(Ordering::Relaxed),
         last_crash: running
             .last_crash
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone(),
         uptime_ms: running.started.elapsed().as_millis() as u64,
+    }
+}
+
+/// What is known of the guest's memory now; it is asked to tell anew, for the next time.
+fn memory_of(running: &Running, machine: &Handles) -> GuestMemory {
+    machine.balloon.refresh();
+    let (balloon, dropped) = machine.balloon.figures();
+    GuestMemory {
+        wanted: running.wanted.load(Ordering::Relaxed),
+        balloon,
+        dropped,
+        guest: machine.balloon.statistics(),
     }
 }
 
@@ -236,6 +300,7 @@ fn answer(request: &Request, running: &Running) -> Answer {
                 ok: true,
                 stats: Some(Stats {
                     disks: disks.collect(),
+                    memory: machine.map(|machine| memory_of(running, &machine)),
                 }),
                 ..Answer::default()
             };
@@ -243,6 +308,14 @@ fn answer(request: &Request, running: &Running) -> Answer {
         _ => {}
     }
     let Some(machine) = machine else {
+        // Between a crash and the next boot there is no guest to ask.
+        if matches!(request, Request::Kill | Request::PowerButton) && running.boots_again() {
+            running.leave();
+            return Answer {
+                ok: true,
+                ..Answer::default()
+            };
+        }
         return refusal("the machine is starting; try again".into());
     };
     let done = match request {
@@ -269,6 +342,21 @@ fn answer(request: &Request, running: &Running) -> Answer {
             machine.control.end(Outcome::Killed);
             true
         }
+        Request::Balloon { bytes } => {
+            running.wanted.store(*bytes, Ordering::Relaxed);
+            machine.balloon.want(*bytes);
+            machine.transports[0].config_changed();
+            !machine.control.has_ended()
+        }
+        Request::Resize { columns, rows } => {
+            *running
+                .window
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = (*columns, *rows);
+            machine.terminal.resize(*columns, *rows);
+            machine.transports[1].config_changed();
+            !machine.control.has_ended()
+        }
         Request::Status | Request::Stats | Request::Console { .. } => true,
     };
     if done {
@@ -292,7 +380,10 @@ mod tests {
         assert_eq!(parse(r#"{"op":"power-button"}"#), Ok(Request::PowerButton));
         assert_eq!(
             parse(r#"{"op":"console"}"#),
-            Ok(Request::Console { history: false })
+            Ok(Request::Console {
+                history: false,
+                line: Line::Serial
+            })
         );
         assert!(parse(r#"{"op":"format"}"#).is_err());
     }

@@ -23,6 +23,7 @@ pub use queue::{Chain, Queue, QueueError};
 pub use transport::Transport;
 
 use crate::memory::Dma;
+use crate::process::jail::Thread;
 
 /// Feature bits of every device (section 6).
 pub mod feature {
@@ -70,6 +71,10 @@ pub trait Backend: Send + Sync {
     /// Reads the device's own configuration; bytes past its end read as zeros.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
+    /// What its threads do, which says what they may ask of the host.
+    fn thread(&self) -> Thread {
+        Thread::Io
+    }
     /// Which queues are served by one thread each; every queue in exactly one.
     fn threads(&self) -> Vec<Vec<usize>> {
         vec![(0..self.queue_sizes().len()).collect()]
@@ -90,6 +95,10 @@ pub trait Backend: Send + Sync {
     }
     /// The driver is ready, with these features.
     fn start(&self, _features: u64) {}
+    /// Whether a driver that has just become ready is told to look at the configuration: some read it only then.
+    fn tells_config_at_start(&self) -> bool {
+        false
+    }
     /// The device was reset: no chain is held any more.
     fn reset(&self) {}
     /// What of the backend itself is saved.

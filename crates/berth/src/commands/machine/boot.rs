@@ -5,13 +5,22 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use vmm::boot::{BootConfig, DiskConfig, NetworkConfig, Outcome};
 use vmm::machine::MachineConfig;
 
 use super::{CpuChoice, OnCrash};
 use crate::failure::Failure;
 use crate::user_network;
+
+/// See [`BootArgs::console`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ConsoleLine {
+    #[default]
+    Serial,
+    /// The guest needs the driver, and a program on hvc0.
+    Virtio,
+}
 
 #[derive(Debug, Args)]
 pub struct BootArgs {
@@ -38,6 +47,13 @@ pub struct BootArgs {
     /// Network: user needs no rights, and forwards ports of this host with hostfwd=tcp:[ADDRESS]:PORT-:PORT.
     #[arg(long, value_name = "user[,hostfwd=RULE]…")]
     pub net: Option<String>,
+    /// Unix socket through which programs of this host reach the guest's vsock ports ("CONNECT PORT"), and the guest theirs at
+    /// PATH_PORT.
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+    /// The console that this terminal is: the serial line, or the virtio console (hvc0), which has the window's size.
+    #[arg(long, value_enum, default_value_t)]
+    pub console: ConsoleLine,
     /// Number of CPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
@@ -100,6 +116,8 @@ pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
             disks: disks.clone(),
             taps: args.tap.clone(),
             network: network.clone(),
+            vsock: args.vsock.clone(),
+            virtio_console: args.console == ConsoleLine::Virtio,
             machine: MachineConfig {
                 cpus: args.cpus,
                 memory,

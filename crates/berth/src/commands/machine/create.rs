@@ -52,8 +52,14 @@ pub struct CreateArgs {
     /// Which CPU runs the guest.
     #[arg(long, value_enum, default_value_t)]
     pub cpu: CpuChoice,
-    /// Network, shared with containers; user is one of the machine's own that needs no rights.
-    #[arg(long, value_name = "NETWORK", default_value = "bridge")]
+    /// Network, shared with containers; user is one of the machine's own that needs no rights. If not given, bridge; user with
+    /// an ordinary user's daemon.
+    #[arg(
+        long,
+        value_name = "NETWORK",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub network: String,
     /// Publish a port: [[ADDRESS:]HOST:]PORT[/tcp|udp].
     #[arg(short, long, value_name = "SPEC")]

@@ -1,6 +1,7 @@
 //! Virtual machines.
 
 mod boot;
+mod console;
 mod create;
 mod show;
 
@@ -9,8 +10,8 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand, ValueEnum};
 use disk::Format as DiskFormat;
 
+use super::Context;
 use super::container::for_each;
-use super::{Context, ListOptions};
 use crate::client::{Client, encode};
 use crate::failure::Failure;
 
@@ -21,7 +22,7 @@ pub enum MachineCommand {
     /// Make a machine of an image that has a kernel (`berth image bootstrap --kernel`).
     Create(Box<create::CreateArgs>),
     /// Start machines.
-    Start(Names),
+    Start(StartArgs),
     /// Ask machines to power off; end them if they do not.
     Stop(StopArgs),
     /// Ask a machine to power off, then start it.
@@ -37,7 +38,7 @@ pub enum MachineCommand {
     Reset(Names),
     /// List machines.
     #[command(visible_alias = "ls")]
-    List(ListOptions),
+    List(show::ListArgs),
     /// Show machines in full.
     Inspect(show::InspectArgs),
     /// Show what machines use.
@@ -45,7 +46,11 @@ pub enum MachineCommand {
     /// Show what the serial line wrote.
     Logs(show::LogsArgs),
     /// The guest's own console: its login. Ctrl-] leaves it.
-    Console(OneName),
+    Console(console::ConsoleArgs),
+    /// Connect standard input and output to a vsock port of the guest, as ProxyCommand of ssh does.
+    Vsock(console::VsockArgs),
+    /// Take memory back from a running guest, or return it; without a size, show what it has.
+    Balloon(BalloonArgs),
     /// Change machines: CPUs, memory, a larger disk, policies.
     Update(Box<create::UpdateArgs>),
     /// Give a machine another name.
@@ -67,9 +72,20 @@ pub struct Names {
 }
 
 #[derive(Debug, Args)]
-pub struct OneName {
+pub struct StartArgs {
+    /// Go to the console of the machine at once.
+    #[arg(short, long)]
+    pub console: bool,
+    #[command(flatten)]
+    pub names: Names,
+}
+
+#[derive(Debug, Args)]
+pub struct BalloonArgs {
     /// The machine.
     pub machine: String,
+    /// What the guest keeps, up to its end; at most what the machine was made with.
+    pub size: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -83,8 +99,17 @@ pub struct RenameArgs {
 #[derive(Debug, Args)]
 pub struct StopArgs {
     /// Seconds the guest has to power off.
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 90)]
+    #[arg(
+        short,
+        long,
+        visible_alias = "time",
+        value_name = "SECONDS",
+        default_value_t = 90
+    )]
     pub timeout: u64,
+    /// End it at once, as kill does.
+    #[arg(short, long)]
+    pub force: bool,
     #[command(flatten)]
     pub names: Names,
 }
@@ -200,18 +225,20 @@ pub async fn run(context: &Context, command: MachineCommand) -> Result<ExitCode,
         MachineCommand::Boot(args) => boot(args),
         MachineCommand::Create(args) => create::create(client, *args).await,
         MachineCommand::Update(args) => create::update(client, *args).await,
-        MachineCommand::Start(names) => each(client, names, "start").await,
+        MachineCommand::Start(args) => start(client, args).await,
         MachineCommand::Kill(names) => each(client, names, "kill").await,
         MachineCommand::Pause(names) => each(client, names, "pause").await,
         MachineCommand::Resume(names) => each(client, names, "resume").await,
         MachineCommand::Reset(names) => each(client, names, "reset").await,
         MachineCommand::Stop(args) => stop(client, args, false).await,
         MachineCommand::Restart(args) => stop(client, args, true).await,
-        MachineCommand::List(options) => show::list(client, &options).await,
+        MachineCommand::List(args) => show::list(client, &args).await,
         MachineCommand::Inspect(args) => show::inspect(client, args).await,
         MachineCommand::Stats(args) => show::stats(client, args).await,
         MachineCommand::Logs(args) => show::logs(client, args).await,
-        MachineCommand::Console(args) => show::console(client, &args).await,
+        MachineCommand::Console(args) => console::console(client, &args).await,
+        MachineCommand::Vsock(args) => console::vsock(client, &args).await,
+        MachineCommand::Balloon(args) => balloon(client, args).await,
         MachineCommand::Wait(names) => show::wait(client, names).await,
         MachineCommand::Rename(args) => {
             let query = [("name", args.name)];
@@ -241,10 +268,39 @@ async fn each(client: &Client, names: Names, verb: &str) -> Result<ExitCode, Fai
     .await
 }
 
+async fn start(client: &Client, args: StartArgs) -> Result<ExitCode, Failure> {
+    if !args.console {
+        return each(client, args.names, "start").await;
+    }
+    let [name] = &args.names.machines[..] else {
+        return Err(Failure::invalid("--console is for one machine at a time"));
+    };
+    client.act(&path_of(name, "start"), &[]).await?;
+    let console = console::ConsoleArgs {
+        virtio: false,
+        detach_keys: "ctrl-]".into(),
+        machine: name.clone(),
+    };
+    console::console(client, &console).await
+}
+
+async fn balloon(client: &Client, args: BalloonArgs) -> Result<ExitCode, Failure> {
+    let name = &args.machine;
+    if let Some(text) = &args.size {
+        let query = [("memory", size("size", text)?.to_string())];
+        client.act(&path_of(name, "balloon"), &query).await?;
+    }
+    show::memory(client, name).await
+}
+
 async fn stop(client: &Client, args: StopArgs, again: bool) -> Result<ExitCode, Failure> {
     let query = [("timeout", args.timeout.to_string())];
     for_each(&args.names.machines, async |name| {
-        client.act(&path_of(name, "stop"), &query).await?;
+        if args.force {
+            client.act(&path_of(name, "kill"), &[]).await?;
+        } else {
+            client.act(&path_of(name, "stop"), &query).await?;
+        }
         if again {
             client.act(&path_of(name, "start"), &[]).await?;
         }

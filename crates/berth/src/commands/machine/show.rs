@@ -8,14 +8,14 @@ use clap::Args;
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::{MACHINES, Names, OneName, path_of};
+use super::{MACHINES, Names, path_of};
 use crate::client::{Client, empty, encode};
 use crate::commands::container::body_reader;
 use crate::commands::show::{list as items, text};
 use crate::commands::{ListOptions, ShowOptions};
 use crate::failure::Failure;
 use crate::output::{self, Format, Table};
-use crate::terminal::{DetachKeys, InputEnd, RawMode, copy_input, copy_output};
+use crate::terminal::copy_output;
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
@@ -30,6 +30,9 @@ pub struct StatsArgs {
     /// table, json, yaml, or a Go template as '{{.Name}}'.
     #[arg(long, default_value_t, value_name = "FORMAT")]
     pub format: Format,
+    /// One answer, as is given anyway.
+    #[arg(long, hide = true)]
+    pub no_stream: bool,
     /// The machines; all running ones if not given.
     pub machines: Vec<String>,
 }
@@ -67,8 +70,43 @@ fn ports_of(machine: &Value) -> String {
     ports.join(", ")
 }
 
-pub async fn list(client: &Client, options: &ListOptions) -> Result<ExitCode, Failure> {
-    let machines: Vec<Value> = client.get(MACHINES, &[]).await?;
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Only machines with this state, name, image or network. Given many times, all must hold.
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub filter: Vec<String>,
+    /// Only those that run or are paused.
+    #[arg(short, long)]
+    pub running: bool,
+    /// All machines, as is done anyway.
+    #[arg(short, long, hide = true)]
+    pub all: bool,
+    #[command(flatten)]
+    pub options: ListOptions,
+}
+
+const FILTERS: [&str; 4] = ["state", "name", "image", "network"];
+
+fn filters(words: &[String]) -> Result<Vec<(&str, &str)>, Failure> {
+    words
+        .iter()
+        .map(|word| match word.split_once('=') {
+            Some((key, value)) if FILTERS.contains(&key) => Ok((key, value)),
+            _ => Err(Failure::invalid(format!(
+                "--filter {word:?} is not KEY=VALUE with one of the keys {}",
+                FILTERS.join(", ")
+            ))),
+        })
+        .collect()
+}
+
+pub async fn list(client: &Client, args: &ListArgs) -> Result<ExitCode, Failure> {
+    let (wanted, options) = (filters(&args.filter)?, &args.options);
+    let mut machines: Vec<Value> = client.get(MACHINES, &[]).await?;
+    machines.retain(|machine| {
+        let matches = |(key, value): &(&str, &str)| machine[*key] == *value;
+        wanted.iter().all(matches) && !(args.running && machine["pid"].is_null())
+    });
     if options.quiet {
         machines
             .iter()
@@ -133,6 +171,19 @@ async fn read_stats(client: &Client, names: &[String]) -> Result<Vec<Value>, Fai
     Ok(all)
 }
 
+/// What the guest's programs use of the memory it has now, as it tells.
+fn guest_memory(stats: &Value) -> String {
+    let told = |key: &str| stats["guest_memory"]["guest"][key].as_u64();
+    match (told("total"), told("available")) {
+        (Some(total), Some(available)) => format!(
+            "{} of {}",
+            format_size(total.saturating_sub(available)),
+            format_size(total)
+        ),
+        _ => "-".to_owned(),
+    }
+}
+
 pub async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure> {
     let names = if args.machines.is_empty() {
         let machines: Vec<Value> = client.get(MACHINES, &[]).await?;
@@ -160,7 +211,7 @@ pub async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = Table::new(&[
-        "NAME", "CPU %", "CPU TIME", "MEMORY", "DISK", "DISK I/O", "NET I/O",
+        "NAME", "CPU %", "CPU TIME", "MEMORY", "GUEST", "DISK", "DISK I/O", "NET I/O",
     ]);
     for stats in &after {
         let of = |key: &str| format_size(number(stats, key));
@@ -177,12 +228,39 @@ pub async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, Failure
             text(stats, "/cpu_percent"),
             format!("{:.1}s", number(stats, "cpu_time") as f64 / 1e9),
             format!("{} of {}", of("memory_used"), of("memory")),
+            guest_memory(stats),
             format!("{} of {}", of("disk_used"), of("disk")),
             format!("{} / {}", sum("read_bytes"), sum("written_bytes")),
             net,
         ]);
     }
     output::print(&table.render());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a running guest has of its memory and what the host got back.
+pub async fn memory(client: &Client, name: &str) -> Result<ExitCode, Failure> {
+    let stats: Value = client.get(&path_of(name, "stats"), &[]).await?;
+    let guest = &stats["guest_memory"];
+    let (all, wanted, balloon) = (
+        number(&stats, "memory"),
+        number(guest, "wanted"),
+        number(guest, "balloon"),
+    );
+    output::line(format!(
+        "{name}: the guest has {} of {}{}; {} of the host's memory are in use",
+        format_size(all.saturating_sub(balloon)),
+        format_size(all),
+        if wanted == balloon {
+            String::new()
+        } else {
+            format!(
+                ", on its way to {}",
+                format_size(all.saturating_sub(wanted))
+            )
+        },
+        format_size(number(&stats, "memory_used")),
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -231,30 +309,4 @@ pub async fn wait(client: &Client, names: Names) -> Result<ExitCode, Failure> {
         });
     }
     Ok(code)
-}
-
-pub async fn console(client: &Client, args: &OneName) -> Result<ExitCode, Failure> {
-    let name = &args.machine;
-    let (stream, _) = client
-        .upgrade(&path_of(name, "console"), &[], empty())
-        .await?;
-    let (reader, mut writer) = tokio::io::split(stream);
-    eprintln!("berth: the console of {name}; Ctrl-] leaves it, Enter brings its prompt");
-    let keys = DetachKeys::parse("ctrl-]").map_err(Failure::invalid)?;
-    let raw =
-        RawMode::enter().map_err(|e| Failure::io("cannot set the terminal to raw mode", &e))?;
-    let typed = async {
-        match copy_input(&mut writer, Some(&keys)).await {
-            Ok(InputEnd::Detached) => {}
-            // The guest goes on writing after our input ended.
-            Ok(InputEnd::Eof) | Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        _ = copy_output(reader, true) => {}
-        () = typed => {}
-    }
-    drop(raw);
-    eprintln!();
-    Ok(ExitCode::SUCCESS)
 }

@@ -19,17 +19,20 @@ pub enum Thread {
     Cpu,
     /// Serves queues of a device: disks, network cards.
     Io,
+    /// Serves sockets between host and guest: may make unix sockets, which reach what lies in the machine's folder.
+    Sockets,
     /// Writes the console's log and its readers.
     Console,
     /// Answers on the control socket.
     Control,
-    /// The user-mode network: the only one that may make sockets.
+    /// The user-mode network: the only one that may make sockets of the host's networks.
     Network,
 }
 
-const KINDS: [Thread; 5] = [
+const KINDS: [Thread; 6] = [
     Thread::Cpu,
     Thread::Io,
+    Thread::Sockets,
     Thread::Console,
     Thread::Control,
     Thread::Network,
@@ -111,6 +114,15 @@ const IO: &[c_long] = &[
     libc::SYS_io_uring_enter,
 ];
 
+/// Beyond [`IO`]; `socket` itself is allowed by its domain.
+const SOCKETS: &[c_long] = &[
+    libc::SYS_connect,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+];
+
 const CONSOLE: &[c_long] = &[
     libc::SYS_openat,
     libc::SYS_fstat,
@@ -177,6 +189,9 @@ const MAIN: &[c_long] = &[
     libc::SYS_dup3,
     libc::SYS_pipe2,
     libc::SYS_socketpair,
+    // The socket that host programs reach the guest's by, anew after each reset.
+    libc::SYS_bind,
+    libc::SYS_listen,
     libc::SYS_getuid,
     libc::SYS_geteuid,
     libc::SYS_set_tid_address,
@@ -258,6 +273,13 @@ fn allow_threads(rules: &mut Rules) -> Result<(), String> {
     Ok(())
 }
 
+/// Unix sockets and no others.
+fn allow_unix_sockets(rules: &mut Rules) -> Result<(), String> {
+    let domain = short_rule(0, SeccompCmpOp::Eq, libc::AF_UNIX as u64)?;
+    rules.insert(libc::SYS_socket, vec![domain]);
+    Ok(())
+}
+
 /// Signals to our own threads.
 fn allow_own_signals(rules: &mut Rules) -> Result<(), String> {
     let own = u64::from(std::process::id());
@@ -295,6 +317,13 @@ fn rules_of(kind: Thread) -> Result<Rules, String> {
             // Interrupts are KVM's where that runs the guest.
             allow_ioctls(&mut rules, true)?;
         }
+        Thread::Sockets => {
+            allow(&mut rules, IO);
+            allow(&mut rules, SOCKETS);
+            allow_unix_sockets(&mut rules)?;
+            allow_plain_memory(&mut rules)?;
+            allow_ioctls(&mut rules, true)?;
+        }
         Thread::Console => {
             allow(&mut rules, CONSOLE);
             allow_plain_memory(&mut rules)?;
@@ -319,11 +348,13 @@ fn rules_of(kind: Thread) -> Result<Rules, String> {
 /// The union of all threads', and what the main thread needs.
 fn rules_of_process(network: bool) -> Result<Rules, String> {
     let mut rules = Rules::new();
-    for list in [EVERY, CPU, IO, CONSOLE, CONTROL, MAIN] {
+    for list in [EVERY, CPU, IO, SOCKETS, CONSOLE, CONTROL, MAIN] {
         allow(&mut rules, list);
     }
     if network {
         allow(&mut rules, NETWORK);
+    } else {
+        allow_unix_sockets(&mut rules)?;
     }
     allow_own_signals(&mut rules)?;
     // The narrower filters are set by the threads themselves.

@@ -1,17 +1,19 @@
-//! What a machine process takes from itself before a guest runs: the host's networks, names and mounts, its
-//! capabilities, every file but its own, and the system calls it has no use for.
+//! What a machine process takes from itself before a guest runs: the host's networks, names and mounts, its root
+//! file system, its capabilities, every file but its own, and the system calls it has no use for. The daemon started
+//! it as the first process of a process namespace, so it sees no other.
 //!
-//! The order matters: namespaces need capabilities; landlock and seccomp need `no_new_privs`; threads inherit all
+//! The order matters: namespaces and the root need capabilities; landlock and seccomp need `no_new_privs`; threads inherit all
 //! of it, so this runs while there is one thread. Each thread then narrows itself further with [`confine`].
 
 mod calls;
+mod root;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use landlock::{
-    ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
     path_beneath_rules,
 };
 use rustix::thread::{
@@ -19,10 +21,13 @@ use rustix::thread::{
 };
 
 pub use calls::{Thread, confine};
+use root::Access;
 
 /// What stays in reach.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Reach<'a> {
+    /// The machine's own folder, absolute, whose files it may read, make and change.
+    pub folder: &'a Path,
     pub readable: &'a [&'a Path],
     pub writable: &'a [&'a Path],
     /// The host's network, for a user-mode network in this process.
@@ -41,10 +46,21 @@ pub fn enter(reach: Reach<'_>) -> Vec<String> {
             weaknesses.push(format!("the machine's process keeps {what}: {why}"));
         }
     };
-    step(
-        "the host's namespaces",
-        leave_namespaces(reach.network).map_err(|e| e.to_string()),
-    );
+    let left = leave_namespaces(reach.network);
+    let alone = left.is_ok();
+    step("the host's namespaces", left.map_err(|e| e.to_string()));
+    if alone {
+        // Without a mount namespace of its own it would take the host's root away.
+        let entered = leave_root(reach);
+        step("the host's root", entered.map_err(|e| e.to_string()));
+    }
+    // The first of its process namespace; the daemon could not make one where it is not.
+    if std::process::id() != 1 {
+        step(
+            "sight of the host's processes",
+            Err("it was started in the host's process namespace".into()),
+        );
+    }
     step(
         "its capabilities",
         drop_capabilities().map_err(|e| e.to_string()),
@@ -79,6 +95,27 @@ fn leave_namespaces(keep_network: bool) -> io::Result<()> {
     Ok(())
 }
 
+const KVM: &str = "/dev/kvm";
+/// The host's resolvers, which a user-mode network asks.
+const RESOLVERS: &str = "/etc/resolv.conf";
+
+fn leave_root(reach: Reach<'_>) -> io::Result<()> {
+    let readable = reach.readable.iter().map(|path| (*path, Access::Read));
+    let writable = reach.writable.iter().map(|path| (*path, Access::Write));
+    let mut files: Vec<(&Path, Access)> = readable
+        .chain(writable)
+        // What lies in its folder is there already; what is missing is said by who opens it.
+        .filter(|(path, _)| !path.starts_with(reach.folder) && path.exists())
+        .collect();
+    if Path::new(KVM).exists() {
+        files.push((Path::new(KVM), Access::Device));
+    }
+    if reach.network && Path::new(RESOLVERS).exists() {
+        files.push((Path::new(RESOLVERS), Access::Read));
+    }
+    root::enter(reach.folder, &files)
+}
+
 fn drop_capabilities() -> io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     for number in 0..64 {
@@ -100,30 +137,20 @@ fn restrict_files(reach: Reach<'_>) -> Result<(), String> {
     let abi = ABI::V6;
     let all = AccessFs::from_all(abi);
     let read = AccessFs::from_read(abi) & !AccessFs::Execute;
-    // The host's CPU is looked at through /proc and /sys, its virtualization used through /dev/kvm.
-    let looked_at = [
-        "/proc/cpuinfo",
-        "/proc/meminfo",
-        "/proc/self",
-        "/sys/devices/system/cpu",
-    ];
-    let names = ["/etc/resolv.conf", "/run/systemd/resolve"];
-    let looked_at = looked_at
-        .iter()
-        .chain(names.iter().filter(|_| reach.network))
-        .map(Path::new);
-    let devices = [Path::new("/dev/kvm"), Path::new("/dev/urandom")];
+    let names = [RESOLVERS];
+    let names = names.iter().filter(|_| reach.network).map(Path::new);
+    let own = [reach.folder, Path::new(KVM)];
     let status = (|| {
         Ruleset::default()
             .handle_access(all)?
             .scope(Scope::AbstractUnixSocket | Scope::Signal)?
             .create()?
             .add_rules(path_beneath_rules(
-                looked_at.chain(reach.readable.iter().copied()),
+                names.chain(reach.readable.iter().copied()),
                 read,
             ))?
             .add_rules(path_beneath_rules(
-                devices.iter().chain(reach.writable),
+                own.iter().chain(reach.writable),
                 all & !AccessFs::Execute,
             ))?
             .restrict_self()
@@ -173,8 +200,10 @@ mod tests {
             let (own, secret) = (own.path().to_owned(), secret.clone());
             move || {
                 let weaknesses = enter(Reach {
-                    writable: &[&own],
-                    ..Reach::default()
+                    folder: &own,
+                    readable: &[],
+                    writable: &[],
+                    network: false,
                 });
                 if weaknesses.iter().any(|w| w.contains("files")) {
                     eprintln!("SKIPPED: {weaknesses:?}");
@@ -222,9 +251,10 @@ mod tests {
         };
         let whole = std::thread::spawn(move || {
             let weaknesses = enter(Reach {
-                writable: &[own.path()],
+                folder: own.path(),
+                readable: &[],
+                writable: &[],
                 network: true,
-                ..Reach::default()
             });
             assert!(
                 !weaknesses.iter().any(|w| w.contains("system calls")),

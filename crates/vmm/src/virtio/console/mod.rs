@@ -396,6 +396,10 @@ impl Backend for Console {
             SIZE | MULTIPORT
         }
     }
+    /// Linux reads the terminal's size when it is told that it changed, and not before.
+    fn tells_config_at_start(&self) -> bool {
+        true
+    }
     fn queue_sizes(&self) -> Vec<u16> {
         match self.named().ports.len() {
             0 => vec![64; 2],

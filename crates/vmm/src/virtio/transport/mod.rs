@@ -211,7 +211,7 @@ impl Transport {
                 std::thread::Builder::new()
                     .name(format!("{}-{number}", shared.name))
                     .spawn(move || {
-                        crate::process::jail::confine(crate::process::jail::Thread::Io);
+                        crate::process::jail::confine(worker.backend.thread());
                         worker.work(number, &queues, &waited);
                     })?,
             );

@@ -56,6 +56,9 @@ impl Shared {
             self.backend.start(features);
             // Buffers may have been offered before.
             self.slots.iter().for_each(QueueSlot::notify);
+            if self.backend.tells_config_at_start() {
+                self.config_changed();
+            }
         }
     }
 

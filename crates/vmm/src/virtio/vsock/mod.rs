@@ -34,6 +34,7 @@ use self::packet::{HEADER, HOST_CID, Header, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, ST
 use super::queue::Queue;
 use super::{Backend, QueueError, Queues, config_bytes};
 use crate::memory::Dma;
+use crate::process::jail::Thread;
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -44,6 +45,9 @@ const CONNECTIONS: usize = 256;
 /// Packets of the guest taken in one go.
 const TURN: usize = 256;
 const LISTENER: u64 = u64::MAX;
+/// Bytes of a unix socket's path (unix(7)), and of an underscore and the longest port.
+const SOCKET_PATH: usize = 107;
+const LONGEST_SUFFIX: usize = 11;
 /// Our own ports begin here, far from those that host programs listen on.
 const FIRST_PORT: u32 = 1 << 31;
 
@@ -105,9 +109,10 @@ impl Inner {
 pub struct Vsock {
     guest_cid: u64,
     listener: UnixListener,
-    /// The folder of the sockets that the guest reaches, and how their names begin.
-    folder: File,
+    /// How the names of the sockets begin that the guest reaches.
     prefix: OsString,
+    /// The folder that the prefix leads through.
+    _folder: Option<File>,
     epoll: OwnedFd,
     inner: Mutex<Inner>,
 }
@@ -121,16 +126,15 @@ impl Vsock {
     pub fn new(path: &Path, guest_cid: u64) -> std::io::Result<Vsock> {
         let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
         let name = path.file_name().ok_or_else(invalid)?;
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let folder = File::open(parent)?;
-        // A socket's path may have 107 bytes, a folder's more: its descriptor is short.
-        let short = Path::new("/proc/self/fd")
-            .join(folder.as_raw_fd().to_string())
-            .join(name);
-        let listener = UnixListener::bind(short)?;
+        let (path, folder) = if path.as_os_str().len() + LONGEST_SUFFIX <= SOCKET_PATH {
+            (path.to_owned(), None)
+        } else {
+            // A folder's path may be longer than a socket's: its descriptor is short.
+            let folder = File::open(path.parent().unwrap_or(Path::new(".")))?;
+            let short = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            (Path::new(&short).join(name), Some(folder))
+        };
+        let listener = UnixListener::bind(&path)?;
         listener.set_nonblocking(true)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(
@@ -139,13 +143,13 @@ impl Vsock {
             EventData::new_u64(LISTENER),
             EventFlags::IN,
         )?;
-        let mut prefix = name.to_owned();
+        let mut prefix = path.into_os_string();
         prefix.push("_");
         Ok(Vsock {
             guest_cid,
             listener,
-            folder,
             prefix,
+            _folder: folder,
             epoll,
             inner: Mutex::default(),
         })
@@ -167,11 +171,8 @@ impl Vsock {
 
     /// Connects to the host program that listens for `port`; at once or not at all.
     fn reach(&self, port: u32) -> std::io::Result<UnixStream> {
-        let mut name = self.prefix.clone();
-        name.push(port.to_string());
-        let path = Path::new("/proc/self/fd")
-            .join(self.folder.as_raw_fd().to_string())
-            .join(name);
+        let mut path = self.prefix.clone();
+        path.push(port.to_string());
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::STREAM,
@@ -508,6 +509,9 @@ impl Vsock {
 }
 
 impl Backend for Vsock {
+    fn thread(&self) -> Thread {
+        Thread::Sockets
+    }
     fn kind(&self) -> u16 {
         19
     }
