@@ -64,7 +64,11 @@ fn memory_that_a_machine_frees_is_the_hosts_again_and_more_can_be_asked_back() {
         return;
     };
     load(&host, &["virtio_balloon"]);
-    type_line(&host, "vm", "mkdir -p /big; mount -t tmpfs none /big");
+    type_line(
+        &host,
+        "vm",
+        "mkdir -p /big; mount -t tmpfs -o size=300m none /big",
+    );
     type_line(
         &host,
         "vm",
@@ -250,4 +254,64 @@ fn the_virtio_console_is_a_terminal_with_the_size_of_the_window() {
     reading.join().unwrap();
     // The serial line's log has nothing of it.
     assert!(!logs(&host).contains("33 101"));
+}
+
+/// Runs a line in the guest until `word` is on the console more often than before.
+fn guest_says(host: &Host, line: &str, word: &str) {
+    let before = logs(host).matches(word).count();
+    let mut tries = 0;
+    host.eventually(&format!("{word} by {line}"), || {
+        if tries % 100 == 0 {
+            type_line(host, "vm", line);
+        }
+        tries += 1;
+        logs(host).matches(word).count() > before
+    });
+}
+
+#[test]
+fn machine_and_container_meet_by_name_both_ways_and_the_world_meets_the_machine_at_its_port() {
+    let Some(host) = start_with_machine(&["-p", "18082:80"]) else {
+        return;
+    };
+    host.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "web",
+        "busybox",
+        "sh",
+        "-c",
+        "mkdir -p /www; echo page of a container > /www/index.html; httpd -f -p 80 -h /www",
+    ]);
+    guest_says(&host, "wget -qO- http://web/", "page of a container");
+    let fetch = ["run", "--rm", "busybox", "wget", "-qO-", "http://vm/"];
+    assert_eq!(host.ok(&fetch), "page of a machine");
+    // From the host, at its loop-back address and at another.
+    let address =
+        |words: &[&str]| String::from_utf8_lossy(&host.in_network(words).stdout).into_owned();
+    assert_eq!(
+        address(&["busybox", "wget", "-qO-", "http://127.0.0.1:18082/"]),
+        "page of a machine\n"
+    );
+    let gateway = address(&[
+        "sh",
+        "-c",
+        "ip -4 -o addr show | awk '/172/ {print $4}' | cut -d/ -f1",
+    ]);
+    let url = format!("http://{}:18082/", gateway.trim());
+    assert_eq!(
+        address(&["busybox", "wget", "-qO-", &url]),
+        "page of a machine\n"
+    );
+    // A container that is gone is not found any more, and a machine under its new name is.
+    host.ok(&["rm", "-f", "web"]);
+    guest_says(
+        &host,
+        "wget -T 5 -qO- http://web/ || echo NOT''-THERE",
+        "NOT-THERE",
+    );
+    host.ok(&["machine", "rename", "vm", "house"]);
+    let fetch = ["run", "--rm", "busybox", "wget", "-qO-", "http://house/"];
+    assert_eq!(host.ok(&fetch), "page of a machine");
 }

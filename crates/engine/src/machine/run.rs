@@ -29,6 +29,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long a process has to end by itself once told to, and how long one that was killed can take.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two presses of the power button.
+const PRESS_AGAIN: Duration = Duration::from_secs(3);
 const HOPELESS: Duration = Duration::from_secs(120);
 
 /// A machine's way onto its network.
@@ -485,12 +487,23 @@ impl Machines {
         let end = Instant::now() + timeout;
         self.note_stop(&slot);
         let _ = ask(&slot.folder, &Request::Resume);
-        let pressed = ask(&slot.folder, &Request::PowerButton);
-        while pressed.is_ok() && Instant::now() < end {
+        // A guest that is still booting does not hear the button: it is pressed again.
+        let mut next_press = Instant::now();
+        while Instant::now() < end {
             if Self::is_over(&slot, key) {
                 return Ok(());
             }
+            if Instant::now() >= next_press {
+                if ask(&slot.folder, &Request::PowerButton).is_err() {
+                    break;
+                }
+                next_press = Instant::now() + PRESS_AGAIN;
+            }
             std::thread::sleep(Duration::from_millis(20));
+        }
+        // It may be ending at this moment.
+        if Self::is_over(&slot, key) {
+            return Ok(());
         }
         self.kill_slot(&slot, key)
     }
