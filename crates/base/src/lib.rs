@@ -3,6 +3,7 @@
 pub mod error;
 pub mod file;
 pub mod id;
+pub mod overlay;
 pub mod paths;
 pub mod pidfd;
 pub mod time;

@@ -119,6 +119,7 @@ fn kept() -> Option<Fd> {
                 );
             }
             drop(new);
+            sweep(&directory);
             find()?
         }
     };
@@ -145,6 +146,57 @@ fn kept() -> Option<Fd> {
         )
     };
     (set == 0).then_some(mount)
+}
+
+/// Removes programs of other builds, where nobody runs them and they are older than an hour: builds that are in use side
+/// by side do not chase each other's away.
+fn sweep(directory: &Fd) {
+    const HOUR: i64 = 3600;
+    let own = &NAME.as_bytes()[..NAME.len() - 1];
+    // A page for the entries of the directory (getdents64(2)): this must not allocate.
+    let mut page = [0u64; 512];
+    loop {
+        // SAFETY: the buffer is as long as is said.
+        let filled = unsafe {
+            libc::syscall(
+                libc::SYS_getdents64,
+                directory.0,
+                page.as_mut_ptr(),
+                size_of_val(&page),
+            )
+        };
+        if filled <= 0 {
+            return;
+        }
+        let mut at = 0;
+        while at < filled as usize {
+            // SAFETY: the kernel has written whole records up to `filled`, each with its length at 16 and a name that
+            // ends with NUL at 19.
+            let (length, name) = unsafe {
+                let entry = page.as_ptr().cast::<u8>().add(at);
+                let length = entry.add(16).cast::<u16>().read_unaligned();
+                (length, CStr::from_ptr(entry.add(19).cast()))
+            };
+            at += usize::from(length).max(1);
+            if !name.to_bytes().starts_with(b".program-") || name.to_bytes() == own {
+                continue;
+            }
+            // SAFETY: the name ends with NUL, all bytes zero is a `stat`, and the kernel fills it.
+            unsafe {
+                let mut stat: libc::stat = zeroed();
+                let flags = libc::AT_SYMLINK_NOFOLLOW;
+                let looked = libc::fstatat(directory.0, name.as_ptr(), &raw mut stat, flags);
+                if looked != 0 || stat.st_mtime + HOUR > libc::time(std::ptr::null_mut()) {
+                    continue;
+                }
+                // What is being executed cannot be opened for writing (ETXTBSY).
+                let flags = O_WRONLY | O_NOFOLLOW | O_CLOEXEC;
+                if Fd::new(libc::openat(directory.0, name.as_ptr(), flags)).is_some() {
+                    libc::unlinkat(directory.0, name.as_ptr(), 0);
+                }
+            }
+        }
+    }
 }
 
 /// The size of what root owns and nobody else may write.

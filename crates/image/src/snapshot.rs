@@ -4,7 +4,6 @@
 //! Overlays must be mounted with `redirect_dir=nofollow,metacopy=off,index=off` (what [`mount_detached`] does), so that
 //! an upper folder alone says what was changed.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -376,15 +375,7 @@ fn changes(upper: &Path, lower: &Stack) -> io::Result<Vec<Change>> {
 /// # Errors
 /// [`Error::Io`]: without privileges (`CAP_SYS_ADMIN` in this mount namespace) overlays cannot be mounted.
 pub fn mount_detached(layers: &Layers, writable: bool) -> Result<OwnedFd> {
-    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
-    let doing = || "mounting an overlay".to_owned();
-    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).doing(doing)?;
-    let set = |key: &str, value: &Path| -> Result<()> {
-        let value = CString::new(value.as_os_str().as_encoded_bytes())
-            .map_err(|_| Error::Invalid("a layer's path holds a NUL byte".to_owned()))?;
-        rustix::mount::fsconfig_set_string(fs.as_fd(), key, &*value)
-            .doing(|| format!("overlay option {key}"))
-    };
+    use rustix::mount::MountAttrFlags;
     let empty = layers.upper.with_file_name("empty");
     if layers.lower.is_empty() {
         // overlayfs wants something beneath.
@@ -395,52 +386,26 @@ pub fn mount_detached(layers: &Layers, writable: bool) -> Result<OwnedFd> {
             _ => {}
         }
     }
-    let lower: Vec<&Path> = if layers.lower.is_empty() {
-        vec![&empty]
-    } else {
-        layers.lower.iter().map(PathBuf::as_path).collect()
+    let mut overlay = base::overlay::Overlay {
+        lower: layers.lower.iter().map(PathBuf::as_path).collect(),
+        writable: Some((&layers.upper, &layers.work)),
+        tried: base::overlay::PLAIN.to_vec(),
+        ..Default::default()
     };
-    // One by one since Linux 6.8; before, all in one string.
-    let first = CString::new(lower[0].as_os_str().as_encoded_bytes()).unwrap_or_default();
-    if rustix::mount::fsconfig_set_string(fs.as_fd(), "lowerdir+", &*first).is_ok() {
-        for path in &lower[1..] {
-            set("lowerdir+", path)?;
-        }
-    } else {
-        let mut joined = Vec::new();
-        for path in &lower {
-            if !joined.is_empty() {
-                joined.push(b':');
-            }
-            for byte in path.as_os_str().as_encoded_bytes() {
-                if matches!(byte, b':' | b',' | b'\\') {
-                    joined.push(b'\\');
-                }
-                joined.push(*byte);
-            }
-        }
-        set("lowerdir", Path::new(tree::os(&joined)))?;
-    }
-    set("upperdir", &layers.upper)?;
-    set("workdir", &layers.work)?;
-    for (key, value) in [
-        ("redirect_dir", "nofollow"),
-        ("metacopy", "off"),
-        ("index", "off"),
-    ] {
-        // A kernel without the option has nothing to turn off.
-        let _ = rustix::mount::fsconfig_set_string(fs.as_fd(), key, value);
+    if overlay.lower.is_empty() {
+        overlay.lower.push(&empty);
     }
     if layers.userxattr {
-        rustix::mount::fsconfig_set_flag(fs.as_fd(), "userxattr").doing(doing)?;
+        overlay.options.push("userxattr");
     }
-    rustix::mount::fsconfig_create(fs.as_fd()).doing(doing)?;
     let attributes = if writable {
         MountAttrFlags::empty()
     } else {
         MountAttrFlags::MOUNT_ATTR_RDONLY
     };
-    rustix::mount::fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).doing(doing)
+    overlay
+        .mount(attributes)
+        .doing(|| "mounting an overlay".to_owned())
 }
 
 /// Writes a merged file system, as [`mount_detached`] gives it, as a tar (`docker export`).

@@ -13,7 +13,7 @@ use rustix::mount::{
 
 use crate::error::{Context, Error, Result};
 use crate::namespace::{self, Range};
-use crate::syscall::{self, MountAttr, attr};
+use crate::syscall::{self, MountAttr, attr, resolve};
 
 pub(crate) const PROC_SUPER_MAGIC: i64 = 0x9fa0;
 
@@ -286,6 +286,9 @@ pub(crate) fn detached_filesystem(
     options: &Options,
     extra: &[(&str, String)],
 ) -> std::io::Result<OwnedFd> {
+    if kind == "overlay" {
+        return detached_overlay(source, options);
+    }
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     if let Some(source) = source {
         fsconfig_set_string(&context, "source", source)?;
@@ -310,7 +313,7 @@ pub(crate) fn detached_filesystem(
     for (key, value) in extra {
         fsconfig_set_string(&context, *key, value.as_str())?;
     }
-    fsconfig_create(&context).map_err(|errno| explain(&context, errno))?;
+    fsconfig_create(&context).map_err(|errno| base::overlay::explain(&context, errno))?;
     let set = (options.set & !attr::RDONLY) | options.recursive_set;
     let mount = fsmount(
         &context,
@@ -328,17 +331,82 @@ pub(crate) fn detached_filesystem(
     Ok(mount)
 }
 
-/// The kernel's own words about a refused file system, which can be read from its context.
-fn explain(context: &OwnedFd, errno: rustix::io::Errno) -> std::io::Error {
-    let error = std::io::Error::from(errno);
-    let mut text = [0u8; 512];
-    match rustix::io::read(context, &mut text) {
-        Ok(length) if length > 2 => {
-            let words = String::from_utf8_lossy(&text[2..length]).trim().to_owned();
-            std::io::Error::new(error.kind(), format!("{error} ({words})"))
-        }
-        _ => error,
+/// An overlay, whose options may be longer than those of other file systems.
+fn detached_overlay(source: Option<&Path>, options: &Options) -> std::io::Result<OwnedFd> {
+    let folders = Overlay::of(&options.data);
+    let source = source.map(Path::to_string_lossy).unwrap_or_default();
+    let mut overlay = base::overlay::Overlay {
+        lower: folders.lower.iter().map(PathBuf::as_path).collect(),
+        writable: folders.upper.as_deref().zip(folders.work.as_deref()),
+        options: options.super_flags.clone(),
+        tried: Vec::new(),
+        source: &source,
+    };
+    if options.set & attr::RDONLY != 0 {
+        overlay.options.push("ro");
     }
+    let rest = options.data.iter().map(String::as_str).filter(|option| {
+        let key = option.split_once('=').map_or("", |(key, _)| key);
+        !Overlay::KEYS.contains(&key)
+    });
+    overlay.options.extend(rest);
+    let set = options.set | options.recursive_set;
+    let mount = overlay.mount(MountAttrFlags::from_bits_retain(set as u32))?;
+    let Some(below) = folders.subpath else {
+        return Ok(mount);
+    };
+    let how = resolve::IN_ROOT | resolve::NO_MAGICLINKS;
+    let below = syscall::openat2(mount.as_fd(), &below, libc::O_PATH, 0, how)?;
+    syscall::clone_tree(below.as_fd(), Path::new(""), false)
+}
+
+/// The options of an overlay that name directories: they may be longer than a file system's options otherwise are.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Overlay {
+    lower: Vec<PathBuf>,
+    upper: Option<PathBuf>,
+    work: Option<PathBuf>,
+    /// Ours: only what is below this path of the overlay is mounted.
+    subpath: Option<PathBuf>,
+}
+
+impl Overlay {
+    const KEYS: [&str; 4] = ["lowerdir", "upperdir", "workdir", "berth.subpath"];
+
+    fn of(data: &[String]) -> Overlay {
+        let mut overlay = Overlay::default();
+        for (key, value) in data.iter().filter_map(|option| option.split_once('=')) {
+            match key {
+                "lowerdir" => overlay.lower = split_paths(value),
+                "upperdir" => overlay.upper = Some(value.into()),
+                "workdir" => overlay.work = Some(value.into()),
+                "berth.subpath" => overlay.subpath = Some(value.into()),
+                _ => {}
+            }
+        }
+        overlay
+    }
+}
+
+/// Paths between colons; a backslash takes its meaning from a colon or another backslash.
+fn split_paths(text: &str) -> Vec<PathBuf> {
+    let mut paths = vec![String::new()];
+    let mut letters = text.chars();
+    while let Some(letter) = letters.next() {
+        match letter {
+            ':' => paths.push(String::new()),
+            '\\' => paths
+                .last_mut()
+                .expect("never empty")
+                .extend(letters.next()),
+            _ => paths.last_mut().expect("never empty").push(letter),
+        }
+    }
+    paths
+        .into_iter()
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+        .collect()
 }
 
 /// The only entries of /proc that may be mounted over: what lxcfs and engines replace.
@@ -392,6 +460,15 @@ mod tests {
     use super::*;
     use oci_spec::runtime::MountBuilder;
     use proptest::prelude::*;
+
+    #[test]
+    fn the_directories_of_an_overlay_are_split_at_colons() {
+        let data = ["lowerdir=/a\\:b:/c\\\\d", "upperdir=/u", "index=off"].map(str::to_owned);
+        let overlay = Overlay::of(&data);
+        assert_eq!(overlay.lower, [Path::new("/a:b"), Path::new("/c\\d")]);
+        assert_eq!(overlay.upper.as_deref(), Some(Path::new("/u")));
+        assert_eq!(overlay.work, None);
+    }
 
     fn options(list: &[&str]) -> Options {
         let mount = MountBuilder::default()

@@ -44,69 +44,19 @@ impl Rootfs {
     }
 }
 
-/// Mounts an overlay detached. `fsconfig(2)` takes strings of up to 255 bytes, so paths are handed over as short
-/// names of open directories.
+/// Mounts an overlay detached.
 fn overlay(lower: &[PathBuf], upper: &Path, work: &Path) -> io::Result<OwnedFd> {
-    let open = |path: &Path| {
-        rustix::fs::open(
-            path,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|errno| {
-            io::Error::new(
-                io::Error::from(errno).kind(),
-                format!("{}: {errno}", path.display()),
-            )
-        })
+    let mut overlay = base::overlay::Overlay {
+        lower: lower.iter().map(PathBuf::as_path).collect(),
+        writable: Some((upper, work)),
+        tried: base::overlay::PLAIN.to_vec(),
+        ..Default::default()
     };
-    let name = |fd: &OwnedFd| format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let lowers = lower
-        .iter()
-        .map(|path| open(path))
-        .collect::<io::Result<Vec<_>>>()?;
-    let (upper, work) = (open(upper)?, open(work)?);
-    if lowers.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "an overlay needs a lower directory",
-        ));
+    if base::userns::inside() {
+        // The marks of a layer that was unpacked here are such attributes: others could not be set.
+        overlay.options.push("userxattr");
     }
-    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "source", "overlay")?;
-    let mut appended = true;
-    for fd in &lowers {
-        match fsconfig_set_string(&context, "lowerdir+", name(fd).as_str()) {
-            Ok(()) => {}
-            // Before Linux 6.8 there is only the one string.
-            Err(Errno::INVAL) if appended && fd.as_raw_fd() == lowers[0].as_raw_fd() => {
-                appended = false;
-                break;
-            }
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    if !appended {
-        let joined = lowers.iter().map(name).collect::<Vec<_>>().join(":");
-        if joined.len() > 255 {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                format!(
-                    "this kernel takes at most 14 layers, here are {}: Linux 6.8 takes more",
-                    lowers.len()
-                ),
-            ));
-        }
-        fsconfig_set_string(&context, "lowerdir", joined.as_str())?;
-    }
-    fsconfig_set_string(&context, "upperdir", name(&upper).as_str())?;
-    fsconfig_set_string(&context, "workdir", name(&work).as_str())?;
-    fsconfig_create(&context)?;
-    Ok(fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )?)
+    overlay.mount(MountAttrFlags::empty())
 }
 
 /// The container's root by descriptor, before the switch to it.

@@ -180,10 +180,25 @@ fn filesystem_known(name: &str) -> bool {
         .any(|line| line.split_whitespace().next_back() == Some(name))
 }
 
+/// Whether this kernel can load a module when it is needed.
+fn has_module(name: &str) -> bool {
+    let system = rustix::system::uname();
+    let release = system.release().to_string_lossy().into_owned();
+    let list = fs::read_to_string(format!("/lib/modules/{release}/modules.dep"));
+    let needle = format!("/{name}.ko");
+    list.is_ok_and(|text| {
+        text.lines()
+            .filter_map(|line| line.split(':').next())
+            .any(|path| path.contains(&needle))
+    })
+}
+
 fn overlay() -> Check {
     const NAME: &str = "overlayfs";
     if filesystem_known("overlay") {
         Check::pass(NAME, "in the kernel")
+    } else if has_module("overlay") {
+        Check::pass(NAME, "a module, which the first container loads")
     } else {
         Check::fail(
             NAME,

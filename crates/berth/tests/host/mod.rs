@@ -3,6 +3,8 @@
 // Each test program uses its own part of this.
 #![allow(dead_code)]
 
+pub mod footprint;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,6 +21,8 @@ pub struct Host {
     sleeper: Option<Child>,
     /// The ordinary user whose daemon this is.
     user: Option<u32>,
+    /// What the daemon and all it starts see as the kernel's boot id, where it is another.
+    pub boot_id: Option<PathBuf>,
 }
 
 /// Whether `program` is installed.
@@ -58,6 +62,7 @@ fn start_with(user: Option<u32>) -> Option<Host> {
         daemon: None,
         sleeper: None,
         user,
+        boot_id: None,
     };
     if let Some(user) = user {
         // The user reaches neither the build's folder nor one of root's.
@@ -102,31 +107,32 @@ impl Host {
             format!("setpriv --reuid {user} --regid {user} --clear-groups env HOME=\"$1\" XDG_RUNTIME_DIR=\"$1\" ")
         });
         let script = format!(
-            r#"ip link set lo up; exec {drop_rights}"$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#
+            r#"ip link set lo up; [ -z "$4" ] || mount --bind "$4" /proc/sys/kernel/random/boot_id || exit
+            exec {drop_rights}"$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#
         );
         let program = match self.user {
             Some(_) => self.scratch().join("berth"),
             None => BERTH.into(),
         };
         let namespace = self.directory.path().join("pid-of-namespace");
-        let mut command = match std::fs::read_to_string(&namespace) {
-            Ok(pid) => {
-                let mut command = Command::new("nsenter");
-                command.args(["-t", pid.trim(), "-n"]);
-                command
-            }
-            Err(_) => {
+        let mut command = match self.network_command() {
+            Some(command) => command,
+            None => {
                 let mut command = Command::new("unshare");
                 command.arg("--net");
                 command
             }
         };
+        if self.boot_id.is_some() {
+            command.args(["unshare", "--mount", "--propagation", "private"]);
+        }
         command
             .args(["sh", "-c", &script])
             .arg(program)
             .arg(self.state())
             .arg(self.socket())
-            .arg(self.docker_socket());
+            .arg(self.docker_socket())
+            .arg(self.boot_id.as_deref().unwrap_or(Path::new("")));
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -145,6 +151,15 @@ impl Host {
         }
         self.daemon = Some(child);
         self.wait_for_socket();
+    }
+
+    /// A command in the daemon's network namespace, whether a daemon runs or not; `None` before the first one.
+    pub fn network_command(&self) -> Option<Command> {
+        let file = self.directory.path().join("pid-of-namespace");
+        let pid = std::fs::read_to_string(file).ok()?;
+        let mut command = Command::new("nsenter");
+        command.args(["-t", pid.trim(), "-n"]);
+        Some(command)
     }
 
     fn wait_for_socket(&self) {

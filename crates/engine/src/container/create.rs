@@ -342,6 +342,7 @@ impl Engine {
             &self.inventory,
             &self.volumes,
         )?;
+        mounts::hold_images(&id, &mut record.mounts, &self.images)?;
         let layers = self.images.snapshot(&id, image).map_err(Error::room)?;
         crate::container::root::copy_into_volumes(&layers, &record, &self.volumes)?;
         for name in ["hostname", "hosts", "resolv.conf"] {
@@ -365,6 +366,9 @@ impl Engine {
             let _ = self.volumes.remove(&volume, true);
         }
         if let Err(error) = self.images.remove_snapshot(id) {
+            tracing::warn!(container = id, %error, "a failed creation leaves a snapshot");
+        }
+        if let Err(error) = mounts::release_images(id, &self.images) {
             tracing::warn!(container = id, %error, "a failed creation leaves a snapshot");
         }
         let _ = std::fs::remove_dir_all(&directory);

@@ -175,7 +175,7 @@ wire! {
 
     /// A mount asked for by `--mount`.
     pub struct Mount {
-        /// `bind`, `volume`, `tmpfs`.
+        /// `bind`, `volume`, `tmpfs`, `image`.
         #[serde(rename = "Type")]
         pub kind: String,
         #[serde(skip_serializing_if = "String::is_empty")]
@@ -191,6 +191,14 @@ wire! {
         pub volume_options: Option<VolumeOptions>,
         #[serde(skip_serializing_if = "Option::is_none")]
         pub tmpfs_options: Option<TmpfsOptions>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub image_options: Option<ImageOptions>,
+    }
+
+    /// Of an image mount.
+    pub struct ImageOptions {
+        #[serde(skip_serializing_if = "String::is_empty")]
+        pub subpath: String,
     }
 
     /// Of a bind mount.

@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use serde_json::{Value, json};
 
 use crate::container::config::ContainerConfig;
-use crate::container::host_config::{HostConfig, Mount, VolumeOptions};
+use crate::container::host_config::{HostConfig, Mount};
 use crate::container::inspect::MountPoint;
 use crate::container::inventory::Inventory;
 use crate::container::probe;
@@ -146,7 +146,19 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
             record.point.name = mount.source.clone();
             record.point.driver = "local".into();
             record.copy = !options.no_copy;
-            record.subpath = subpath(&options)?;
+            record.subpath = subpath(&options.subpath, "volume")?;
+        }
+        "image" => {
+            if mount.source.is_empty() {
+                return invalid(
+                    "invalid mount config for type \"image\": field Source must not be empty",
+                );
+            }
+            let options = mount.image_options.clone().unwrap_or_default();
+            record.point.source = mount.source.clone();
+            // An image is never written.
+            record.point.rw = false;
+            record.subpath = subpath(&options.subpath, "image")?;
         }
         "tmpfs" => {
             let options = mount.tmpfs_options.clone().unwrap_or_default();
@@ -162,22 +174,74 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
         }
         other => {
             return invalid(format!(
-                "invalid mount config: unknown mount type {other:?}: bind, volume and tmpfs are known"
+                "invalid mount config: unknown mount type {other:?}: bind, volume, tmpfs and image are known"
             ));
         }
     }
     Ok(record)
 }
 
-fn subpath(options: &VolumeOptions) -> Result<String> {
-    let inside = Path::new(&options.subpath)
+fn subpath(path: &str, of: &str) -> Result<String> {
+    let inside = Path::new(path)
         .components()
         .all(|component| matches!(component, Component::Normal(_) | Component::CurDir));
     if inside {
-        Ok(options.subpath.clone())
+        Ok(path.to_owned())
     } else {
-        invalid("invalid mount config: the subpath must be a relative path within the volume")
+        invalid(format!(
+            "invalid mount config: the subpath must be a relative path within the {of}"
+        ))
     }
+}
+
+/// The container whose snapshot this is, by its key.
+pub(crate) fn owner(key: &str) -> Option<&str> {
+    let id = key.split_once(IMAGE_MOUNT).map_or(key, |(id, _)| id);
+    id.parse::<base::Id>().is_ok().then_some(id)
+}
+
+/// Between a container's id and the number of the mount.
+const IMAGE_MOUNT: &str = "-image-";
+
+/// Makes a snapshot of each image that is mounted: while it stands, the image's files do.
+///
+/// # Errors
+/// [`Error::Invalid`] for an image that is not there. No 404: clients take that for the container's own image, and pull.
+pub(crate) fn hold_images(
+    id: &str,
+    mounts: &mut [MountRecord],
+    images: &::image::Store,
+) -> Result<()> {
+    let wanted = mounts
+        .iter_mut()
+        .filter(|mount| mount.point.kind == "image");
+    for (number, mount) in wanted.enumerate() {
+        let reference = &mount.point.source;
+        let image = images
+            .inspect(reference)
+            .map_err(|error| match base::Classified::kind(&error) {
+                base::Kind::NotFound => Error::Invalid(format!(
+                    "invalid mount config for type \"image\": the image {reference} is not on this host: pull or build it first"
+                )),
+                _ => Error::room(error),
+            })?;
+        mount.snapshot = format!("{id}{IMAGE_MOUNT}{number}");
+        images
+            .snapshot(&mount.snapshot, &image.id)
+            .map_err(Error::room)?;
+    }
+    Ok(())
+}
+
+/// Removes the snapshots that image mounts of a container have, whether it has a record or was never finished.
+pub(crate) fn release_images(id: &str, images: &::image::Store) -> Result<()> {
+    let prefix = format!("{id}{IMAGE_MOUNT}");
+    for (key, _) in images.snapshots() {
+        if key.starts_with(&prefix) {
+            images.remove_snapshot(&key).map_err(Error::room)?;
+        }
+    }
+    Ok(())
 }
 
 /// All mounts of a new container, with its volumes made and held for it.
@@ -332,7 +396,11 @@ pub(crate) fn kept(directory: &Path) {
 ///
 /// # Errors
 /// Where a bind's source or a volume is gone.
-pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value>> {
+pub(crate) fn oci(
+    mounts: &[MountRecord],
+    volumes: &Volumes,
+    images: &::image::Store,
+) -> Result<Vec<Value>> {
     let mut sorted: Vec<&MountRecord> = mounts.iter().collect();
     sorted.sort_by_key(|mount| mount.point.destination.matches('/').count());
     let mut list = Vec::new();
@@ -348,6 +416,11 @@ pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value
                     options.push(option.clone());
                 }
                 json!({ "destination": point.destination, "type": "tmpfs", "source": "tmpfs", "options": options })
+            }
+            "image" => {
+                let layers = images.snapshot_layers(&mount.snapshot).map_err(Error::room)?;
+                json!({ "destination": point.destination, "type": "overlay", "source": "overlay",
+                    "options": overlay(&layers, &mount.subpath) })
             }
             "volume" => match volumes.source(&point.name)? {
                 VolumeSource::Directory(directory) => {
@@ -382,6 +455,35 @@ pub(crate) fn oci(mounts: &[MountRecord], volumes: &Volumes) -> Result<Vec<Value
         });
     }
     Ok(list)
+}
+
+/// The options of a read-only overlay of a snapshot.
+fn overlay(layers: &::image::Layers, subpath: &str) -> Vec<String> {
+    let text = |path: &Path| path.display().to_string();
+    let escaped = |path: &std::path::PathBuf| text(path).replace('\\', "\\\\").replace(':', "\\:");
+    let mut options = vec![
+        "ro".to_owned(),
+        "nosuid".into(),
+        "nodev".into(),
+        format!(
+            "lowerdir={}",
+            layers
+                .lower
+                .iter()
+                .map(escaped)
+                .collect::<Vec<_>>()
+                .join(":")
+        ),
+        format!("upperdir={}", text(&layers.upper)),
+        format!("workdir={}", text(&layers.work)),
+    ];
+    if layers.userxattr {
+        options.push("userxattr".into());
+    }
+    if !subpath.is_empty() {
+        options.push(format!("berth.subpath={subpath}"));
+    }
+    options
 }
 
 /// A folder below another, with no link on the way that leaves it.

@@ -71,7 +71,7 @@ pub(crate) struct MountRecord {
     /// Of a volume that is to be removed with the container.
     #[serde(default)]
     pub anonymous: bool,
-    /// Below the volume's root.
+    /// Below the root of the volume or image.
     #[serde(default)]
     pub subpath: String,
     /// Recursive bind.
@@ -83,6 +83,9 @@ pub(crate) struct MountRecord {
     /// Whether image content is copied into the (empty) volume.
     #[serde(default)]
     pub copy: bool,
+    /// Of an image mount: the snapshot that is mounted, this container's own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub snapshot: String,
 }
 
 /// `container.json`.

@@ -334,10 +334,10 @@ impl Engine {
     /// Removes snapshots, run folders and cgroups of containers that are no more, and cgroups of those that do not run.
     fn sweep(&self, alive: &HashSet<String>) {
         for (key, _) in self.images.snapshots() {
-            // Others make snapshots too (builds); a container's key is its id.
-            let stale = key.parse::<Id>().is_ok()
-                && self.inventory.get(&key).is_none()
-                && !self.containers_folder().join(&key).exists();
+            // Others make snapshots too (builds); a container's keys begin with its id.
+            let stale = crate::container::mounts::owner(&key).is_some_and(|id| {
+                self.inventory.get(id).is_none() && !self.containers_folder().join(id).exists()
+            });
             if !stale {
                 continue;
             }

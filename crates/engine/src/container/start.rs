@@ -229,7 +229,7 @@ impl Engine {
             }
         };
         let wants_init = record.host.init.unwrap_or(self.config.init);
-        let list = mounts::oci(&record.mounts, &self.volumes)?;
+        let list = mounts::oci(&record.mounts, &self.volumes, &self.images)?;
         let ipc_of = of(&record.host.ipc_mode)?;
         if let Some(other) = record.host.ipc_mode.strip_prefix("container:") {
             let other = self.inventory.find(other)?;

@@ -271,6 +271,9 @@ impl Cgroup {
     /// # Errors
     /// Names the file and the value the kernel refused.
     pub fn apply(&mut self, limits: &LinuxResources) -> Result<()> {
+        if let Some(unit) = &self.unit {
+            systemd::update(unit, limits, self.v1.is_empty())?;
+        }
         if !self.v1.is_empty() {
             let hierarchies = Hierarchies::of_host()?;
             for (controllers, root) in &hierarchies.v1 {
@@ -464,6 +467,7 @@ impl Cgroup {
         let mut directories: Vec<&PathBuf> = self.v1.values().chain(&self.unified).collect();
         directories.sort_unstable();
         directories.dedup();
+        self.stop_unit();
         for directory in directories {
             let deadline = Instant::now() + Duration::from_secs(5);
             let mut pause = Duration::from_micros(200);
@@ -493,6 +497,13 @@ impl Cgroup {
     /// # Errors
     /// Where a process or a cgroup is left in it.
     pub(crate) fn remove_now(&self) -> Result<()> {
+        if self.unit.is_some() && !self.processes()?.is_empty() {
+            return Err(Error::Conflict(format!(
+                "processes are left in the cgroup {}",
+                self.path
+            )));
+        }
+        self.stop_unit();
         let mut last = None;
         for directory in self.v1.values().chain(&self.unified) {
             if last == Some(directory) {
@@ -512,10 +523,15 @@ impl Cgroup {
         Ok(())
     }
 
-    fn forget_the_rest(&self) {
+    /// The directories of a unit are the manager's to remove: one that is taken from under it is kept as running.
+    fn stop_unit(&self) {
         if let Some(unit) = &self.unit {
-            systemd::stop(unit);
+            let directories: Vec<&PathBuf> = self.unified.iter().collect();
+            systemd::stop(unit, &directories);
         }
+    }
+
+    fn forget_the_rest(&self) {
         if let Some(resctrl) = &self.resctrl {
             resctrl.remove();
         }
@@ -566,9 +582,30 @@ impl Cgroup {
             .collect()
     }
 
-    /// A scope of systemd with `pid` in it.
-    pub(crate) fn systemd_scope(slice: &str, prefix: &str, name: &str, pid: i32) -> Result<Cgroup> {
-        systemd::start(slice, prefix, name, pid)
+    /// A scope of systemd with `pid`, which has one thread, in it.
+    ///
+    /// # Errors
+    /// What systemd or the kernel refused; the scope then ends with its process.
+    pub(crate) fn systemd_scope(
+        slice: &str,
+        prefix: &str,
+        name: &str,
+        pid: i32,
+        limits: Option<&LinuxResources>,
+    ) -> Result<Cgroup> {
+        let mut cgroup = systemd::start(slice, prefix, name, pid, limits)?;
+        let hierarchies = Hierarchies::of_host()?;
+        cgroup.complete(&hierarchies, limits, false)?;
+        // The manager makes v1 directories for what it manages itself.
+        let mut directories: Vec<PathBuf> = cgroup.v1.values().cloned().collect();
+        directories.sort_unstable();
+        directories.dedup();
+        for directory in directories {
+            let procs = directory.join("cgroup.procs");
+            fs::write(&procs, pid.to_string())
+                .during(|| format!("move process {pid} to {}", directory.display()))?;
+        }
+        Ok(cgroup)
     }
 }
 

@@ -399,7 +399,7 @@ fn memory_v2(directory: &Path, memory: &LinuxMemory) -> Result<()> {
 }
 
 /// v2 counts swap alone, the specification memory and swap together.
-fn swap_v2(sum: i64, memory: i64) -> Result<Option<i64>> {
+pub(super) fn swap_v2(sum: i64, memory: i64) -> Result<Option<i64>> {
     match (sum, memory) {
         (0, _) => Ok(None),
         (-1, _) => Ok(Some(-1)),
@@ -414,7 +414,7 @@ fn swap_v2(sum: i64, memory: i64) -> Result<Option<i64>> {
 }
 
 /// v1 shares (2 to 262144, 1024 is normal) as v2 weight (1 to 10000, 100 is normal).
-fn weight_of_shares(shares: u64) -> u64 {
+pub(super) fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
@@ -466,9 +466,12 @@ fn cpu_v2(directory: &Path, cpu: &LinuxCpu) -> Result<()> {
     Ok(())
 }
 
+/// blkio's 10 to 1000 as io's 1 to 10000.
+pub(super) fn io_weight(weight: u64) -> u64 {
+    1 + (weight.max(10) - 10) * 9999 / 990
+}
+
 fn block_v2(directory: &Path, block: &LinuxBlockIo) -> Result<()> {
-    // blkio's 10 to 1000 as io's 1 to 10000.
-    let scaled = |weight: u16| 1 + (u64::from(weight).max(10) - 10) * 9999 / 990;
     if let Some(weight) = block.weight().filter(|weight| *weight != 0) {
         if directory.join("io.bfq.weight").exists() {
             set(directory, "io.bfq.weight", weight.to_string())?;
@@ -476,7 +479,7 @@ fn block_v2(directory: &Path, block: &LinuxBlockIo) -> Result<()> {
             set(
                 directory,
                 "io.weight",
-                format!("default {}", scaled(weight)),
+                format!("default {}", io_weight(weight.into())),
             )?;
         }
     }

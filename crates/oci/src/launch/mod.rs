@@ -322,10 +322,8 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         name,
     } = &launch.cgroup
     {
-        let mut cgroup = Cgroup::systemd_scope(slice, prefix, name, pid)?;
-        if let Some(limits) = linux.resources() {
-            cgroup.apply(limits)?;
-        }
+        let limits = linux.resources().as_ref();
+        let cgroup = Cgroup::systemd_scope(slice, prefix, name, pid, limits)?;
         unfinished.cgroup = Some(cgroup);
     }
     if let Some(config) = launch.intel_rdt() {

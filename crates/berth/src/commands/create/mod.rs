@@ -111,7 +111,7 @@ pub struct ContainerOptions {
     /// Bind or volume: [SOURCE:]TARGET[:ro,z,rslave…].
     #[arg(short, long, value_name = "SPEC", help_heading = "Storage")]
     pub volume: Vec<String>,
-    /// Mount: type=bind|volume|tmpfs,source=…,target=…[,readonly].
+    /// Mount: type=bind|volume|tmpfs|image,source=…,target=…[,readonly].
     #[arg(long, value_name = "SPEC", help_heading = "Storage")]
     pub mount: Vec<String>,
     /// Memory file system: TARGET[:OPTIONS].

@@ -166,6 +166,7 @@ pub(super) fn mount(spec: &str) -> Result<Value, Failure> {
             "volume-nocopy" => mount["VolumeOptions"]["NoCopy"] = json!(flag()?),
             "volume-driver" => mount["VolumeOptions"]["DriverConfig"]["Name"] = json!(need()?),
             "volume-subpath" => mount["VolumeOptions"]["Subpath"] = json!(need()?),
+            "image-subpath" => mount["ImageOptions"]["Subpath"] = json!(need()?),
             "tmpfs-size" => {
                 let bytes =
                     parse_size(need()?).map_err(|e| Failure::invalid(format!("--mount: {e}")))?;
@@ -180,7 +181,7 @@ pub(super) fn mount(spec: &str) -> Result<Value, Failure> {
                 return Err(wrong(
                     "mount",
                     field,
-                    "type, source, target, readonly, bind-…, volume-… or tmpfs-…",
+                    "type, source, target, readonly, bind-…, volume-…, image-… or tmpfs-…",
                 ));
             }
         }

@@ -1,0 +1,153 @@
+#!/bin/sh
+# Runs in a guest whose kernel has the v2 tree alone: containers with limits, and a reboot that is one. The test on the
+# host wants every line it knows of after "PASS".
+export PATH=/bin
+if [ "$1" != second ]; then
+    # A root file system that can be left (pivot_root): the initial one cannot.
+    mount -t proc proc /proc
+    mount -t sysfs sysfs /sys
+    mount -t devtmpfs devtmpfs /dev
+    mkdir -p /new
+    mount -t tmpfs -o size=300m tmpfs /new
+    mkdir /new/proc /new/sys /new/dev /new/run /new/tmp /new/var /new/root
+    cp -a /bin /lib /lib64 /etc /init /modules /new/ && rm -rf /bin/berth /lib
+    for tree in proc sys dev; do mount --move /$tree /new/$tree; done
+    exec switch_root /new /init second
+fi
+
+check() {
+    # check NAME WANTED GOT
+    if [ "$2" = "$3" ]; then echo "PASS $1 ($(cut -d' ' -f1 /proc/uptime) s)"; else echo "FAIL $1: wanted '$2', got '$3'"; fi
+}
+holds() {
+    # holds NAME COMMAND...
+    name=$1
+    shift
+    if "$@" >/tmp/said 2>&1; then echo "PASS $name ($(cut -d' ' -f1 /proc/uptime) s)"; else echo "FAIL $name: $* ended with $?: $(cat /tmp/said)"; fi
+}
+
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+insmod /modules/overlay.ko
+ip link set lo up
+mount -t ext4 /dev/nvme0n1 /var || echo "FAIL the disk"
+root=/sys/fs/cgroup
+
+wait_daemon() {
+    berth serve >/var/daemon.log 2>&1 &
+    for _ in $(seq 600); do
+        [ -S /run/berth/berth.sock ] && berth ps >/dev/null 2>&1 && return
+        sleep 0.2
+    done
+    echo "FAIL the daemon does not answer"
+    tail -n 20 /var/daemon.log
+}
+status() {
+    berth inspect "$1" | grep '"Status"' | head -n 1 | cut -d'"' -f4
+}
+
+if [ -e /var/rebooted ]; then
+    wait_daemon
+    for _ in $(seq 300); do
+        [ "$(status always)$(status unless)" = runningrunning ] && break
+        sleep 0.2
+    done
+    check "always is back" running "$(status always)"
+    check "unless-stopped is back" running "$(status unless)"
+    check "no stays down" exited "$(status never)"
+    check "what was stopped stays down" exited "$(status stopped)"
+    check "its boot is another" other "$([ "$(cat /var/rebooted)" = "$(cat /proc/sys/kernel/random/boot_id)" ] && echo same || echo other)"
+    check "what came back can be used" well "$(berth exec always echo well)"
+    check "its files are there" kept "$(berth exec always cat /note)"
+    berth rm -f always unless never stopped >/dev/null
+    check "nothing is left" "" "$(berth ps -aq)"
+    echo END
+    sync
+    poweroff -f
+fi
+
+# --- the runtime -----------------------------------------------------------------------------------------------------
+mkdir -p /tmp/bundle/rootfs/bin
+cd /tmp/bundle
+cp /bin/busybox rootfs/bin/
+for applet in sh cat sleep mknod mkdir ls echo dd true; do ln -s busybox rootfs/bin/$applet; done
+bundle() {
+    # bundle RESOURCES SCRIPT
+    cat >config.json <<END
+{"ociVersion":"1.2.0","process":{"user":{"uid":0,"gid":0},"args":["sh","-c","$2"],"env":["PATH=/bin"],"cwd":"/",
+"capabilities":{"bounding":["CAP_MKNOD"],"effective":["CAP_MKNOD"],"permitted":["CAP_MKNOD"]}},
+"root":{"path":"rootfs"},"mounts":[{"destination":"/proc","type":"proc","source":"proc"},
+{"destination":"/dev","type":"tmpfs","source":"tmpfs","options":["nosuid","mode=755"]},
+{"destination":"/sys/fs/cgroup","type":"cgroup","source":"cgroup","options":["ro","nosuid","nodev","noexec"]}],
+"linux":{"cgroupsPath":"/made/by/test","resources":{$1},
+"namespaces":[{"type":"pid"},{"type":"mount"},{"type":"ipc"},{"type":"uts"},{"type":"network"},{"type":"cgroup"}]}}
+END
+}
+limits='"memory":{"limit":33554432,"swap":33554432},"pids":{"limit":16},"cpu":{"quota":50000,"period":100000,"shares":512,"cpus":"0"},"blockIO":{"weight":500},"unified":{"memory.high":"30000000"}'
+bundle "$limits" 'cd /sys/fs/cgroup; cat memory.max pids.max cpu.max cpu.weight cpuset.cpus memory.high; cat /proc/self/cgroup'
+check "limits are set" "33554432 16 50000 100000 20 0 29999104 0::/" "$(berth oci run one 2>&1 | tr '\n' ' ' | sed 's/ $//')"
+check "the cgroup is gone" gone "$([ -d $root/made/by/test ] && echo there || echo gone)"
+bundle '' 'mknod /dev/k c 1 11 && (cat /dev/k || echo refused); echo x > /dev/null && echo fine'
+berth oci run one >/tmp/out 2>/dev/null
+check "devices are filtered" "refused fine" "$(tr '\n' ' ' </tmp/out | sed 's/ $//')"
+bundle '"pids":{"limit":8}' 'for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 3 & done; wait; true'
+check "processes are counted" yes "$(berth oci run one 2>&1 | grep -q "can't fork" && echo yes)"
+bundle '"memory":{"limit":20971520,"swap":20971520}' 'x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done'
+check "too much memory is death" 137 "$(berth oci run one >/dev/null 2>&1; echo $?)"
+bundle "$limits" 'while :; do sleep 1; done'
+holds "it runs detached" sh -c 'berth oci run -d two >/dev/null 2>&1 </dev/null'
+holds "it is paused" berth oci pause two
+check "it is frozen" "frozen 1" "$(grep frozen $root/made/by/test/cgroup.events)"
+check "its state says so" paused "$(berth oci state two | grep status | cut -d'"' -f4)"
+holds "it goes on" berth oci resume two
+holds "it is counted" sh -c 'berth oci events --stats two | grep -q "\"limit\":33554432"'
+holds "its limits change" berth oci update --memory 48m --memory-swap 48m --pids-limit 20 two
+check "to what was said" "50331648 20" "$(echo $(cat $root/made/by/test/memory.max $root/made/by/test/pids.max))"
+check "another process joins it" "0::/" "$(berth oci exec two cat /proc/self/cgroup)"
+holds "it is killed with all it has" berth oci delete --force two
+check "and leaves nothing" gone "$([ -d $root/made/by/test ] && echo there || echo gone)"
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+cd /
+wait_daemon
+mkdir -p /tmp/image/bin /tmp/image/etc /tmp/image/tmp
+cp /bin/busybox /tmp/image/bin/
+for applet in $(busybox --list); do [ "$applet" = busybox ] || ln -s busybox "/tmp/image/bin/$applet"; done
+echo root:x:0:0:root:/root:/bin/sh >/tmp/image/etc/passwd
+holds "an image is imported" sh -c 'tar -C /tmp/image -c . | berth import - busybox'
+run="berth run --network none"
+check "a container runs" hello "$($run --rm busybox echo hello 2>&1)"
+holds "with limits" $run -d --name aa -m 64m --memory-swap 64m --cpus 0.25 --pids-limit 20 --cpu-shares 512 --cpuset-cpus 0 busybox sh -c 'while :; do :; done'
+check "which it sees" "67108864 0 25000 100000 20 20 0" "$(berth exec aa sh -c 'cd /sys/fs/cgroup; echo $(cat memory.max memory.swap.max cpu.max pids.max cpu.weight cpuset.cpus)')"
+check "and cannot change" no "$(berth exec aa sh -c 'echo max > /sys/fs/cgroup/memory.max' >/dev/null 2>&1 && echo yes || echo no)"
+own=$root$(cut -d: -f3 "/proc/$(berth inspect aa | grep '"Pid"' | tr -dc 0-9)/cgroup")
+sleep 2
+check "its share is kept" yes "$([ "$(grep nr_throttled "$own/cpu.stat" | cut -d' ' -f2)" -gt 0 ] && echo yes)"
+check "its use is shown" "64MiB" "$(berth stats --no-stream --format json aa | tr ',' '\n' | grep MemUsage | sed 's/.*\/ *//; s/"//')"
+holds "the engine pauses it" berth pause aa
+check "the kernel agrees" "frozen 1" "$(grep frozen "$own/cgroup.events")"
+check "and so does its status" paused "$(status aa)"
+holds "the engine lets it go on" berth unpause aa
+holds "the engine changes limits" berth update -m 96m --memory-swap 96m --pids-limit 30 aa
+check "to these" "100663296 30" "$(echo $(cat "$own/memory.max" "$own/pids.max"))"
+holds "its processes are listed" sh -c 'berth top aa | grep -q "while :"'
+holds "it is removed" berth rm -f aa
+check "its cgroup is gone" gone "$([ -d "$own" ] && echo there || echo gone)"
+check "a greedy one is killed" 137 "$($run --name greedy -m 24m --memory-swap 24m busybox sh -c 'x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done' >/dev/null 2>&1; echo $?)"
+check "and is said to be" true "$(berth inspect greedy | grep OOMKilled | tr -dc a-z)"
+berth rm greedy >/dev/null
+
+# --- the reboot ------------------------------------------------------------------------------------------------------
+$run -d --name always --restart always busybox sh -c 'echo kept > /note; exec sleep 1000' >/dev/null
+$run -d --name unless --restart unless-stopped busybox sleep 1000 >/dev/null
+$run -d --name never busybox sleep 1000 >/dev/null
+$run -d --name stopped --restart unless-stopped busybox sleep 1000 >/dev/null
+berth stop -t 0 stopped >/dev/null
+check "all run" "runningrunningrunningexited" "$(status always)$(status unless)$(status never)$(status stopped)"
+cat /proc/sys/kernel/random/boot_id >/var/rebooted
+sync
+echo REBOOT
+reboot -f
