@@ -384,12 +384,33 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         error!(%error, "the API ended");
         return Err(Failure::io("the API ended", &error));
     }
+    if host_stops().await {
+        info!(
+            "the host goes down: containers are ended; what their restart policies say comes back with it"
+        );
+        engine.host_stops().await;
+        return Ok(ExitCode::SUCCESS);
+    }
     match engine.leave_host().await {
         Ok(true) => info!("ended; nothing runs, and the networks are taken off the host"),
         Ok(false) => info!("ended; what runs goes on"),
         Err(error) => warn!(%error, "ended; the networks could not be taken off the host"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the init system is taking the host down. Then processes that outlive the daemon would only hold it up: systemd
+/// waits a minute and a half for those that do not end by SIGTERM, and what is pid 1 of a container seldom does.
+async fn host_stops() -> bool {
+    if !std::path::Path::new("/run/systemd/system").is_dir() {
+        return false;
+    }
+    let mut command = tokio::process::Command::new("systemctl");
+    command
+        .arg("is-system-running")
+        .stdin(std::process::Stdio::null());
+    let asked = tokio::time::timeout(Duration::from_secs(5), command.output()).await;
+    matches!(asked, Ok(Ok(output)) if output.stdout.starts_with(b"stopping"))
 }
 
 /// Looks now and then whether the space that machines were promised is there.

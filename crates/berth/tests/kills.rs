@@ -5,6 +5,7 @@
 mod host;
 
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use host::footprint::{Footprint, cgroup_parent, files_below, keeper_pid, number};
 use host::{Host, start};
@@ -70,7 +71,7 @@ impl Registry {
             .spawn()
             .unwrap();
         host.eventually("the registry listens", || {
-            host.in_network(&["busybox", "nc", "-z", "127.0.0.1", "5000"])
+            host.in_network(&["busybox", "wget", "-qO-", "http://127.0.0.1:5000/v2/"])
                 .status
                 .success()
         });
@@ -199,7 +200,7 @@ fn a_daemon_killed_at_any_moment_leaves_nothing_half_made() {
             host.ok(&["commit", "filler", &pushed]);
             host.ok(&["rm", "filler"]);
         }
-        let mut scripts: Vec<&[&[&str]]> = vec![
+        let scripts: [&[&[&str]]; 3] = [
             &[
                 &[
                     "create", "--name", &busy, "-v", "/v", "busybox", "sleep", "300",
@@ -230,14 +231,11 @@ fn a_daemon_killed_at_any_moment_leaves_nothing_half_made() {
                 &["volume", "rm", &busy],
             ],
         ];
-        let (pull, push) = (
-            [
-                &["pull", "-q", large][..],
-                &["rmi", large],
-                &["pull", "-q", large],
-            ],
-            [&["push", "-q", &pushed][..]],
-        );
+        let (get, forget) = (["pull", "-q", large], ["rmi", large]);
+        let pull: [&[&str]; 3] = [&get, &forget, &get];
+        let give = ["push", "-q", pushed.as_str()];
+        let push: [&[&str]; 1] = [&give];
+        let mut scripts = scripts.to_vec();
         if registry.is_some() {
             scripts.push(&pull);
             scripts.push(&push);

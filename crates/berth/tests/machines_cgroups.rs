@@ -91,7 +91,16 @@ fn under_cgroup_v2_limits_hold_and_a_reboot_restarts_what_its_policy_says() {
     assert!(output.status.success(), "{}\n{said}", output.status);
     // Every check of the script was reached.
     let script = include_str!("guest/cgroups.sh");
+    let mut of_systemd = false;
     for line in script.lines() {
+        match line.trim() {
+            "if [ -n \"$systemd\" ]; then" => of_systemd = true,
+            "fi" => of_systemd = false,
+            _ => {}
+        }
+        if of_systemd {
+            continue;
+        }
         let line = line.trim_start();
         let name = line
             .strip_prefix("check \"")

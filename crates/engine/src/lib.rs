@@ -42,6 +42,8 @@ pub struct Engine {
     inventory: container::inventory::Inventory,
     execs: Mutex<HashMap<String, Arc<exec::Exec>>>,
     keeper: tokio::sync::Mutex<Option<Arc<keeper::client::Keeper>>>,
+    /// Whether ends of containers are the host's.
+    host_stops: std::sync::atomic::AtomicBool,
     /// Held as long as this lives: one daemon per state folder.
     _lock: File,
 }
@@ -102,6 +104,7 @@ impl Engine {
             inventory: Default::default(),
             execs: Default::default(),
             keeper: Default::default(),
+            host_stops: Default::default(),
             _lock: lock,
         });
         engine.reopen().await?;

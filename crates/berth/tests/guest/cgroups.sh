@@ -1,8 +1,10 @@
 #!/bin/sh
-# Runs in a guest whose kernel has the v2 tree alone: containers with limits, and a reboot that is one. The test on the
-# host wants every line it knows of after "PASS".
-export PATH=/bin
-if [ "$1" != second ]; then
+# Runs in a guest whose kernel has the v2 tree alone: containers with limits, and a reboot that is one. Who runs it wants
+# every check after "PASS". It is the initial RAM disk's init (tests/machines_cgroups.rs), or a unit of a whole Debian
+# with systemd (scripts/check-systemd).
+export PATH=/bin:/sbin:/usr/local/bin
+[ -d /run/systemd/system ] && systemd=yes || systemd=
+if [ -z "$systemd" ] && [ "$1" != second ]; then
     # A root file system that can be left (pivot_root): the initial one cannot.
     mount -t proc proc /proc
     mount -t sysfs sysfs /sys
@@ -26,24 +28,32 @@ holds() {
     if "$@" >/tmp/said 2>&1; then echo "PASS $name ($(cut -d' ' -f1 /proc/uptime) s)"; else echo "FAIL $name: $* ended with $?: $(cat /tmp/said)"; fi
 }
 
-mkdir -p /dev/pts /dev/shm
-mount -t devpts devpts /dev/pts
-mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /run
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-insmod /modules/overlay.ko
-ip link set lo up
-mount -t ext4 /dev/nvme0n1 /var || echo "FAIL the disk"
 root=/sys/fs/cgroup
+if [ -z "$systemd" ]; then
+    mkdir -p /dev/pts /dev/shm
+    mount -t devpts devpts /dev/pts
+    mount -t tmpfs tmpfs /dev/shm
+    mount -t tmpfs tmpfs /run
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    insmod /modules/overlay.ko
+    ip link set lo up
+    mount -t ext4 /dev/nvme0n1 /var || echo "FAIL the disk"
+fi
 
 wait_daemon() {
-    berth serve >/var/daemon.log 2>&1 &
+    [ -n "$systemd" ] || berth serve >/var/daemon.log 2>&1 &
     for _ in $(seq 600); do
         [ -S /run/berth/berth.sock ] && berth ps >/dev/null 2>&1 && return
         sleep 0.2
     done
     echo "FAIL the daemon does not answer"
-    tail -n 20 /var/daemon.log
+    [ -n "$systemd" ] && journalctl -u berth | tail -n 20 || tail -n 20 /var/daemon.log
+}
+down() {
+    # down reboot|poweroff
+    sync
+    if [ -n "$systemd" ]; then systemctl "$1"; else "$1" -f; fi
+    sleep 1000
 }
 status() {
     berth inspect "$1" | grep '"Status"' | head -n 1 | cut -d'"' -f4
@@ -64,9 +74,13 @@ if [ -e /var/rebooted ]; then
     check "its files are there" kept "$(berth exec always cat /note)"
     berth rm -f always unless never stopped >/dev/null
     check "nothing is left" "" "$(berth ps -aq)"
+    if [ -n "$systemd" ]; then
+        # Ended with the host, they do not hold it up until systemd kills them.
+        took=$(($(journalctl -b -1 -o short-unix -n 1 --no-pager | cut -d. -f1) - $(cat /var/went)))
+        check "going down takes no minute" yes "$([ $took -lt 60 ] && echo yes || echo "$took s")"
+    fi
     echo END
-    sync
-    poweroff -f
+    down poweroff
 fi
 
 # --- the runtime -----------------------------------------------------------------------------------------------------
@@ -110,6 +124,27 @@ check "another process joins it" "0::/" "$(berth oci exec two cat /proc/self/cgr
 holds "it is killed with all it has" berth oci delete --force two
 check "and leaves nothing" gone "$([ -d $root/made/by/test ] && echo there || echo gone)"
 
+# --- systemd's own scopes --------------------------------------------------------------------------------------------
+if [ -n "$systemd" ]; then
+    bundle "$limits" 'while :; do sleep 1; done'
+    sed -i 's,/made/by/test,test-made.slice:berth:three,' config.json
+    holds "systemd makes a scope" sh -c 'berth oci --systemd-cgroup run -d three >/dev/null 2>&1 </dev/null'
+    own=$root/test.slice/test-made.slice/berth-three.scope
+    check "with the limits as its properties" "CPUQuotaPerSecUSec=500ms CPUWeight=20 MemoryMax=33554432 MemorySwapMax=0 TasksMax=16" \
+        "$(systemctl show berth-three.scope -p MemoryMax,MemorySwapMax,TasksMax,CPUQuotaPerSecUSec,CPUWeight | sort | tr '\n' ' ' | sed 's/ $//')"
+    systemctl daemon-reload
+    check "which a reload keeps" "33554432 0 16 50000 100000 20" "$(cd $own && echo $(cat memory.max memory.swap.max pids.max cpu.max cpu.weight))"
+    holds "systemd is told new ones" berth oci update --memory 48m --memory-swap 48m --pids-limit 20 three
+    systemctl daemon-reload
+    check "and keeps these" "50331648 20" "$(echo $(cat $own/memory.max $own/pids.max))"
+    check "a process joins the scope" "0::/" "$(berth oci exec three cat /proc/self/cgroup)"
+    holds "the scope is paused" berth oci pause three
+    check "which freezes it" "frozen 1" "$(grep frozen $own/cgroup.events)"
+    holds "the scope goes on" berth oci resume three
+    holds "the scope is removed" berth oci delete --force three
+    check "systemd has forgotten it" "" "$(systemctl list-units --all --no-legend 'berth-three*')"
+fi
+
 # --- the engine ------------------------------------------------------------------------------------------------------
 cd /
 wait_daemon
@@ -148,6 +183,6 @@ $run -d --name stopped --restart unless-stopped busybox sleep 1000 >/dev/null
 berth stop -t 0 stopped >/dev/null
 check "all run" "runningrunningrunningexited" "$(status always)$(status unless)$(status never)$(status stopped)"
 cat /proc/sys/kernel/random/boot_id >/var/rebooted
-sync
+date +%s >/var/went
 echo REBOOT
-reboot -f
+down reboot

@@ -22,6 +22,7 @@ mod mounts;
 mod name;
 pub(crate) mod network;
 pub mod networking;
+mod power;
 mod probe;
 pub(crate) mod record;
 mod remove;

@@ -81,6 +81,9 @@ impl Engine {
     }
 
     async fn exited(self: &Arc<Self>, id: String, exit: Exit) {
+        if self.host_stops.load(std::sync::atomic::Ordering::SeqCst) {
+            return;
+        }
         match self.inventory.get(&id) {
             Some(container) => {
                 // Each on its own: one that hangs in its cleaning up must not hold up the others.
