@@ -211,3 +211,25 @@ fn other_tools_read_what_is_saved_and_are_read() {
         }
     }
 }
+
+#[test]
+fn an_image_is_whole_even_if_others_are_collected_while_it_is_made() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = store(directory.path(), "store");
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                store.gc().unwrap();
+            }
+        });
+        for i in 0..150 {
+            let id = import(&store, "file", &format!("made:{i}"));
+            let image = store.inspect(&id.to_string()).unwrap();
+            for digest in [id, image.record.manifest.digest] {
+                assert!(store.content().has(&digest), "{i}: {digest} is gone");
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}

@@ -261,6 +261,10 @@ impl Store {
             Document::Manifest(manifest) if manifest.config.digest == Digest::of(&new.config) => {}
             _ => return Err(wrong("the manifest is not one of this configuration")),
         }
+        // Until the record is made, nothing else refers to these two.
+        let lease = self.lease();
+        lease.hold(Digest::of(&new.config));
+        lease.hold(Digest::of(&new.manifest));
         let id = self.0.content.put(&new.config)?;
         let manifest_digest = self.0.content.put(&new.manifest)?;
         let manifest = Descriptor::new(
@@ -458,7 +462,8 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// Holds the blob or layer (by chain id) `digest`, whether it is there yet or not.
+    /// Holds the blob, layer (by chain id) or image `digest`, whether it is there yet or not. A held image may lose its
+    /// names, but is not deleted.
     pub fn hold(&self, digest: Digest) {
         if let Some(held) = self.store.state().leases.get_mut(&self.id) {
             held.insert(digest);

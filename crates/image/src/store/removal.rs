@@ -162,8 +162,8 @@ impl Store {
                 removed.push(Removed::Untagged(shown));
             }
             self.write_references(&mut state, changed)?;
-            // A running container keeps its image, without a name.
-            if !deletes || running.is_some() || has_children(&state, &id) {
+            // A running container, or a build, keeps its image, without a name.
+            if !deletes || running.is_some() || has_children(&state, &id) || state.leased(&id) {
                 return Ok(removed);
             }
         }
@@ -191,7 +191,7 @@ impl Store {
             let Some(stored) = state.images.get(&id) else {
                 break;
             };
-            if named || has_children(&state, &id) {
+            if named || has_children(&state, &id) || state.leased(&id) {
                 break;
             }
             next = if keep_parents {
@@ -256,7 +256,7 @@ impl Store {
             }
             {
                 let mut state = self.state();
-                if has_children(&state, &image.id) && untagged {
+                if (has_children(&state, &image.id) && untagged) || state.leased(&image.id) {
                     continue;
                 }
                 let names: Vec<String> = state
@@ -265,6 +265,10 @@ impl Store {
                     .filter(|(_, target)| **target == image.id)
                     .map(|(name, _)| name.clone())
                     .collect();
+                // Named since the list was made.
+                if only_dangling && names.iter().any(|name| !name.contains('@')) {
+                    continue;
+                }
                 let mut changed = state.references.clone();
                 for key in &names {
                     changed.remove(key);
