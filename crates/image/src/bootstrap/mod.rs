@@ -183,7 +183,7 @@ pub fn bootstrap(
             fix: "apt-get install mmdebstrap",
         });
     }
-    check_emulation(&architecture)?;
+    check_emulation(&architecture, Path::new(BINFMT))?;
     // In the day's first second: the same packages give the same image all day.
     let epoch = std::env::var("SOURCE_DATE_EPOCH")
         .ok()
@@ -355,6 +355,10 @@ fn command(
         command
     };
     let debian = debian_architecture(architecture);
+    if is_foreign(architecture) {
+        // It would want a further program to find out what `check_emulation` knows.
+        command.arg("--skip=check/qemu");
+    }
     command
         .args(["--variant=minbase", "--format=tar"])
         .arg(format!("--architectures={debian}"));
@@ -463,32 +467,58 @@ fn is_installed(program: &str) -> bool {
     })
 }
 
-/// Programs of another architecture run only where the kernel was told which emulator runs them.
-fn check_emulation(architecture: &str) -> Result<()> {
+/// Where the kernel shows which emulators it runs foreign programs with.
+const BINFMT: &str = "/proc/sys/fs/binfmt_misc";
+
+fn is_foreign(architecture: &str) -> bool {
     let host = Platform::host().architecture;
     let runs_anyway = matches!(
         (host.as_str(), architecture),
         ("amd64", "386") | ("arm64", "arm")
     );
-    if host == architecture || runs_anyway {
+    host != architecture && !runs_anyway
+}
+
+/// Programs of another architecture run only where the kernel was told which emulator runs them, and loaded it
+/// beforehand (`F`): in the new root there is none.
+fn check_emulation(architecture: &str, handlers: &Path) -> Result<()> {
+    if !is_foreign(architecture) {
         return Ok(());
     }
     let kernel = match architecture {
         "amd64" => "x86_64",
         "arm64" => "aarch64",
+        "386" => "i386",
         other => other,
     };
-    if Path::new("/proc/sys/fs/binfmt_misc")
-        .join(format!("qemu-{kernel}"))
-        .exists()
-    {
-        return Ok(());
-    }
-    Err(Error::MissingProgram {
+    let missing = |fix| Error::MissingProgram {
         program: "qemu-user-static",
         purpose: "run the package scripts of another architecture",
-        fix: "apt-get install qemu-user-static binfmt-support",
-    })
+        fix,
+    };
+    if !handlers.join("register").exists() {
+        return Err(missing(
+            "apt-get install qemu-user-static binfmt-support, and where the kernel's table is not mounted: mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && update-binfmts --enable",
+        ));
+    }
+    let handler = std::fs::read_to_string(handlers.join(format!("qemu-{kernel}")));
+    let said = |word: &str, part: &str| {
+        handler.as_ref().is_ok_and(|text| {
+            text.lines()
+                .any(|line| line.starts_with(word) && line[word.len()..].contains(part))
+        })
+    };
+    if !said("enabled", "") {
+        return Err(missing(
+            "apt-get install qemu-user-static binfmt-support && update-binfmts --enable",
+        ));
+    }
+    if !said("flags:", "F") {
+        return Err(Error::Unsupported(format!(
+            "the emulator for {architecture} is looked for in the new root, where it is not: register it with the flag F (apt-get install --reinstall qemu-user-static)"
+        )));
+    }
+    Ok(())
 }
 
 fn listen(stderr: impl BufRead, words: &Mutex<VecDeque<String>>, progress: &dyn Progress) {
@@ -583,6 +613,36 @@ mod tests {
             .collect();
         assert_eq!(names, ["debian:bookworm", "debian:12"]);
         assert!(BootstrapOptions::named("ubuntu:noble").is_err());
+    }
+
+    #[test]
+    fn a_foreign_architecture_needs_an_emulator_that_is_loaded_already() {
+        let foreign = if Platform::host().architecture == "riscv64" {
+            "arm64"
+        } else {
+            "riscv64"
+        };
+        let name = if foreign == "arm64" {
+            "qemu-aarch64"
+        } else {
+            "qemu-riscv64"
+        };
+        let handlers = tempfile::tempdir().unwrap();
+        let check = || check_emulation(foreign, handlers.path()).map_err(|e| e.to_string());
+        assert!(matches!(
+            check_emulation(foreign, handlers.path()),
+            Err(Error::MissingProgram { fix, .. }) if fix.contains("mount -t binfmt_misc")
+        ));
+        std::fs::write(handlers.path().join("register"), "").unwrap();
+        assert!(check().unwrap_err().contains("qemu-user-static"));
+        let write = |text: &str| std::fs::write(handlers.path().join(name), text).unwrap();
+        write("disabled\ninterpreter /x\nflags: POF\n");
+        assert!(check().is_err());
+        write("enabled\ninterpreter /x\nflags: PO\n");
+        assert!(check().unwrap_err().contains("flag F"));
+        write("enabled\ninterpreter /x\nflags: POF\n");
+        check().unwrap();
+        assert!(check_emulation(&Platform::host().architecture, handlers.path()).is_ok());
     }
 
     #[test]
