@@ -3,6 +3,7 @@
 
 import base64
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -98,6 +99,37 @@ def bzimage():
     return bytes(head)
 
 
+def archive():
+    """An image as docker's older versions saved it, and as an OCI layout."""
+    layer = tar(tarfile.GNU_FORMAT)
+    sha = lambda data: hashlib.sha256(data).hexdigest()
+    config = json.dumps({"architecture": "amd64", "os": "linux", "config": {},
+                         "rootfs": {"type": "layers", "diff_ids": ["sha256:" + sha(layer)]}}).encode()
+    manifest = json.dumps({"schemaVersion": 2, "config": {
+        "mediaType": "application/vnd.oci.image.config.v1+json", "digest": "sha256:" + sha(config), "size": len(config)},
+        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": "sha256:" + sha(layer),
+                    "size": len(layer)}]}).encode()
+    index = json.dumps({"schemaVersion": 2, "manifests": [{
+        "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": "sha256:" + sha(manifest),
+        "size": len(manifest), "annotations": {"io.containerd.image.name": "a:1"}}]}).encode()
+    docker = json.dumps([{"Config": "c.json", "RepoTags": ["a:1"], "Layers": ["l/layer.tar"]}]).encode()
+    blobs = {"blobs/sha256/" + sha(data): data for data in (layer, config, manifest)}
+    for files in ({"l/layer.tar": layer, "c.json": config, "manifest.json": docker}, {**blobs, "index.json": index}):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as packed:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                packed.addfile(info, io.BytesIO(data))
+        yield out.getvalue()
+
+
+def queue():
+    """A chain of two buffers, offered in a ring of sixteen."""
+    chain = struct.pack("<QIHH", 0x20000, 64, 1, 1) + struct.pack("<QIHH", 0x21000, 64, 2, 0)
+    return chain.ljust(0x100, b"\0") + struct.pack("<HHH", 0, 1, 0)
+
+
 DIGEST = "sha256:" + "ab" * 32
 SPEC = {"ociVersion": "1.2.0", "root": {"path": "rootfs"},
         "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["A=b"],
@@ -135,6 +167,7 @@ CMD ["sh", "-c", "x"]
 SEEDS = {
     "image_tar": [tar(tarfile.PAX_FORMAT), tar(tarfile.GNU_FORMAT), sparse()],
     "image_layer": [gzip.compress(tar(tarfile.PAX_FORMAT), mtime=0), tar(tarfile.GNU_FORMAT), sparse()],
+    "image_archive": list(archive()),
     "image_reference": [b"debian", b"registry.test:5000/a/b:1@" + DIGEST.encode(), b"[::1]:5000/x:y"],
     "image_challenge": [b'Bearer realm="https://a.test/t",service="s",scope="repository:a/b:pull,push"',
                         base64.b64encode(b'{"username":"u","password":"p"}')],
@@ -165,12 +198,15 @@ SEEDS = {
         "PortBindings": {"80/tcp": [{"HostPort": "8080"}]}, "Binds": ["/a:/b:ro"], "RestartPolicy": {"Name": "always"}},
         "NetworkingConfig": {"EndpointsConfig": {"n": {"Aliases": ["a"]}}}}).encode(),
         b'{"label":{"a=b":true},"status":["running"]}'],
+    "base_words": [b"1.5GiB", b"1h30m", b"2024-01-02T03:04:05Z", b"10m"],
     "engine_keeper": [b"{}"],
     "disk_qcow2_header": [qcow2()],
     "disk_qcow2_image": [qcow2()],
     "vmm_kernel": [elf(), bzimage()],
     # Any bytes are a sequence of accesses; the first byte of a device's is its kind, an odd second one sets it up.
     "vmm_device": [bytes([kind, 1]) + random.Random(kind).randbytes(600) for kind in range(7)],
+    "vmm_queue": [queue()],
+    "vmm_control": [b'{"op":"console","history":true}', b'{"ok":true,"stats":{"disks":[]}}'],
     "vmm_board": [random.Random(0).randbytes(600)],
 }
 

@@ -126,6 +126,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
     Duration::try_from_secs_f64(total).map_err(|_| wrong())
 }
 
+/// Fuzz entry: sizes, durations and moments as users write them.
+pub fn fuzz_words(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let _ = parse_size(&text);
+    let _ = parse_duration(&text);
+    let _ = crate::time::parse_moment(&text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -366,6 +366,23 @@ impl Store {
     }
 }
 
+/// Fuzz entry: any bytes as an archive of images, into a store of its own.
+pub fn fuzz_archive(data: &[u8]) {
+    static STORE: std::sync::OnceLock<Option<Store>> = std::sync::OnceLock::new();
+    let path = std::env::temp_dir().join(format!("berth-fuzz-archive-{}", std::process::id()));
+    let Some(store) = STORE.get_or_init(|| Store::open(&path).ok()) else {
+        return;
+    };
+    let loaded = store.load(data, None, &crate::Silent, &Cancel::default());
+    for image in loaded.into_iter().flatten() {
+        let forced = crate::RemoveOptions {
+            force: true,
+            ..crate::RemoveOptions::default()
+        };
+        let _ = store.remove(&image.id.to_string(), forced, &|_| Vec::new());
+    }
+}
+
 /// Where a relative link in an archive leads.
 fn resolve_link(path: &str, target: &str) -> Option<String> {
     let mut components: Vec<&str> = if target.starts_with('/') {

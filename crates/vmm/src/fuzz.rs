@@ -465,6 +465,30 @@ pub fn fuzz_device(kind: Kind, data: &[u8]) -> std::io::Result<()> {
     drive(kind, data)?.keeps_its_state()
 }
 
+/// Drains a virtqueue whose rings and descriptors are `data`.
+pub fn fuzz_virtqueue(data: &[u8]) {
+    // One memory for all runs: what an earlier run left is as good as any other content.
+    static MEMORY: std::sync::OnceLock<Option<Dma>> = std::sync::OnceLock::new();
+    let dma = MEMORY.get_or_init(|| {
+        let memory = crate::memory::allocate(RAM).ok()?;
+        Some(Dma::new(Arc::new(memory), Arc::new(Silent)))
+    });
+    if let Some(dma) = dma {
+        crate::virtio::queue::fuzz_queue(data, dma);
+    }
+}
+
+/// Reads `data` as a line of the control socket.
+pub fn fuzz_control(data: &[u8]) {
+    use crate::process::protocol::{Answer, Request, parse};
+    let text = String::from_utf8_lossy(data);
+    if let Ok(request) = parse(&text) {
+        let written = serde_json::to_string(&request).unwrap_or_default();
+        assert_eq!(parse(&written), Ok::<Request, String>(request));
+    }
+    let _ = serde_json::from_str::<Answer>(&text);
+}
+
 /// A folder that goes with its value.
 struct Scratch(std::path::PathBuf);
 

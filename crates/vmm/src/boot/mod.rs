@@ -264,9 +264,18 @@ pub fn fuzz_kernel(data: &[u8]) {
     let Ok(memory) = crate::memory::allocate(64 << 20) else {
         return;
     };
-    if let Ok(kernel) = Kernel::parse(data.to_vec(), Protocol::Linux64) {
+    // The last byte chooses, so that a kernel's own head stays where it is.
+    let choice = data.last().copied().unwrap_or(0);
+    let protocol = match choice % 3 {
+        0 => Protocol::Linux64,
+        1 => Protocol::BzImage,
+        _ => Protocol::Pvh,
+    };
+    let initrd = (choice & 4 != 0).then(|| &data[..data.len() / 2]);
+    let words = "x".repeat(usize::from(choice >> 3) * 128);
+    if let Ok(kernel) = Kernel::parse(data.to_vec(), protocol) {
         let mut state = cpu::x86::CpuState::default();
-        let _ = place(&memory, &kernel, None, "", 0, Protocol::Linux64, &mut state);
+        let _ = place(&memory, &kernel, initrd, &words, 0, protocol, &mut state);
     }
 }
 
