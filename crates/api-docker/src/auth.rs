@@ -6,6 +6,7 @@ use base64::Engine as _;
 use base64::alphabet::URL_SAFE;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use engine::build::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ApiError;
@@ -95,6 +96,29 @@ pub fn registry_config(header: Option<&str>) -> Result<BTreeMap<String, Registry
     Ok(all)
 }
 
+/// Reads `X-Berth-Build-Secrets`: base64 of a JSON object, of each secret's content in base64 by its id.
+///
+/// # Errors
+/// 400 where it is not that.
+pub fn build_secrets(header: Option<&str>) -> Result<BTreeMap<String, Secret>, ApiError> {
+    const NAME: &str = "X-Berth-Build-Secrets";
+    let Some(text) = header.map(str::trim).filter(|text| !text.is_empty()) else {
+        return Ok(BTreeMap::new());
+    };
+    let encoded: BTreeMap<String, String> = decode(text, NAME)?;
+    encoded
+        .into_iter()
+        .map(|(id, content)| {
+            let content = base64::engine::general_purpose::STANDARD
+                .decode(content)
+                .map_err(|error| {
+                    ApiError::bad_request(format!("invalid {NAME} header: secret {id:?}: {error}"))
+                })?;
+            Ok((id, Secret(content)))
+        })
+        .collect()
+}
+
 fn decode<T: for<'a> Deserialize<'a>>(text: &str, header: &str) -> Result<T, ApiError> {
     let wrong = |why: String| ApiError::bad_request(format!("invalid {header} header: {why}"));
     // Some clients use the standard alphabet; the two differ in two characters only.
@@ -123,6 +147,7 @@ pub fn fuzz_registry_auth(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let _ = RegistryAuth::from_header(Some(&text));
     let _ = registry_config(Some(&text));
+    let _ = build_secrets(Some(&text));
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use engine::Engine;
 use engine::build::{BuildOptions, BuildOutput};
 use engine::progress::{Event, Progress};
 
-use crate::auth::registry_config;
+use crate::auth::{build_secrets, registry_config};
 use crate::error::{Answer, ApiError};
 use crate::images::{platform, reader};
 use crate::progress::{self, Lines};
@@ -76,6 +76,7 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
         labels: params
             .json::<BTreeMap<String, String>>("labels")?
             .unwrap_or_default(),
+        secrets: build_secrets(header_text(headers, "x-berth-build-secrets"))?,
         target: params.text("target"),
         no_cache: params.flag("nocache"),
         pull: params.flag("pull"),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use ::image::build::Secret;
 use ::image::build::{Context, Output, RunStep, StepMountKind, StepRunner};
 use ::image::{ImageId, Layers, Platform, Reference};
 use rustix::fs::RenameFlags;
@@ -41,6 +42,8 @@ pub struct BuildOptions {
     /// `ARG` values; one without a value leaves the Dockerfile's own.
     pub arguments: BTreeMap<String, Option<String>>,
     pub labels: BTreeMap<String, String>,
+    /// What `RUN --mount=type=secret` hands to steps, by id.
+    pub secrets: BTreeMap<String, Secret>,
     /// The stage to stop at; empty is the last.
     pub target: String,
     pub no_cache: bool,
@@ -86,6 +89,7 @@ impl Engine {
             target: Some(options.target.clone()).filter(|target| !target.is_empty()),
             args: options.arguments.clone(),
             labels: options.labels.clone(),
+            secrets: options.secrets.clone(),
             no_cache: options.no_cache,
             pull: options.pull,
             platform: crate::image::platform(&options.platform)?,
@@ -121,6 +125,54 @@ impl Engine {
     pub async fn prune_builds(self: &Arc<Self>) -> Result<u64> {
         let store = self.images().clone();
         blocking(move || store.prune_build_cache().map_err(Error::room)).await
+    }
+}
+
+/// A step's secret in a file, for as long as this value lives.
+struct SecretFile(PathBuf);
+
+impl Drop for SecretFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Engine {
+    /// Where secrets lie during their step; only this daemon's user may look into it.
+    fn secrets_folder(&self) -> PathBuf {
+        self.config.paths.run.join("build-secrets")
+    }
+
+    /// Removes the secrets of builds that a killed daemon was at.
+    pub(crate) fn sweep_secrets(&self) {
+        let _ = std::fs::remove_dir_all(self.secrets_folder());
+    }
+
+    fn secret_file(
+        &self,
+        content: &Secret,
+        mode: u32,
+        owner: (u32, u32),
+    ) -> std::io::Result<SecretFile> {
+        use std::io::Write;
+        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, fchown};
+        let folder = self.secrets_folder();
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder)?;
+        let file = SecretFile(folder.join(base::Id::random().to_string()));
+        let mut opened = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&file.0)?;
+        opened.write_all(&content.0)?;
+        if owner != (0, 0) {
+            fchown(&opened, Some(owner.0), Some(owner.1))?;
+        }
+        opened.set_permissions(std::fs::Permissions::from_mode(mode))?;
+        Ok(file)
     }
 }
 
@@ -204,7 +256,9 @@ impl Runner {
                 "RUN needs files to run, and the image is still empty (FROM scratch)".into(),
             )
         })?;
-        let (config, host) = self.definition(step, &image)?;
+        let (config, mut host) = self.definition(step, &image)?;
+        let (mounts, _secrets) = self.mounts(step)?;
+        host.mounts = mounts;
         let created = self.engine.create_step(config, host).await?;
         let outcome = self.run_container(&created.id, layers, output).await;
         let removal = RemoveOptions {
@@ -257,32 +311,49 @@ impl Runner {
         host.resources
             .cpuset_cpus
             .clone_from(&self.options.cpuset_cpus);
-        host.mounts = step
-            .mounts
-            .iter()
-            .map(|mount| {
-                let mut wanted = Mount {
-                    target: mount.target.clone(),
-                    read_only: mount.read_only,
-                    ..Mount::default()
-                };
-                match &mount.kind {
-                    StepMountKind::Bind(path) | StepMountKind::Cache(path) => {
-                        wanted.kind = "bind".into();
-                        wanted.source = path.display().to_string();
-                    }
-                    StepMountKind::Tmpfs(bytes) => {
-                        wanted.kind = "tmpfs".into();
-                        wanted.tmpfs_options = (*bytes > 0).then(|| TmpfsOptions {
-                            size_bytes: i64::try_from(*bytes).unwrap_or(i64::MAX),
-                            ..TmpfsOptions::default()
-                        });
-                    }
-                }
-                wanted
-            })
-            .collect();
         Ok((config, host))
+    }
+
+    fn mounts(&self, step: &RunStep) -> Result<(Vec<Mount>, Vec<SecretFile>)> {
+        let (mut mounts, mut secrets) = (Vec::new(), Vec::new());
+        for mount in &step.mounts {
+            let mut wanted = Mount {
+                kind: "bind".into(),
+                target: mount.target.clone(),
+                read_only: mount.read_only,
+                ..Mount::default()
+            };
+            match &mount.kind {
+                StepMountKind::Bind(path) | StepMountKind::Cache(path) => {
+                    wanted.source = path.display().to_string();
+                }
+                StepMountKind::Tmpfs(bytes) => {
+                    wanted.kind = "tmpfs".into();
+                    wanted.tmpfs_options = (*bytes > 0).then(|| TmpfsOptions {
+                        size_bytes: i64::try_from(*bytes).unwrap_or(i64::MAX),
+                        ..TmpfsOptions::default()
+                    });
+                }
+                StepMountKind::Secret {
+                    content,
+                    mode,
+                    uid,
+                    gid,
+                } => {
+                    let file = self
+                        .engine
+                        .secret_file(content, *mode, (*uid, *gid))
+                        .map_err(|source| Error::Io {
+                            what: format!("the secret for {}", mount.target),
+                            source,
+                        })?;
+                    wanted.source = file.0.display().to_string();
+                    secrets.push(file);
+                }
+            }
+            mounts.push(wanted);
+        }
+        Ok((mounts, secrets))
     }
 
     async fn run_container(&self, id: &str, layers: &Layers, output: &dyn Output) -> Result<i32> {

@@ -107,6 +107,7 @@ impl Engine {
             host_stops: Default::default(),
             _lock: lock,
         });
+        engine.sweep_secrets();
         engine.reopen().await?;
         // Rules that another program flushes come back. Without that networks work, until it happens.
         if !engine.config.rootless

@@ -30,6 +30,103 @@ impl StepRunner for Pretender {
     }
 }
 
+/// Removes all that can be removed while a step runs.
+struct Remover<'a> {
+    store: &'a Store,
+    runner: Pretender,
+}
+
+impl StepRunner for Remover<'_> {
+    fn run(&self, layers: &Layers, step: &RunStep, output: &dyn Output) -> Result<i32> {
+        let forced = image::RemoveOptions {
+            force: true,
+            ..Default::default()
+        };
+        let _ = self.store.remove("base:1", forced, &|_| Vec::new());
+        let everything = image::Filter {
+            dangling: Some(false),
+            ..Default::default()
+        };
+        self.store.prune(&everything, &|_| Vec::new())?;
+        self.runner.run(layers, step, output)
+    }
+    fn pull(&self, reference: &Reference, _: Option<&Platform>, _: &dyn Output) -> Result<Digest> {
+        Err(Error::NoSuchImage(reference.familiar()))
+    }
+}
+
+#[test]
+fn what_a_build_stands_on_is_not_pruned_from_under_it() {
+    let Some(bench) = Bench::new() else { return };
+    let mut tar = image::layer::tar::TarWriter::new(Vec::new());
+    tar.file("base", 0o644, b"base").unwrap();
+    let options = image::ImportOptions {
+        reference: Some("base:1".parse().unwrap()),
+        ..Default::default()
+    };
+    let tar = tar.finish().unwrap();
+    let base = bench
+        .store
+        .import(&tar[..], &options, &Cancel::default())
+        .unwrap();
+    bench.file("Dockerfile", "FROM base:1 AS one\nENV A=1\nRUN one\nFROM base:1 AS two\nRUN two\nCOPY --from=one /ran /one\n");
+    let context = Context::folder(&bench.directory.path().join("context"));
+    let runner = Remover {
+        store: &bench.store,
+        runner: Pretender::default(),
+    };
+    let said = Said(Mutex::default());
+    let built = build(
+        &bench.store,
+        &context,
+        &BuildOptions::default(),
+        &runner,
+        &said,
+        &Cancel::default(),
+    );
+    // Its name went, which is what a build of several stages then misses; nothing it had begun with did.
+    let error = built.unwrap_err().to_string();
+    assert!(error.contains("base:1"), "{error}");
+    assert!(
+        bench.store.inspect(&base.to_string()).is_err() || bench.store.resolve("base:1").is_err()
+    );
+    let again = bench.store.import(
+        &tar[..],
+        &image::ImportOptions::default(),
+        &Cancel::default(),
+    );
+    bench.file("Dockerfile", &format!("FROM {} AS one\nENV A=1\nRUN one\nRUN two\nFROM scratch\nCOPY --from=one /ran /base /\n", again.unwrap()));
+    let id = build(
+        &bench.store,
+        &context,
+        &BuildOptions::default(),
+        &runner,
+        &said,
+        &Cancel::default(),
+    )
+    .unwrap();
+    bench.show(&id, |root| {
+        assert_eq!(fs::read(root.join("base")).unwrap(), b"base");
+        assert_eq!(fs::read(root.join("ran")).unwrap(), b"two");
+    });
+    // Once nothing holds them, they go.
+    let left = bench
+        .store
+        .prune(&image::Filter::default(), &|_| Vec::new())
+        .unwrap();
+    assert!(!left.removed.is_empty());
+    assert!(
+        bench
+            .store
+            .list(&image::Filter {
+                all: true,
+                ..Default::default()
+            })
+            .unwrap()
+            .is_empty()
+    );
+}
+
 struct Said(Mutex<String>);
 
 impl Output for Said {

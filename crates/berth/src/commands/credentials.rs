@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE};
 use clap::Args;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::Context;
 use crate::failure::Failure;
@@ -131,15 +131,30 @@ fn pair_of(config: &Value, registry: &str) -> Option<(String, String)> {
 
 /// What docker's own configuration knows of the registry of `reference`, as `X-Registry-Auth` wants it.
 pub fn header_for(reference: &str) -> Option<String> {
-    let registry = registry_of(reference);
-    let (user, password) = pair_of(&read_config().ok()?, registry)?;
+    let auth = auth_of(&read_config().ok()?, registry_of(reference))?;
+    Some(URL_SAFE.encode(auth.to_string()))
+}
+
+fn auth_of(config: &Value, registry: &str) -> Option<Value> {
+    let (user, password) = pair_of(config, registry)?;
     // An identity token stands in the password's place under this name.
-    let auth = if user == "<token>" {
+    Some(if user == "<token>" {
         json!({"identitytoken": password, "serveraddress": registry})
     } else {
         json!({"username": user, "password": password, "serveraddress": registry})
-    };
-    Some(URL_SAFE.encode(auth.to_string()))
+    })
+}
+
+/// All that docker's own configuration knows of registries, as `X-Registry-Config` wants it.
+pub fn header_for_all() -> Option<String> {
+    let config = read_config().ok()?;
+    let known: Map<String, Value> = ["auths", "credHelpers"]
+        .iter()
+        .filter_map(|key| config[key].as_object())
+        .flat_map(Map::keys)
+        .filter_map(|registry| Some((registry.clone(), auth_of(&config, registry)?)))
+        .collect();
+    (!known.is_empty()).then(|| URL_SAFE.encode(Value::Object(known).to_string()))
 }
 
 /// `X-Registry-Auth` for a registry that nothing is known of; a push must have the header.

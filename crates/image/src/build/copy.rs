@@ -309,7 +309,8 @@ fn open_file(parent: &OwnedFd, name: &CString) -> rustix::io::Result<OwnedFd> {
 /// What a copy does besides copying.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Manner {
-    pub owner: (u32, u32),
+    /// Of all that is copied; as it is in the source where not given.
+    pub owner: Option<(u32, u32)>,
     pub mode: Option<u32>,
     /// ADD: archives are unpacked.
     pub extract: bool,
@@ -370,7 +371,7 @@ pub(super) fn copy(
     let (reader, writer) = io::pipe().doing(|| "a pipe".to_owned())?;
     let copy = CopyInto {
         folder,
-        owner: Some(manner.owner),
+        owner: manner.owner,
         mode: manner.mode,
         keep_folders: true,
         ..CopyInto::default()

@@ -4,10 +4,14 @@
 //! the cache, found by a key of parent, instruction and the hash of what it copies. Running a step is the caller's:
 //! [`StepRunner`].
 
+mod add;
 mod change;
 mod copy;
 mod fetch;
+mod heredoc;
 pub mod ignore;
+mod mount;
+mod run;
 mod stage;
 pub mod words;
 
@@ -24,6 +28,7 @@ use crate::error::At;
 use crate::layer::tree::{self, Scratch};
 use crate::progress::Cancel;
 use crate::snapshot::Layers;
+use crate::store::Lease;
 use crate::{Digest, Error, ImageId, Platform, Reference, Result, RunConfig, Store};
 
 /// What to build.
@@ -39,6 +44,8 @@ pub struct BuildOptions {
     /// Values of ARGs; none takes the default of the Dockerfile.
     pub args: BTreeMap<String, Option<String>>,
     pub labels: BTreeMap<String, String>,
+    /// What `RUN --mount=type=secret` hands to steps, by id.
+    pub secrets: BTreeMap<String, Secret>,
     pub no_cache: bool,
     /// Ask the registry for newer base images.
     pub pull: bool,
@@ -47,6 +54,16 @@ pub struct BuildOptions {
     pub cache_from: Vec<String>,
     /// Refused.
     pub squash: bool,
+}
+
+/// Bytes that steps may read and that no log shows.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secret(pub Vec<u8>);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Secret({} bytes)", self.0.len())
+    }
 }
 
 /// A step to run.
@@ -80,12 +97,19 @@ pub struct StepMount {
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StepMountKind {
-    /// A file or folder of the context, on the host.
+    /// A file or folder of the host: of the context, or a copy of what another image holds.
     Bind(PathBuf),
     /// A folder that stays from build to build.
     Cache(PathBuf),
     /// Memory; bytes, 0 for the default.
     Tmpfs(u64),
+    /// A file with this content, mode and owner, that must not outlive the step.
+    Secret {
+        content: Secret,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    },
 }
 
 /// What the builder cannot do itself.
@@ -208,6 +232,8 @@ struct Build<'a> {
     cancel: &'a Cancel,
     text: &'a str,
     escape: char,
+    /// Holds every image the build stands on or has made.
+    lease: Lease,
     /// ARGs before the first FROM.
     globals: BTreeMap<String, String>,
     /// Finished stages, by number and name.
@@ -249,6 +275,7 @@ pub fn build(
             Error::Dockerfile(format!("Cannot locate specified Dockerfile: {name}"))
         })?,
     };
+    let text = heredoc::fold(&text, escape_of(&text));
     let file =
         parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(format!("{name}: {e}")))?;
     let ignored = match context.read(&format!("{name}.dockerignore"))? {
@@ -260,6 +287,14 @@ pub fn build(
         .escape
         .as_ref()
         .map_or('\\', |d| d.value.value);
+    if let Some(syntax) = &file.parser_directives.syntax
+        && !syntax.value.value.contains("docker/dockerfile")
+    {
+        output.write(&format!(
+            "[Warning] # syntax={} is not used: the builder reads Dockerfiles itself\n",
+            syntax.value.value
+        ));
+    }
     let last = target(&file, options.target.as_deref())?;
     let extra = usize::from(!options.labels.is_empty());
     let steps = file.global_args().len()
@@ -279,6 +314,7 @@ pub fn build(
         cancel,
         text: &text,
         escape,
+        lease: store.lease(),
         globals: BTreeMap::new(),
         stages: Vec::new(),
         step: 0,
@@ -308,6 +344,15 @@ pub fn build(
     Ok(id)
 }
 
+/// The escape character that a directive at the head of the text names.
+fn escape_of(text: &str) -> char {
+    text.lines()
+        .map_while(|line| line.trim().strip_prefix('#')?.split_once('='))
+        .find(|(name, _)| name.trim().eq_ignore_ascii_case("escape"))
+        .and_then(|(_, value)| value.trim().chars().next())
+        .unwrap_or('\\')
+}
+
 /// The number of the stage to build.
 fn target(file: &Dockerfile<'_>, wanted: Option<&str>) -> Result<usize> {
     let count = file.stages().len();
@@ -331,6 +376,7 @@ fn target(file: &Dockerfile<'_>, wanted: Option<&str>) -> Result<usize> {
 /// Fuzz entry: what is done with a Dockerfile's text before anything runs.
 pub fn fuzz_dockerfile(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
+    let text = heredoc::fold(&text, escape_of(&text));
     let Ok(file) = parse_dockerfile::parse(&text) else {
         return;
     };
@@ -352,7 +398,15 @@ impl Build<'_> {
                 .filter(|s| *s > begin)
                 .min()
                 .unwrap_or(self.text.len());
-            words::join_lines(&self.text[begin..end], self.escape)
+            let shown = words::join_lines(&self.text[begin..end], self.escape);
+            match instruction {
+                Instruction::Run(run) => run
+                    .here_docs
+                    .first()
+                    .and_then(|script| heredoc::unfold(&shown, &script.value))
+                    .unwrap_or(shown),
+                _ => shown,
+            }
         };
         let text_of: BTreeMap<usize, String> = file
             .instructions
@@ -452,6 +506,7 @@ impl Build<'_> {
         }
         let text = fs::read_to_string(self.cache_path(key)).ok()?;
         let id: ImageId = text.trim().parse().ok()?;
+        self.lease.hold(id);
         self.store
             .inspect(&id.to_string())
             .ok()
