@@ -142,11 +142,10 @@ impl Buildah {
         output.stdout
     }
 
-    /// An image's tree and configuration. A container of an image with ONBUILD would run that, so the image is mounted.
+    /// An image's tree and configuration, of an archive: `buildah from` would execute its ONBUILD.
     fn look(&self, image: &str) -> (Tree, Value) {
         let inspected: Value =
             serde_json::from_slice(&self.run(&["inspect", "--type", "image", image])).unwrap();
-        // Through podman's library: `from --pull-never` executes ONBUILD, so they are taken off by an archive.
         let archive = self.0.path().join("image.tar");
         let _ = fs::remove_file(&archive);
         self.run(&[
@@ -298,6 +297,8 @@ fn context(folder: &Path) {
     fs::write(folder.join("packed.tar"), builder.into_inner().unwrap()).unwrap();
 }
 
+/// Left out is where buildah 1.28 itself is alone: a shell-form CMD after SHELL, which the Dockerfile reference has in that
+/// shell and buildah in /bin/sh.
 const DOCKERFILES: &[(&str, &str)] = &[
     (
         "copies",
@@ -316,8 +317,8 @@ const DOCKERFILES: &[(&str, &str)] = &[
     ),
     (
         "shell forms",
-        "FROM busybox\nCMD [\"base\"]\nENTRYPOINT exec top -b\nSHELL [\"/bin/busybox\", \"sh\", \"-ec\"]\n\
-         RUN echo $0 > /shell\nCMD run me\nHEALTHCHECK NONE\n",
+        "FROM busybox\nCMD [\"base\"]\nENTRYPOINT exec top -b\nCMD run me\nSHELL [\"/bin/busybox\", \"sh\", \"-ec\"]\n\
+         RUN echo $0 > /shell\nHEALTHCHECK NONE\n",
     ),
     (
         "steps",

@@ -383,24 +383,14 @@ pub fn fuzz_archive(data: &[u8]) {
     }
 }
 
-/// Where a relative link in an archive leads.
+/// Where a link in an archive leads.
 fn resolve_link(path: &str, target: &str) -> Option<String> {
-    let mut components: Vec<&str> = if target.starts_with('/') {
-        Vec::new()
-    } else {
-        path.split('/').collect()
+    let folder = match path.rsplit_once('/') {
+        Some((folder, _)) if !target.starts_with('/') => folder,
+        _ => "",
     };
-    components.pop();
-    for component in target.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                components.pop()?;
-            }
-            other => components.push(other),
-        }
-    }
-    Some(components.join("/"))
+    let inside = tree::normal_inside(format!("{folder}/{target}").as_bytes())?;
+    String::from_utf8(inside).ok()
 }
 
 /// The files of an archive, all in the store as blobs.

@@ -65,25 +65,16 @@ fn missing(path: &str, errno: Errno) -> Error {
 fn place(root: impl AsFd, path: &str) -> Result<Place> {
     let follows = path.ends_with('/') || path.ends_with("/.") || path.is_empty() || path == ".";
     // `..` is taken as written, before any link is resolved, as Docker's client does.
-    let mut components: Vec<&str> = Vec::new();
-    for component in path.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                components.pop();
-            }
-            other => components.push(other),
-        }
-    }
-    let joined = components.join("/");
-    let name = components.last().copied();
+    let joined = tree::normal(path.as_bytes());
+    let (folder, last) = tree::split(&joined);
+    let name = (!last.is_empty()).then(|| String::from_utf8_lossy(last).into_owned());
     let shown = match name {
         None => "/".to_owned(),
         Some(_) if path.ends_with("/.") => ".".to_owned(),
-        Some(name) => name.to_owned(),
+        Some(ref name) => name.clone(),
     };
     if follows || name.is_none() {
-        let fd = tree::open_in(&root, joined.as_bytes(), OFlags::PATH | OFlags::DIRECTORY)
+        let fd = tree::open_in(&root, &joined, OFlags::PATH | OFlags::DIRECTORY)
             .map_err(|errno| missing(path, errno))?;
         return Ok(Place {
             parent: fd,
@@ -91,7 +82,6 @@ fn place(root: impl AsFd, path: &str) -> Result<Place> {
             shown,
         });
     }
-    let (folder, last) = tree::split(joined.as_bytes());
     let parent = tree::open_in(&root, folder, OFlags::PATH | OFlags::DIRECTORY)
         .map_err(|e| missing(path, e))?;
     let name =
@@ -167,7 +157,7 @@ pub fn write_tar(
 ) -> Result<()> {
     let at = place(&root, &format!("{path}/"))?;
     drop(at);
-    let folder = lexical(path);
+    let folder = tree::normal(path.as_bytes());
     let root = tree::open_in(&root, b"", OFlags::RDONLY | OFlags::DIRECTORY)
         .map_err(|e| missing("/", e))?;
     let copy = CopyInto {
@@ -188,20 +178,6 @@ pub(crate) fn unpack_into(root: OwnedFd, copy: CopyInto, source: impl Read + Sen
     Unpacker::into_tree(root, copy, Limits::default(), &cancel).unpack(&mut tar)?;
     tar.drain().map_err(damaged)?;
     Ok(())
-}
-
-fn lexical(path: &str) -> Vec<u8> {
-    let mut components: Vec<&str> = Vec::new();
-    for component in path.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                components.pop();
-            }
-            other => components.push(other),
-        }
-    }
-    components.join("/").into_bytes()
 }
 
 #[cfg(test)]

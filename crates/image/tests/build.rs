@@ -254,7 +254,8 @@ fn stages_copies_and_variables_make_the_image_and_the_second_build_is_cached() {
         assert!(!root.join("ran").exists());
     });
     let run = bench.store.inspect("made:1").unwrap().config.run();
-    assert_eq!(run.env, ["A=1", "B=none"]);
+    let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    assert_eq!(run.env, [path, "A=1", "B=none"]);
     assert_eq!(run.cmd.unwrap(), ["/run", "me"]);
     assert_eq!(run.on_build, ["ENV LATE=1"]);
     let ran = bench.runner.0.lock().unwrap().clone();

@@ -197,7 +197,7 @@ impl Build<'_> {
             parents: flags.parents,
         };
         let items = copy::find(&opened.root, &opened.paths, &choice)?;
-        let hash = copy::hash(&opened.root, &items)?;
+        let hash = copy::hash(&opened.root, &items, flags.from.is_some())?;
         let kind = if flags.from.is_some() || written.sources.len() > 1 {
             "multi"
         } else {
@@ -217,14 +217,13 @@ impl Build<'_> {
         } else {
             let (snapshot, layers) = self.temporary(stage)?;
             let into = mount_detached(&layers, true)?;
-            let owner = flags
-                .chown
-                .as_deref()
-                .map(|text| copy::owner(&into, text))
-                .transpose()?
-                .unwrap_or((0, 0));
+            // A context's owners mean nothing here; those of a stage or an image are kept.
+            let owner = match &flags.chown {
+                Some(text) => Some(copy::owner(&into, text)?),
+                None => flags.from.is_none().then_some((0, 0)),
+            };
             let manner = Manner {
-                owner: Some(owner),
+                owner,
                 mode: flags.mode,
                 extract: written.add && !fetched,
                 into_folder: flags.parents,

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::words::{Lookup, expand, join_lines, pairs, split};
 use crate::config::{Healthcheck, RunConfig};
+use crate::layer::tree;
 use crate::{Error, Result};
 
 /// Applies Dockerfile instructions to a configuration, as `commit --change` and `import --change` do.
@@ -237,17 +238,8 @@ pub(super) fn absolute(from: &str, path: &str) -> String {
     } else {
         format!("{from}/{path}")
     };
-    let mut components: Vec<&str> = Vec::new();
-    for component in joined.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                components.pop();
-            }
-            other => components.push(other),
-        }
-    }
-    format!("/{}", components.join("/"))
+    let normal = tree::normal(joined.as_bytes());
+    format!("/{}", String::from_utf8_lossy(&normal))
 }
 
 #[cfg(test)]

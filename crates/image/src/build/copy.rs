@@ -47,13 +47,11 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], choice: &Choice<'_>) -> R
     let ignore = choice.ignore;
     let mut items = Vec::new();
     for (number, source) in sources.iter().enumerate() {
-        let path = tree::clean(source.as_bytes())
-            .or_else(|| lexical(source))
-            .ok_or_else(|| {
-                Error::Dockerfile(format!(
-                    "Forbidden path outside the build context: {source}"
-                ))
-            })?;
+        let path = tree::normal_inside(source.as_bytes()).ok_or_else(|| {
+            Error::Dockerfile(format!(
+                "Forbidden path outside the build context: {source}"
+            ))
+        })?;
         let text = String::from_utf8_lossy(&path).into_owned();
         let matches = if text.contains(['*', '?', '[', '\\']) {
             expand(root, &text, ignore)?
@@ -125,22 +123,6 @@ pub(super) fn find(root: &OwnedFd, sources: &[String], choice: &Choice<'_>) -> R
     Ok(items)
 }
 
-/// `..` as written, as long as it stays inside.
-fn lexical(path: &str) -> Option<Vec<u8>> {
-    let mut components: Vec<&str> = Vec::new();
-    for component in path.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                components.pop()?;
-            }
-            other if other.contains('\0') => return None,
-            other => components.push(other),
-        }
-    }
-    Some(components.join("/").into_bytes())
-}
-
 fn expand(root: &OwnedFd, pattern: &str, ignore: &Ignore) -> Result<Vec<Vec<u8>>> {
     let mut found: Vec<Vec<u8>> = vec![Vec::new()];
     for component in pattern.split('/') {
@@ -206,8 +188,8 @@ fn walk(
     Ok(())
 }
 
-/// The hash of names, kinds, modes and contents; times and owners do not count.
-pub(super) fn hash(root: &OwnedFd, items: &[Item]) -> Result<Digest> {
+/// The hash of names, kinds, modes and contents; times do not count, and owners where they are kept.
+pub(super) fn hash(root: &OwnedFd, items: &[Item], owners: bool) -> Result<Digest> {
     let mut sorted: Vec<&Item> = items.iter().collect();
     sorted.sort_by(|a, b| (a.source, &a.to).cmp(&(b.source, &b.to)));
     let mut hasher = Hasher::default();
@@ -221,6 +203,10 @@ pub(super) fn hash(root: &OwnedFd, items: &[Item]) -> Result<Digest> {
             continue;
         };
         hasher.update(&stat.st_mode.to_le_bytes());
+        if owners {
+            hasher.update(&stat.st_uid.to_le_bytes());
+            hasher.update(&stat.st_gid.to_le_bytes());
+        }
         match tree::file_type(&stat) {
             FileType::RegularFile => {
                 hasher.update(&stat.st_size.to_le_bytes());
@@ -269,7 +255,7 @@ fn opened(root: &OwnedFd, item: &Item) -> Result<(OwnedFd, CString)> {
             } else {
                 pack::join(folder, &target)
             };
-            path = lexical_in(&joined);
+            path = tree::normal(&joined);
         }
     }
     let (folder, name) = tree::split(&path);
@@ -280,21 +266,6 @@ fn opened(root: &OwnedFd, item: &Item) -> Result<(OwnedFd, CString)> {
         CString::new(name).unwrap_or_default()
     };
     Ok((parent, name))
-}
-
-/// `..` stops at the root.
-fn lexical_in(path: &[u8]) -> Vec<u8> {
-    let mut components: Vec<&[u8]> = Vec::new();
-    for component in path.split(|b| *b == b'/') {
-        match component {
-            b"" | b"." => {}
-            b".." => {
-                components.pop();
-            }
-            other => components.push(other),
-        }
-    }
-    components.join(&b'/')
 }
 
 fn open_file(parent: &OwnedFd, name: &CString) -> rustix::io::Result<OwnedFd> {
@@ -327,7 +298,8 @@ pub(super) fn copy(
     target: &str,
     manner: &Manner,
 ) -> Result<()> {
-    let cleaned = lexical_in(target.as_bytes());
+    let cleaned = tree::normal(target.as_bytes());
+    let folder_owner = manner.owner.unwrap_or((0, 0));
     let files = items.iter().filter(|i| !i.of_folder).count();
     let is_folder = manner.into_folder
         || target.ends_with('/')
@@ -346,7 +318,7 @@ pub(super) fn copy(
                     .doing(|| lossy(&item.from))
             };
             if let Some(tar) = archive(file()?, file()?)? {
-                make_folder(into, &cleaned)?;
+                make_folder(into, &cleaned, folder_owner)?;
                 let copy = CopyInto {
                     folder: cleaned.clone(),
                     keep_folders: true,
@@ -367,7 +339,7 @@ pub(super) fn copy(
         let (folder, name) = tree::split(&cleaned);
         (folder.to_vec(), Some(name.to_vec()))
     };
-    make_folder(into, &folder)?;
+    make_folder(into, &folder, folder_owner)?;
     let (reader, writer) = io::pipe().doing(|| "a pipe".to_owned())?;
     let copy = CopyInto {
         folder,
@@ -437,8 +409,8 @@ fn write_item(
     }
 }
 
-/// Makes a folder and those above it, owned by root.
-pub(super) fn make_folder(root: &OwnedFd, path: &[u8]) -> Result<()> {
+/// Makes a folder and those above it; what is new belongs to `owner`.
+pub(super) fn make_folder(root: &OwnedFd, path: &[u8], owner: (u32, u32)) -> Result<()> {
     let mut end = 0;
     for component in path.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
         let parent = tree::open_in(root, &path[..end], OFlags::PATH | OFlags::DIRECTORY)
@@ -446,6 +418,16 @@ pub(super) fn make_folder(root: &OwnedFd, path: &[u8]) -> Result<()> {
         end += component.len() + usize::from(end > 0);
         match rustix::fs::mkdirat(&parent, component, Mode::RWXU) {
             Ok(()) => {
+                if owner != (0, 0) {
+                    rustix::fs::chownat(
+                        &parent,
+                        component,
+                        Some(rustix::fs::Uid::from_raw(owner.0)),
+                        Some(rustix::fs::Gid::from_raw(owner.1)),
+                        rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+                    )
+                    .doing(|| lossy(path))?;
+                }
                 rustix::fs::chmodat(
                     &parent,
                     component,

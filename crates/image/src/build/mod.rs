@@ -382,8 +382,12 @@ pub fn fuzz_dockerfile(data: &[u8]) {
     };
     let _ = target(&file, None);
     let _ = target(&file, Some("one"));
+    let mut run = RunConfig::default();
     for instruction in &file.instructions {
         let _ = words::join_lines(&text[start(instruction)..], '\\');
+        let env = run.env.clone();
+        let lookup = |name: &str| change::variable(&env, name);
+        let _ = change::apply(&mut run, instruction, &text, '\\', &lookup);
     }
 }
 

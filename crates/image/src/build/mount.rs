@@ -255,7 +255,7 @@ impl Build<'_> {
         }
         let root = tree::open_root(&top).at(&top)?;
         let items = copy::find(&root, &[source.to_owned()], &choice(&self.ignore))?;
-        let hash = copy::hash(&root, &items)?;
+        let hash = copy::hash(&root, &items, false)?;
         mounts.identity.push_str(&format!("{hash}\n"));
         Ok(path)
     }
@@ -355,7 +355,7 @@ fn copy_tree(
     into: &std::path::Path,
 ) -> Result<(PathBuf, Digest)> {
     let items = copy::find(root, &[source.to_owned()], &choice(ignore))?;
-    let hash = copy::hash(root, &items)?;
+    let hash = copy::hash(root, &items, false)?;
     let target = tree::open_root(into).at(into)?;
     let single = items
         .first()

@@ -16,6 +16,9 @@ use crate::snapshot::mount_detached;
 use crate::store::{Image, Lease};
 use crate::{Digest, Error, ImageId, Platform, Reference, Result, RunConfig};
 
+/// Where programs are looked for in an image that does not say; `ENV PATH=/mine:$PATH` adds to it.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 static SERIAL: AtomicU64 = AtomicU64::new(0);
 
 /// Where a stage stands.
@@ -130,21 +133,27 @@ impl Build<'_> {
                 other => return Err(Error::Dockerfile(format!("FROM: Unknown flag: {other}"))),
             }
         }
-        if name == "scratch" {
-            return Ok(Stage {
+        let mut stage = if name == "scratch" {
+            Stage {
                 id: None,
                 config: ImageConfig::blank(&platform.unwrap_or_else(Platform::host)),
                 blobs: Vec::new(),
                 args: BTreeMap::new(),
                 own_cmd: false,
-            });
-        }
-        let id = match self.stage_image(&name)? {
-            Some(id) => id,
-            None => self.image(&name, platform.as_ref())?,
+            }
+        } else {
+            let id = match self.stage_image(&name)? {
+                Some(id) => id,
+                None => self.image(&name, platform.as_ref())?,
+            };
+            self.lease.hold(id);
+            Stage::of(&self.store.inspect(&id.to_string())?)
         };
-        self.lease.hold(id);
-        Ok(Stage::of(&self.store.inspect(&id.to_string())?))
+        let env = &mut stage.config.config.get_or_insert_default().env;
+        if change::variable(env, "PATH").is_none() {
+            env.push(format!("PATH={DEFAULT_PATH}"));
+        }
+        Ok(stage)
     }
 
     /// The image of an earlier stage, or else of this name.
@@ -303,7 +312,7 @@ impl Build<'_> {
         let parent = stage
             .id
             .map_or_else(|| stage.config.architecture.clone(), |id| id.to_string());
-        Digest::of(format!("1\0{parent}\0{shown}\0{extra}").as_bytes())
+        Digest::of(format!("2\0{parent}\0{shown}\0{extra}").as_bytes())
     }
 
     /// Takes the image an earlier build made, if there is one.
@@ -378,7 +387,13 @@ impl Build<'_> {
             if tree::open_in(&root, &clean, OFlags::PATH | OFlags::DIRECTORY).is_ok() {
                 None
             } else {
-                copy::make_folder(&root, &clean)?;
+                let user = stage.run().user;
+                let owner = match user.as_str() {
+                    "" => (0, 0),
+                    // A user that only another layer knows is none here.
+                    user => copy::owner(&root, user).unwrap_or((0, 0)),
+                };
+                copy::make_folder(&root, &clean, owner)?;
                 drop(root);
                 Some(self.layer_of(&snapshot, &lease)?)
             }

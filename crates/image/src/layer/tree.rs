@@ -70,6 +70,35 @@ pub fn clean(path: &[u8]) -> Option<Vec<u8>> {
     Some(cleaned)
 }
 
+/// `path` without empty components, `.` and `..`, as it is written: links play no part. `..` stops at the root.
+pub fn normal(path: &[u8]) -> Vec<u8> {
+    let mut components: Vec<&[u8]> = Vec::new();
+    for component in path.split(|b| *b == b'/') {
+        match component {
+            b"" | b"." => {}
+            b".." => {
+                components.pop();
+            }
+            other => components.push(other),
+        }
+    }
+    components.join(&b'/')
+}
+
+/// [`normal`], or none where `..` would rise above the root or there is a NUL byte.
+pub fn normal_inside(path: &[u8]) -> Option<Vec<u8>> {
+    let mut depth = 0usize;
+    for component in path.split(|b| *b == b'/') {
+        match component {
+            b"" | b"." => {}
+            b".." => depth = depth.checked_sub(1)?,
+            other if other.contains(&0) => return None,
+            _ => depth += 1,
+        }
+    }
+    Some(normal(path))
+}
+
 /// The state of `name` in `directory`, links not followed; `None` where there is none.
 pub fn stat_at(directory: impl AsFd, name: &[u8]) -> io::Result<Option<Stat>> {
     match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -354,5 +383,8 @@ mod tests {
         assert_eq!(clean(b"./").unwrap(), b"");
         assert!(clean(b"a/../b").is_none());
         assert!(clean(b"a\0b").is_none());
+        assert_eq!(normal(b"/a/./b//../c/../../../d/"), b"d");
+        assert_eq!(normal_inside(b"a/../b/").unwrap(), b"b");
+        assert!(normal_inside(b"a/../../b").is_none() && normal_inside(b"\0").is_none());
     }
 }
