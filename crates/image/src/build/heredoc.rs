@@ -121,7 +121,7 @@ fn bodies_end(lines: &[&str], start: usize, delimiters: &[(String, bool)]) -> Op
             };
             line == name
         };
-        at += lines[at..].iter().position(|line| ends(&line))? + 1;
+        at += lines[at..].iter().position(ends)? + 1;
     }
     Some(at)
 }
