@@ -189,6 +189,45 @@ fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
     assert!(!text.contains("READY"), "only what is new: {text}");
 }
 
+#[test]
+fn a_guest_that_crashes_at_every_boot_can_be_stopped_between_two() {
+    let Some(package) = kernel_package() else {
+        return;
+    };
+    if !has("mke2fs") || !has("debugfs") {
+        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
+        return;
+    }
+    let Some(host) = start() else { return };
+    import_tiny(&host, &package);
+    host.ok(&[
+        "machine",
+        "create",
+        "vm",
+        "--image",
+        "tiny",
+        "--memory",
+        "256M",
+        "--disk",
+        "256M",
+        "--cpu",
+        "soft",
+        "--on-crash",
+        "restart",
+        "--append",
+        "init=/none",
+    ]);
+    host.ok(&["machine", "start", "vm"]);
+    host.eventually("it crashed twice", || {
+        inspect(&host, "vm")["resets"].as_u64() >= Some(2)
+    });
+    // Not after the time that a guest has to power off: there is none that could.
+    host.ok(&["machine", "stop", "--time", "600", "vm"]);
+    let shown = inspect(&host, "vm");
+    assert_eq!(shown["state"], "stopped");
+    assert_eq!(shown["last_exit"]["reason"], "killed", "{shown}");
+}
+
 /// Answers every question for an IPv4 address with 192.0.2.7.
 const NAME_SERVER: &str = r#"
 import socket

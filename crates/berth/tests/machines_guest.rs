@@ -172,10 +172,10 @@ fn programs_of_host_and_guest_reach_each_other_by_vsock() {
     );
     // The other way: what listens in the machine's folder.
     let folder = PathBuf::from(inspect(&host, "vm")["folder"].as_str().unwrap());
-    let listener = UnixListener::bind(folder.join("vsock.sock_52"))
+    let listener = UnixListener::bind(folder.join("run/vsock.sock_52"))
         .or_else(|_| {
             // A socket's path is short, a test's folder may be long.
-            std::env::set_current_dir(&folder)?;
+            std::env::set_current_dir(folder.join("run"))?;
             UnixListener::bind("vsock.sock_52")
         })
         .unwrap();

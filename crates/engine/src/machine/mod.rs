@@ -3,7 +3,7 @@
 //! ```text
 //! create:  image ─files─▶ base, once (bases) ◀─below── the machine's disk in STATE/machines/ID
 //! start:   tap of the network ─fd─▶ machine process (vmm::process), which outlives the daemon
-//! later:   control socket in the same folder; the end by pidfd, how it ended in exit.json
+//! later:   control socket in the folder's run/; the end by pidfd, how it ended in exit.json beside it
 //! ```
 //!
 //! All calls block (disk, sockets) for milliseconds, `create` for seconds; callers on the reactor use a blocking

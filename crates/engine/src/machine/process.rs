@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -51,9 +51,16 @@ pub fn reap(mut child: std::process::Child) {
 
 /// Connects to a socket in a machine's folder.
 pub fn connect(folder: &Path, name: &str) -> std::io::Result<UnixStream> {
-    // The path of a socket may have 107 bytes, a state folder more: the folder's descriptor is short.
-    let directory = fs::File::open(folder)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))
+    // The path of a socket may have 107 bytes, a state folder more: a descriptor's is short. And it must not be a link, which
+    // a machine's process can make.
+    let socket = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(folder.join(name))?;
+    if !socket.metadata()?.file_type().is_socket() {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }
 
 /// How long the guest has to take or refuse a connection.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use base::Kind;
-use base::file::{Durability, read_json, write_json};
+use base::file::{Durability, write_json};
 use base::pidfd::{PidFd, ProcessKey};
 use base::units::format_size;
 use net::{Endpoint, EndpointSpec, Mac, Protocol, PublishedPort, TapOptions};
@@ -321,8 +321,8 @@ impl Machines {
         };
         loop {
             let ended = has_ended(pidfd);
-            match read_json::<ExitRecord>(&folder.join(process::EXIT)) {
-                Ok(Some(record)) if record.reason == ExitReason::Failed => {
+            match process::read_exit(folder) {
+                Some(record) if record.reason == ExitReason::Failed => {
                     return Err(Error::Room {
                         kind: record.kind.unwrap_or(Kind::Internal),
                         fix: record.fix.map(|fix| update_of(name, &fix)),
@@ -330,8 +330,8 @@ impl Machines {
                     });
                 }
                 // It may have run and powered off within our pause.
-                Ok(Some(_)) => return Ok(()),
-                _ => {}
+                Some(_) => return Ok(()),
+                None => {}
             }
             if ask(folder, &Request::Status)
                 .is_ok_and(|answer| answer.status.is_some_and(|s| s.state != State::Starting))
@@ -380,9 +380,7 @@ impl Machines {
         if machine.run.take().is_none() {
             return;
         }
-        let record = read_json::<ExitRecord>(&slot.folder.join(process::EXIT))
-            .ok()
-            .flatten();
+        let record = process::read_exit(&slot.folder);
         let record = record.unwrap_or_else(|| {
             ExitRecord::now(
                 ExitReason::Killed,

@@ -287,7 +287,7 @@ impl LogReader {
 }
 
 fn open(path: &Path) -> std::io::Result<Option<fs::File>> {
-    match fs::File::open(path) {
+    match process::open_plain(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

@@ -3,12 +3,15 @@
 //! It is started by the daemon and outlives it. Everything it may touch is in its folder, opened or passed to it:
 //!
 //! ```text
-//! FOLDER/process.json   what to run (ProcessConfig), written by the daemon
-//! FOLDER/control.sock   requests and answers, one JSON object a line (protocol)
-//! FOLDER/console.log    the serial line's output, with one older file
-//! FOLDER/vsock.sock     where host programs reach the guest's sockets, and it theirs at vsock.sock_PORT
-//! FOLDER/exit.json      how it ended (ExitRecord), written last
+//! FOLDER/process.json       what to run (ProcessConfig), written by the daemon
+//! FOLDER/run/               the only folder that it may change:
+//!            control.sock   requests and answers, one JSON object a line (protocol)
+//!            console.log    the serial line's output, with one older file
+//!            vsock.sock     where host programs reach the guest's sockets, and it theirs at vsock.sock_PORT
+//!            exit.json      how it ended (ExitRecord), written last
 //! ```
+//!
+//! A guest may have taken the process over: what it wrote is read with care ([`read_exit`]).
 //!
 //! Start: read the configuration, open the kernel, take the passed taps ▶ jail ([`jail`]) ▶ make the machine ▶ run.
 //! A reset makes the machine anew in the same process, so that its disks are never let go of in between.
@@ -21,8 +24,10 @@ pub mod protocol;
 
 use std::any::Any;
 use std::fs;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -52,10 +57,13 @@ pub use link::datagrams;
 
 /// File names inside a machine's folder.
 pub const CONFIG: &str = "process.json";
-pub const CONTROL: &str = "control.sock";
-pub const CONSOLE_LOG: &str = "console.log";
-pub const EXIT: &str = "exit.json";
-pub const VSOCK: &str = "vsock.sock";
+pub const RUN: &str = "run";
+pub const CONTROL: &str = "run/control.sock";
+pub const CONSOLE_LOG: &str = "run/console.log";
+pub const EXIT: &str = "run/exit.json";
+pub const VSOCK: &str = "run/vsock.sock";
+/// Bytes of an exit record that are read.
+const EXIT_LIMIT: u64 = 64 << 10;
 /// The guest's number among sockets between host and guest. Each machine has its own unix socket, so one serves all.
 pub const GUEST_CID: u64 = 3;
 
@@ -190,6 +198,33 @@ pub enum ExitReason {
     Failed,
 }
 
+/// How the machine of a folder ended, where that is recorded. Links, pipes and what is far too long are none.
+pub fn read_exit(folder: &Path) -> Option<ExitRecord> {
+    let mut text = Vec::new();
+    open_plain(&folder.join(EXIT))
+        .ok()?
+        .take(EXIT_LIMIT)
+        .read_to_end(&mut text)
+        .ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Opens a file that a machine's process wrote, where it is one and no link, pipe or device.
+///
+/// # Errors
+/// Where it cannot be opened, or is something else.
+pub fn open_plain(path: &Path) -> std::io::Result<fs::File> {
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(std::io::ErrorKind::InvalidInput.into())
+    }
+}
+
 /// What control connections reach; the machine inside changes with each reset.
 pub(crate) struct Running {
     pub machine: Mutex<Option<Handles>>,
@@ -306,6 +341,15 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
         path: folder.to_owned(),
         source,
     })?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(RUN)
+        .map_err(|source| BootError::Read {
+            what: "the machine's folder",
+            path: folder.join(RUN),
+            source,
+        })?;
     // The host's CPU is looked at while that is allowed.
     let _ = cpu_kvm::probe();
     let kernel = match &config.unpacked {
@@ -345,7 +389,9 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
         let disks = config.disks.iter();
         disks.filter(move |disk| disk.read_only == read_only)
     };
-    let writable: Vec<&Path> = paths(false).map(|disk| disk.path.as_path()).collect();
+    let run = folder.join(RUN);
+    let mut writable: Vec<&Path> = paths(false).map(|disk| disk.path.as_path()).collect();
+    writable.push(&run);
     let mut readable: Vec<&Path> = paths(true).map(|disk| disk.path.as_path()).collect();
     readable.extend(config.below.iter().map(PathBuf::as_path));
     let reach = Reach {

@@ -26,7 +26,7 @@ use root::Access;
 /// What stays in reach.
 #[derive(Debug, Clone, Copy)]
 pub struct Reach<'a> {
-    /// The machine's own folder, absolute, whose files it may read, make and change.
+    /// The machine's own folder, absolute, whose files it may read.
     pub folder: &'a Path,
     pub readable: &'a [&'a Path],
     pub writable: &'a [&'a Path],
@@ -104,8 +104,8 @@ fn leave_root(reach: Reach<'_>) -> io::Result<()> {
     let writable = reach.writable.iter().map(|path| (*path, Access::Write));
     let mut files: Vec<(&Path, Access)> = readable
         .chain(writable)
-        // What lies in its folder is there already; what is missing is said by who opens it.
-        .filter(|(path, _)| !path.starts_with(reach.folder) && path.exists())
+        // What is missing is said by who opens it.
+        .filter(|(path, _)| path.exists())
         .collect();
     if Path::new(KVM).exists() {
         files.push((Path::new(KVM), Access::Device));
@@ -139,18 +139,19 @@ fn restrict_files(reach: Reach<'_>) -> Result<(), String> {
     let read = AccessFs::from_read(abi) & !AccessFs::Execute;
     let names = [RESOLVERS];
     let names = names.iter().filter(|_| reach.network).map(Path::new);
-    let own = [reach.folder, Path::new(KVM)];
+    let readable = names.chain([reach.folder]);
+    let writable = [Path::new(KVM)];
     let status = (|| {
         Ruleset::default()
             .handle_access(all)?
             .scope(Scope::AbstractUnixSocket | Scope::Signal)?
             .create()?
             .add_rules(path_beneath_rules(
-                names.chain(reach.readable.iter().copied()),
+                readable.chain(reach.readable.iter().copied()),
                 read,
             ))?
             .add_rules(path_beneath_rules(
-                own.iter().chain(reach.writable),
+                writable.iter().chain(reach.writable),
                 all & !AccessFs::Execute,
             ))?
             .restrict_self()
@@ -199,17 +200,24 @@ mod tests {
         let weaknesses = std::thread::spawn({
             let (own, secret) = (own.path().to_owned(), secret.clone());
             move || {
+                std::fs::create_dir(own.join("run")).unwrap();
+                std::fs::write(own.join("record"), "mine").unwrap();
                 let weaknesses = enter(Reach {
                     folder: &own,
                     readable: &[],
-                    writable: &[],
+                    writable: &[&own.join("run")],
                     network: false,
                 });
                 if weaknesses.iter().any(|w| w.contains("files")) {
                     eprintln!("SKIPPED: {weaknesses:?}");
                     return weaknesses;
                 }
-                std::fs::write(own.join("mine"), "y").unwrap();
+                std::fs::write(own.join("run/mine"), "y").unwrap();
+                // What the daemon trusts is not the guest's to write.
+                assert!(std::fs::read(own.join("record")).is_ok());
+                assert!(std::fs::write(own.join("record"), "forged").is_err());
+                assert!(std::fs::rename(own.join("run/mine"), own.join("record")).is_err());
+                assert!(std::fs::write(own.join("more"), "y").is_err());
                 assert!(std::fs::read(&secret).is_err());
                 assert!(std::fs::File::open("/etc/passwd").is_err());
                 assert!(std::os::unix::net::UnixStream::connect("/run/x").is_err());
@@ -253,7 +261,7 @@ mod tests {
             let weaknesses = enter(Reach {
                 folder: own.path(),
                 readable: &[],
-                writable: &[],
+                writable: &[own.path()],
                 network: true,
             });
             assert!(

@@ -144,22 +144,28 @@ fn make_place(root: BorrowedFd<'_>, place: &Path, directory: bool) -> io::Result
         .collect();
     for (index, name) in names.iter().enumerate() {
         let last = index + 1 == names.len();
+        // In a folder that is mounted already it is there, and cannot be made.
+        match rustix::fs::openat(&folder, *name, flags, Mode::empty()) {
+            Ok(found) => {
+                folder = found;
+                continue;
+            }
+            Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno.into()),
+        }
         if last && !directory {
             let mode = Mode::from_raw_mode(0o444);
             let create = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             drop(rustix::fs::openat(&folder, *name, create, mode)?);
         } else {
-            match rustix::fs::mkdirat(&folder, *name, Mode::from_raw_mode(0o755)) {
-                Ok(()) | Err(Errno::EXIST) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+            rustix::fs::mkdirat(&folder, *name, Mode::from_raw_mode(0o755))?;
         }
         folder = rustix::fs::openat(&folder, *name, flags, Mode::empty())?;
     }
     Ok(folder)
 }
 
-/// Makes `folder` and `files` all there is, and `folder` the working folder. Must be in a mount namespace of its own.
+/// Makes `folder`, to be read, and `files`, which may lie in it, all there is, and `folder` the working folder. Must be in a mount namespace of its own.
 ///
 /// # Errors
 /// Where the kernel is older than 5.12 or refuses; everything is as before then.
@@ -167,7 +173,7 @@ pub fn enter(folder: &Path, files: &[(&Path, Access)]) -> io::Result<()> {
     // What is mounted here must not appear on the host, and the host's must not come here.
     let whole = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", whole)?;
-    let mut carried = vec![Carried::of(folder, Access::Write)?];
+    let mut carried = vec![Carried::of(folder, Access::Read)?];
     for (path, access) in files {
         carried.push(Carried::of(path, *access)?);
     }
