@@ -26,8 +26,48 @@ pub struct Machine {
     code: OnceLock<Vec<AtomicU64>>,
     /// By CPU number; set once when a CPU is made.
     pub(crate) mailboxes: Mutex<Vec<Arc<Mailbox>>>,
+    pub(crate) alone: Alone,
     pub vcpus: u32,
     pub model: cpu::CpuModel,
+}
+
+/// Who runs while all other CPUs of the machine are kept outside of translated code: one at a time.
+#[derive(Default)]
+pub(crate) struct Alone {
+    busy: Mutex<bool>,
+    over: Condvar,
+    /// As `busy`, for a look without the lock.
+    wanted: AtomicBool,
+}
+
+impl Alone {
+    /// Whether a CPU must not go inside now.
+    pub(crate) fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::SeqCst)
+    }
+
+    /// Sleeps until nobody is alone.
+    pub(crate) fn wait(&self) {
+        let mut busy = self.busy.lock().unwrap_or_else(|e| e.into_inner());
+        while *busy {
+            busy = self.over.wait(busy).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    fn take(&self) {
+        let mut busy = self.busy.lock().unwrap_or_else(|e| e.into_inner());
+        while *busy {
+            busy = self.over.wait(busy).unwrap_or_else(|e| e.into_inner());
+        }
+        *busy = true;
+        self.wanted.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn give(&self) {
+        *self.busy.lock().unwrap_or_else(|e| e.into_inner()) = false;
+        self.wanted.store(false, Ordering::SeqCst);
+        self.over.notify_all();
+    }
 }
 
 // SAFETY: the raw pointers are those of the guest's RAM, which is shared memory by nature and reached only by
@@ -42,6 +82,7 @@ impl Machine {
             memory: OnceLock::new(),
             code: OnceLock::new(),
             mailboxes: Mutex::new(Vec::new()),
+            alone: Alone::default(),
             vcpus,
             model,
         }
@@ -105,6 +146,15 @@ impl Machine {
         None
     }
 
+    /// The guest-physical address of a byte of RAM by its host address.
+    pub(crate) fn gpa_of(&self, host: *const u8) -> Option<u64> {
+        let (_, banks) = self.memory.get()?;
+        banks.iter().find_map(|bank| {
+            let offset = (host as u64).wrapping_sub(bank.host as u64);
+            (offset < bank.len).then_some(bank.gpa + offset)
+        })
+    }
+
     /// Guest-physical bytes were written behind the CPUs' backs, or by the CPU `by`: all others drop translated code of them.
     /// True where there was any.
     pub(crate) fn drop_code(&self, gpa: u64, len: u64, by: Option<u32>) -> bool {
@@ -152,15 +202,7 @@ impl Machine {
         if self.vcpus < 2 {
             return;
         }
-        let others: Vec<Arc<Mailbox>> = {
-            let mailboxes = self.mailboxes.lock().unwrap_or_else(|e| e.into_inner());
-            mailboxes
-                .iter()
-                .enumerate()
-                .filter(|(id, _)| *id as u32 != by)
-                .map(|(_, m)| Arc::clone(m))
-                .collect()
-        };
+        let others = self.others(by);
         for mailbox in &others {
             mailbox
                 .forbidden
@@ -173,17 +215,40 @@ impl Machine {
             }
         }
         for mailbox in &others {
-            let mut spins = 0u32;
-            while mailbox.inside.load(Ordering::SeqCst) && mailbox.forbids.load(Ordering::SeqCst) {
-                spins += 1;
-                if spins.is_multiple_of(64) {
-                    // It may be in a device, or its thread not running: raised again, as a poll may have come before.
-                    mailbox.attention.raise();
-                    std::thread::yield_now();
-                }
-                std::hint::spin_loop();
-            }
+            await_exit(mailbox, || mailbox.forbids.load(Ordering::SeqCst));
         }
+    }
+
+    /// Granules of the page `gpa`, which others had before, came to be those of translated code: returns once no other CPU
+    /// can be between its look at the code bits and its store. The caller is not inside translated code.
+    pub(crate) fn await_stores(&self, gpa: u64, by: u32) {
+        if self.vcpus < 2 {
+            return;
+        }
+        let page = (gpa >> 12) + 1;
+        for mailbox in &self.others(by) {
+            await_exit(mailbox, || mailbox.storing.load(Ordering::SeqCst) == page);
+        }
+    }
+
+    /// Keeps all other CPUs outside of translated code until [`Alone::give`]. The caller does not count as inside.
+    pub(crate) fn stop_others(&self, by: u32) {
+        self.alone.take();
+        for mailbox in &self.others(by) {
+            mailbox.attention.raise();
+            await_exit(mailbox, || true);
+        }
+    }
+
+    fn others(&self, by: u32) -> Vec<Arc<Mailbox>> {
+        self.mailboxes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .iter()
+            .enumerate()
+            .filter(|(id, _)| *id as u32 != by)
+            .map(|(_, m)| Arc::clone(m))
+            .collect()
     }
 
     /// Sends a fixed interrupt to one CPU (by APIC id).
@@ -210,6 +275,22 @@ impl Machine {
             .unwrap_or_else(|e| e.into_inner())
             .get(apic_id as usize)
             .cloned()
+    }
+}
+
+/// Waits while the CPU is inside translated code and `holds` says so.
+fn await_exit(mailbox: &Mailbox, holds: impl Fn() -> bool) {
+    let mut spins = 0u32;
+    while mailbox.inside.load(Ordering::SeqCst) && holds() {
+        spins += 1;
+        if spins == 1 || spins.is_multiple_of(64) {
+            // Again and again: a poll may have come before. It may be in a device, or its thread not running.
+            mailbox.attention.raise();
+        }
+        if spins.is_multiple_of(64) {
+            std::thread::yield_now();
+        }
+        std::hint::spin_loop();
     }
 }
 
@@ -260,6 +341,7 @@ impl Mailbox {
             inside: AtomicBool::new(false),
             forbidden: Mutex::default(),
             forbids: AtomicBool::new(false),
+            storing: AtomicU64::new(0),
             attention: AttentionPointer::default(),
             sleeper: Sleeper::default(),
         }

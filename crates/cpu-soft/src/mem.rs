@@ -129,7 +129,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// Compare-and-swap; `Ok(Err(found))` where another value was found. Not atomic across pages or on devices.
+    /// Compare-and-swap; `Ok(Err(found))` where another value was found. Not atomic on devices.
     pub fn compare_exchange<T: Scalar + PartialEq>(
         &mut self,
         va: u64,
@@ -141,11 +141,22 @@ impl Cpu {
             && let Place::Ram(at) = self.place(va, Access::Write, rights)?
         {
             // SAFETY: `at` is in guest RAM, aligned as va is (pages are aligned), inside one page.
-            return Ok(unsafe { T::compare_exchange(at, old, new) });
+            let done = unsafe { T::compare_exchange(at, old, new) };
+            self.stored(at);
+            return Ok(done);
         }
         self.write_probe(va, T::SIZE, rights)?;
-        let found: T = self.read(va, rights)?;
-        self.write(va, if found == old { new } else { found }, rights)?;
+        // A block of one instruction may be alone already, until what it bounced is written.
+        let nested = self.alone;
+        self.be_alone();
+        let done = self.read(va, rights).and_then(|found: T| {
+            self.write(va, if found == old { new } else { found }, rights)?;
+            Ok(found)
+        });
+        if !nested {
+            self.end_alone();
+        }
+        let found = done?;
         Ok(if found == old { Ok(found) } else { Err(found) })
     }
 
@@ -169,9 +180,25 @@ impl Cpu {
 
     pub(crate) fn write_place(&mut self, place: Place, data: &[u8]) {
         match place {
-            // SAFETY: as in `read_place`.
-            Place::Ram(at) => unsafe { store(at, data) },
+            Place::Ram(at) => {
+                // SAFETY: as in `read_place`.
+                unsafe { store(at, data) };
+                self.stored(at);
+            }
             Place::Device(gpa) => self.device_write(gpa, data),
+        }
+    }
+
+    /// Behind a store by Rust code to the page of `at`: another CPU may have translated the old bytes between the look at
+    /// the code bits ([`Cpu::place`]) and the store, and must drop that.
+    pub(crate) fn stored(&mut self, at: *const u8) {
+        if self.machine.vcpus < 2 {
+            return;
+        }
+        // Whoever translates sets the bits before it reads the bytes.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if let Some(gpa) = self.machine.gpa_of(at) {
+            self.note_store(gpa, u64::MAX);
         }
     }
 
@@ -196,7 +223,8 @@ impl Cpu {
             Some(at) if gpa % PAGE + T::SIZE as u64 <= PAGE => {
                 self.note_store(gpa, u64::MAX);
                 // SAFETY: as in `physical_read`.
-                unsafe { store(at, &bytes[..T::SIZE]) }
+                unsafe { store(at, &bytes[..T::SIZE]) };
+                self.stored(at);
             }
             _ => self.device_write(gpa, &bytes[..T::SIZE]),
         }

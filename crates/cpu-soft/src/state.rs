@@ -180,6 +180,8 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// An access that could not be made in place: where it goes once the instruction has run (see `translate`).
     pub bounce: Bounce,
+    /// All other CPUs wait outside of translated code until this one's access across pages is done.
+    pub(crate) alone: bool,
     /// It ran, or was restored from one that did: time has begun for its guest.
     pub ran: bool,
     /// What the debug registers arm.
@@ -229,6 +231,8 @@ pub struct Bounce {
     pub address: u64,
     /// Zero: nothing to write back.
     pub len: u32,
+    /// Where in `data` it lies.
+    pub offset: u32,
 }
 
 /// What other threads may ask of one CPU. All fields are atomic; setting one is followed by [`Mailbox::ring`].
@@ -251,6 +255,8 @@ pub struct Mailbox {
     pub(crate) forbidden: std::sync::Mutex<Vec<u64>>,
     /// `forbidden` is not empty.
     pub(crate) forbids: std::sync::atomic::AtomicBool,
+    /// Number + 1 of the guest-physical page that the CPU, inside, may be about to store to without a write entry.
+    pub(crate) storing: AtomicU64,
     pub(crate) attention: crate::machine::AttentionPointer,
     pub(crate) sleeper: crate::machine::Sleeper,
 }
@@ -289,12 +295,49 @@ pub struct Level {
     pub jump: [u64; JUMP_ENTRIES],
 }
 
+/// Entries of each of the second look-aside buffers.
+pub const SECOND_TLB: usize = 4096;
+/// Entries of the second table for indirect jumps.
+pub const SECOND_JUMPS: usize = 16384;
+
+/// An indirect entry by its exact address, address space and level.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct JumpEntry {
+    /// The guest address; for ring 3 exclusive-or [`Second::mix`].
+    pub key: u64,
+    pub host: u64,
+}
+
+/// Behind the tables that translated code looks into: larger ones, which the stubs look into before they call Rust, and which
+/// outlive a change of the address space, as their entries carry its number. See [`crate::tlb`].
+#[repr(C)]
+pub struct Second {
+    /// For each of (level, write), tags are page | context: 0 for global pages, else [`Second::context`].
+    pub tlb: [[TlbEntry; SECOND_TLB]; 4],
+    pub jump: [JumpEntry; SECOND_JUMPS],
+    /// For each of (level, write): entries of the first buffers that are not of global pages.
+    pub nonglobal: [[u64; TLB_ENTRIES / 64]; 4],
+    /// Entries of [`Level::jump`] that are set, per level: how many, and which.
+    pub listed: [u32; 2],
+    pub list: [[u16; JUMP_ENTRIES]; 2],
+    /// Number of the address space as it is now, of the CPU's own giving: 1..=[`crate::tlb::LAST_CONTEXT`].
+    pub context: u64,
+    /// The same in the bits of an address that are all alike, with a bit for ring 3.
+    pub mix: u64,
+    /// Numbers by PCID; 0: its translations were dropped.
+    pub contexts: [u16; 4096],
+    /// The last number given.
+    pub given: u16,
+}
+
 /// What host GS points at.
 #[repr(C, align(4096))]
 pub struct Frame {
     pub cpu: UnsafeCell<Cpu>,
     /// Supervisor, then user.
     pub levels: UnsafeCell<[Level; 2]>,
+    pub second: UnsafeCell<Second>,
 }
 
 impl Frame {
@@ -335,7 +378,9 @@ impl Frame {
                 data: [0; 1024],
                 address: 0,
                 len: 0,
+                offset: 0,
             },
+            alone: false,
             ran: false,
             debug: crate::system::debug::Debug::default(),
             count: 0,
@@ -352,11 +397,12 @@ impl Frame {
         };
         let mut frame = Box::<Frame>::new_uninit();
         let at = frame.as_mut_ptr();
-        // SAFETY: both fields are written before the box is taken as initialised; `Level` is plain integers, for
-        // which all ones is a value (and the tag of an empty entry).
+        // SAFETY: all fields are written before the box is taken as initialised; `Level` and `Second` are plain integers,
+        // for which all ones and zero are values (and all ones the tag of an empty entry).
         unsafe {
             (&raw mut (*at).cpu).write(UnsafeCell::new(cpu));
             (&raw mut (*at).levels).write_bytes(0xff, 1);
+            (&raw mut (*at).second).write_bytes(0, 1);
             let mut frame = frame.assume_init();
             frame.cpu.get_mut().flush_tlb();
             frame

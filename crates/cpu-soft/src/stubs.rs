@@ -3,9 +3,11 @@
 use std::mem::offset_of;
 
 use crate::cache::Cache;
-use crate::state::{Cpu, flag};
+use crate::state::{
+    Cpu, Frame, JumpEntry, Level, SECOND_JUMPS, SECOND_TLB, Second, TLB_ENTRIES, TlbEntry, flag,
+};
 use crate::translate::emit::*;
-use crate::translate::{GPR, RETURN, SCRATCH, Stubs, TARGET, leave};
+use crate::translate::{GPR, RETURN, SAVED_RAX, SCRATCH, Stubs, TARGET, leave, level_offset};
 
 /// Offset in the page, for the way back from a memory stub.
 pub(crate) const PAGE_OFFSET: usize = SCRATCH + 48;
@@ -154,6 +156,188 @@ fn leave_rust(code: &mut Code) {
     ]);
 }
 
+const fn second(offset: usize) -> usize {
+    offset_of!(Frame, second) + offset
+}
+
+/// Branches taken in ring 3.
+fn if_user(code: &mut Code) -> Patch {
+    code.with_mem(None, false, &[0x80], 7, Mem::gs(offset_of!(Cpu, cpl)));
+    code.byte(3);
+    code.jcc(CC_E)
+}
+
+/// Looks for the jump target in r10 in the second table, notes it in the first and goes there; falls through where it is not
+/// known or the run loop is wanted. Flags are in the slot; r11 is free.
+fn second_jump(code: &mut Code, miss: u64) {
+    const { assert!(SECOND_JUMPS.is_power_of_two() && size_of::<JumpEntry>() == 16) };
+    code.store(Mem::gs(SAVED_RAX), RAX);
+    code.store(Mem::gs(PAGE_OFFSET), RCX);
+    let mut unknown = Vec::new();
+    code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
+    unknown.push(code.jcc(CC_NE));
+    // As `tlb::second_jump`.
+    code.mov32(RCX, R10);
+    code.shr32(RCX, 12);
+    code.with_reg(false, &[0x31], R10, RCX); // xor ecx, r10d
+    code.and32(RCX, SECOND_JUMPS as u32 - 1);
+    code.with_reg(false, &[0xc1], 4, RCX); // shl ecx, 4
+    code.byte(4);
+    code.mov(RAX, R10);
+    let entry = second(offset_of!(Second, jump));
+    let mut user = Some(if_user(code));
+    for n in 0..2 {
+        if n == 1 {
+            if let Some(user) = user.take() {
+                code.bind(user);
+            }
+            code.xor_load(RAX, Mem::gs(second(offset_of!(Second, mix))));
+        }
+        let first = level_offset(n == 1) + offset_of!(Level, jump);
+        let listed = second(offset_of!(Second, listed)) + n * 4;
+        let list = second(offset_of!(Second, list)) + n * size_of::<[u16; 65536]>();
+        // cmp rax, gs:[rcx + key]
+        code.with_mem(None, true, &[0x3b], RAX, Mem::gs_at(RCX, entry));
+        unknown.push(code.jcc(CC_NE));
+        code.load(RCX, Mem::gs_at(RCX, entry + offset_of!(JumpEntry, host)));
+        code.with_reg(false, &[0x0f, 0xb7], RAX, R10); // movzx eax, r10w
+        let slot = Mem {
+            index: Some((RAX, 3)),
+            disp: first as i32,
+            gs: true,
+            base: None,
+        };
+        code.mov_imm(R11, miss);
+        code.cmp_mem_reg(slot, R11);
+        let noted = code.jcc(CC_NE);
+        code.load32(R11, Mem::gs(listed));
+        let end = Mem {
+            index: Some((R11, 1)),
+            disp: list as i32,
+            gs: true,
+            base: None,
+        };
+        code.with_mem(Some(0x66), false, &[0x89], RAX, end);
+        code.with_mem(None, false, &[0xff], 0, Mem::gs(listed)); // inc
+        code.bind(noted);
+        code.store(slot, RCX);
+        code.mov(R11, RCX);
+        code.load(RAX, Mem::gs(SAVED_RAX));
+        code.load(RCX, Mem::gs(PAGE_OFFSET));
+        code.raw(&[0x41, 0xff, 0xe3]); // jmp r11
+    }
+    for patch in unknown {
+        code.bind(patch);
+    }
+    code.load(RAX, Mem::gs(SAVED_RAX));
+    code.load(RCX, Mem::gs(PAGE_OFFSET));
+}
+
+/// Looks for the page of the guest address in r10 in the second buffers, notes it in the first and goes back to where the
+/// descriptor in r11 says; falls through with all registers as they were.
+fn second_tlb(code: &mut Code) {
+    const { assert!(SECOND_TLB.is_power_of_two() && size_of::<TlbEntry>() == 16) };
+    const { assert!(SECOND_TLB <= 1 << 20 && TLB_ENTRIES <= 1 << 20) };
+    code.store(Mem::gs(SAVED_RAX), RAX);
+    code.store(Mem::gs(PAGE_OFFSET), RCX);
+    let mut unknown = Vec::new();
+    code.load32(RAX, Mem::base(R11, 0));
+    code.raw(&[0xa8, leave::LOCK as u8]); // test al, imm8
+    unknown.push(code.jcc(CC_NE));
+    // Over the page's end?
+    code.mov32(RCX, RAX);
+    code.shr32(RCX, leave::SIZE_SHIFT as u8);
+    code.and32(RCX, 0xff);
+    let last = Mem {
+        base: Some(R10),
+        index: Some((RCX, 0)),
+        disp: -1,
+        gs: false,
+    };
+    code.with_mem(None, false, &[0x8d], RCX, last); // lea ecx, [r10 + rcx - 1]
+    code.with_reg(false, &[0x31], R10, RCX); // xor ecx, r10d
+    code.with_reg(false, &[0xf7], 0, RCX); // test ecx, imm32
+    code.u32(0xffff_f000);
+    unknown.push(code.jcc(CC_NE));
+    code.mov32(RCX, R10);
+    code.shr32(RCX, 8);
+    code.and32(RCX, (SECOND_TLB as u32 - 1) << 4);
+    let mut user = Some(if_user(code));
+    for ring3 in [false, true] {
+        if ring3 && let Some(user) = user.take() {
+            code.bind(user);
+        }
+        code.byte(0xa9); // test eax, imm32
+        code.u32(leave::WRITE);
+        let mut writes = Some(code.jcc(CC_NE));
+        for write in [false, true] {
+            if write && let Some(writes) = writes.take() {
+                code.bind(writes);
+            }
+            code.mov(RAX, R10);
+            code.with_reg(true, &[0x81], 4, RAX); // and rax, -4096
+            code.u32(0xffff_f000);
+            let n = usize::from(ring3) * 2 + usize::from(write);
+            let table = second(offset_of!(Second, tlb)) + n * SECOND_TLB * 16;
+            let compare =
+                |code: &mut Code| code.with_mem(None, true, &[0x3b], RAX, Mem::gs_at(RCX, table));
+            let global = (!ring3).then(|| {
+                compare(code);
+                code.jcc(CC_E)
+            });
+            // or rax, gs:[context]
+            let context = Mem::gs(second(offset_of!(Second, context)));
+            code.with_mem(None, true, &[0x0b], RAX, context);
+            compare(code);
+            unknown.push(code.jcc(CC_NE));
+            found(code, ring3, write, false, table);
+            if let Some(global) = global {
+                code.bind(global);
+                found(code, ring3, write, true, table);
+            }
+        }
+    }
+    for patch in unknown {
+        code.bind(patch);
+    }
+    code.load(RAX, Mem::gs(SAVED_RAX));
+    code.load(RCX, Mem::gs(PAGE_OFFSET));
+}
+
+/// The entry at gs:[rcx + table] is the one: into the first buffer with it, and back.
+fn found(code: &mut Code, user: bool, write: bool, global: bool, table: usize) {
+    let first = level_offset(user)
+        + if write {
+            offset_of!(Level, write)
+        } else {
+            offset_of!(Level, read)
+        };
+    let marks = second(offset_of!(Second, nonglobal))
+        + (usize::from(user) * 2 + usize::from(write)) * (TLB_ENTRIES / 8);
+    code.store(Mem::gs(TARGET), R11);
+    code.load(RCX, Mem::gs_at(RCX, table + offset_of!(TlbEntry, host)));
+    code.mov32(R11, R10);
+    code.shr32(R11, 8);
+    code.and32(R11, (TLB_ENTRIES as u32 - 1) << 4);
+    code.store(Mem::gs_at(R11, first + offset_of!(TlbEntry, host)), RCX);
+    code.with_reg(true, &[0x81], 4, RAX); // and rax, -4096
+    code.u32(0xffff_f000);
+    code.store(Mem::gs_at(R11, first), RAX);
+    code.shr32(R11, 4);
+    let mark = if global { 0xb3 } else { 0xab }; // btr, bts
+    code.with_mem(None, true, &[0x0f, mark], R11, Mem::gs(marks));
+    // Back to descriptor + its second word.
+    code.load(R11, Mem::gs(TARGET));
+    code.with_mem(None, true, &[0x63], RAX, Mem::base(R11, 4)); // movsxd rax, [r11 + 4]
+    code.with_reg(true, &[0x01], R11, RAX); // add rax, r11
+    code.store(Mem::gs(TARGET), RAX);
+    code.mov(R11, RCX);
+    code.and32(R10, 0xfff);
+    code.load(RAX, Mem::gs(SAVED_RAX));
+    code.load(RCX, Mem::gs(PAGE_OFFSET));
+    code.jmp_mem(Mem::gs(TARGET));
+}
+
 /// Writes the stubs for the CPU at `cpu` to the front of `cache`.
 pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     let avx = std::arch::is_x86_feature_detected!("avx");
@@ -177,6 +361,9 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
 
     stubs.jump_miss = code.here();
     code.store(Mem::gs(offset_of!(Cpu, rip)), R10);
+    second_jump(&mut code, stubs.jump_miss);
+    stubs.jump_gone = code.here();
+    code.store(Mem::gs(offset_of!(Cpu, rip)), R10);
     let lea = code.lea_r11_rip();
     code.jmp_to(stubs.exit);
     code.bind(lea);
@@ -184,6 +371,7 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     code.u32(0);
 
     stubs.memory = code.here();
+    second_tlb(&mut code);
     save(&mut code, avx);
     code.mov_imm(RDI, cpu);
     code.mov(RSI, R10);

@@ -1,7 +1,21 @@
-//! The inline look-aside buffers: filling and flushing. Entries are keyed by virtual page only, so whatever changes
-//! what a virtual page means flushes.
+//! The look-aside buffers and the tables of jump targets: filling and flushing.
+//!
+//! Two stages each. The first ([`Level`]) is what translated code looks into by itself. Its entries are keyed by address only, so
+//! whatever changes what an address means flushes. The second ([`Second`]) is what the stubs look into next, still without
+//! Rust. Its entries carry a *context*: a number that stands for one PCID since its last flush. MOV to CR3 thus changes the
+//! number and flushes the first stage, which fills up again from the second at a few nanoseconds an entry. Numbers are not
+//! used again before the second stage was emptied.
 
-use crate::state::{Cpu, Frame, Level, TLB_ENTRIES, TlbEntry};
+use crate::state::{
+    Cpu, Frame, JumpEntry, Level, SECOND_JUMPS, SECOND_TLB, Second, TLB_ENTRIES, TlbEntry,
+};
+use crate::system::cr;
+
+/// The highest number of a context: an empty entry's tag has all ones.
+pub(crate) const LAST_CONTEXT: u16 = 0xffe;
+/// In [`Second::mix`]: ring 3.
+const MIX_USER: u64 = 1 << 60;
+const MIX_SHIFT: u32 = 48;
 
 /// Index of a page in [`Level::read`] and [`Level::write`].
 #[inline]
@@ -27,10 +41,25 @@ static EMPTY: [TlbEntry; TLB_ENTRIES] = {
     entries
 };
 
-/// What is known of entries beside what translated code needs. One per CPU, in its engine.
+/// Index in [`Second::jump`].
+#[inline]
+pub(crate) const fn second_jump(rip: u64) -> usize {
+    (rip ^ rip >> 12) as usize & (SECOND_JUMPS - 1)
+}
+
+/// Index in [`Second::tlb`].
+#[inline]
+const fn second_index(va: u64) -> usize {
+    (va >> 12) as usize & (SECOND_TLB - 1)
+}
+
+const NO_ENTRY: TlbEntry = TlbEntry {
+    tag: u64::MAX,
+    host: 0,
+};
+
+/// Pages of code by virtual address. One per CPU, in its engine.
 pub(crate) struct Notes {
-    /// For each of (level, write): entries filled from pages that are not global.
-    nonglobal: [[u64; TLB_ENTRIES / 64]; 4],
     fetch: Vec<Fetch>,
 }
 
@@ -39,19 +68,20 @@ struct Fetch {
     page: u64,
     gpa: u64,
     global: bool,
+    context: u64,
 }
 
 const NO_FETCH: Fetch = Fetch {
     page: u64::MAX,
     gpa: 0,
     global: false,
+    context: 0,
 };
 const FETCHES: usize = 512;
 
 impl Notes {
     pub(crate) fn new() -> Notes {
         Notes {
-            nonglobal: [[0; TLB_ENTRIES / 64]; 4],
             fetch: vec![NO_FETCH; 2 * FETCHES],
         }
     }
@@ -61,16 +91,17 @@ impl Notes {
     }
 
     /// Guest-physical page of code at `va`, where it is known.
-    pub(crate) fn fetch(&self, va: u64, user: bool) -> Option<(u64, bool)> {
+    pub(crate) fn fetch(&self, va: u64, user: bool, context: u64) -> Option<(u64, bool)> {
         let f = &self.fetch[Notes::slot(va, user)];
-        (f.page == va & !0xfff).then_some((f.gpa, f.global))
+        (f.page == va & !0xfff && (f.global || f.context == context)).then_some((f.gpa, f.global))
     }
 
-    pub(crate) fn note_fetch(&mut self, va: u64, user: bool, gpa: u64, global: bool) {
+    pub(crate) fn note_fetch(&mut self, va: u64, user: bool, gpa: u64, global: bool, context: u64) {
         self.fetch[Notes::slot(va, user)] = Fetch {
             page: va & !0xfff,
             gpa: gpa & !0xfff,
             global,
+            context,
         };
     }
 }
@@ -83,7 +114,14 @@ impl Cpu {
         unsafe { &mut *(*frame).levels.get() }
     }
 
-    /// Fills one entry.
+    /// The second stage of this CPU.
+    pub(crate) fn second(&mut self) -> &mut Second {
+        let frame: *mut Frame = std::ptr::from_mut(self).cast();
+        // SAFETY: as in `levels`.
+        unsafe { &mut *(*frame).second.get() }
+    }
+
+    /// Fills one entry of each stage.
     pub(crate) fn fill_tlb(
         &mut self,
         user: bool,
@@ -106,15 +144,118 @@ impl Cpu {
             tag: va & !0xfff,
             host: host_page,
         };
-        if let Some(engine) = self.engine_mut() {
-            let word =
-                &mut engine.notes.nonglobal[usize::from(user) * 2 + usize::from(write)][at / 64];
-            if global {
-                *word &= !(1 << (at % 64));
-            } else {
-                *word |= 1 << (at % 64);
+        let second = self.second();
+        let table = usize::from(user) * 2 + usize::from(write);
+        let word = &mut second.nonglobal[table][at / 64];
+        if global {
+            *word &= !(1 << (at % 64));
+        } else {
+            *word |= 1 << (at % 64);
+        }
+        // The stub of ring 3 looks for its own pages only.
+        let context = if global && !user { 0 } else { second.context };
+        second.tlb[table][second_index(va)] = TlbEntry {
+            tag: va & !0xfff | context,
+            host: host_page,
+        };
+    }
+
+    /// The indirect entry for `rip` in the second stage.
+    pub(crate) fn second_jump(&mut self, rip: u64, user: bool) -> Option<u64> {
+        let second = self.second();
+        let key = if user { rip ^ second.mix } else { rip };
+        let entry = second.jump[second_jump(rip)];
+        (entry.key == key).then_some(entry.host)
+    }
+
+    pub(crate) fn note_second_jump(&mut self, rip: u64, user: bool, host: u64) {
+        let second = self.second();
+        let key = if user { rip ^ second.mix } else { rip };
+        second.jump[second_jump(rip)] = JumpEntry { key, host };
+    }
+
+    /// Empties the second table of jump targets. `nowhere`: the stub that leaves for the run loop.
+    pub(crate) fn wipe_second_jumps(&mut self, nowhere: u64) {
+        self.second().jump.fill(JumpEntry {
+            key: u64::MAX,
+            host: nowhere,
+        });
+    }
+
+    /// Forgets jump targets in the page of `va` and in the page before it, whose last instruction may go on here.
+    pub(crate) fn drop_second_jumps(&mut self, va: u64, nowhere: u64) {
+        // Without what `mix` may have changed, and without the offset.
+        const PAGE: u64 = 0x0000_ffff_ffff_f000;
+        for entry in &mut self.second().jump {
+            if (entry.key ^ va) & PAGE == 0 || (entry.key ^ va.wrapping_sub(4096)) & PAGE == 0 {
+                *entry = JumpEntry {
+                    key: u64::MAX,
+                    host: nowhere,
+                };
             }
         }
+    }
+
+    /// Gives the current address space a number that nothing in the second stage has.
+    fn renew_context(&mut self) {
+        let pcid = self.pcid();
+        if self.second().given >= LAST_CONTEXT {
+            let nowhere = self.engine_mut().map_or(0, |e| e.nowhere());
+            self.wipe_second_jumps(nowhere);
+            let second = self.second();
+            second.tlb.as_flattened_mut().fill(NO_ENTRY);
+            second.contexts.fill(0);
+            second.given = 0;
+            if let Some(engine) = self.engine_mut() {
+                engine.notes.fetch.fill(NO_FETCH);
+            }
+        }
+        let second = self.second();
+        second.given += 1;
+        second.contexts[pcid] = second.given;
+        let given = second.given;
+        self.enter_context(given);
+    }
+
+    fn enter_context(&mut self, number: u16) {
+        let second = self.second();
+        second.context = u64::from(number);
+        second.mix = u64::from(number) << MIX_SHIFT | MIX_USER;
+    }
+
+    fn pcid(&self) -> usize {
+        if self.cr4 & cr::CR4_PCIDE != 0 {
+            (self.cr3 & 0xfff) as usize
+        } else {
+            0
+        }
+    }
+
+    /// CR3 was loaded; `keep`: with the translations that its PCID has.
+    pub(crate) fn switch_context(&mut self, keep: bool) {
+        let pcid = self.pcid();
+        let known = self.second().contexts[pcid];
+        if keep && known != 0 {
+            self.flush_first_nonglobal();
+            self.enter_context(known);
+        } else {
+            self.flush_tlb_nonglobal();
+        }
+    }
+
+    /// Forgets the translations of one PCID that are not global.
+    pub(crate) fn flush_pcid(&mut self, pcid: u64) {
+        if pcid == self.pcid() as u64 {
+            self.flush_tlb_nonglobal();
+        } else {
+            self.second().contexts[(pcid & 0xfff) as usize] = 0;
+        }
+    }
+
+    /// Forgets the translations of all PCIDs that are not global.
+    pub(crate) fn flush_pcids(&mut self) {
+        self.second().contexts.fill(0);
+        self.flush_tlb_nonglobal();
     }
 
     /// Forgets every translation: CR0, CR4, EFER changed, INVPCID of everything.
@@ -123,24 +264,26 @@ impl Cpu {
             level.read = EMPTY;
             level.write = EMPTY;
         }
+        let second = self.second();
+        second.nonglobal = [[0; TLB_ENTRIES / 64]; 4];
+        second.tlb.as_flattened_mut().fill(NO_ENTRY);
+        second.contexts.fill(0);
         if let Some(engine) = self.engine_mut() {
-            engine.notes.nonglobal = [[0; TLB_ENTRIES / 64]; 4];
             engine.notes.fetch.fill(NO_FETCH);
         }
         self.flush_jumps(true);
+        self.renew_context();
     }
 
-    /// Forgets translations of pages that are not global: MOV to CR3.
+    /// Forgets translations of this address space that are not global: MOV to CR3.
     pub fn flush_tlb_nonglobal(&mut self) {
-        let Some(engine) = self.engine_mut() else {
-            return self.flush_tlb();
-        };
-        let marks = std::mem::replace(&mut engine.notes.nonglobal, [[0; TLB_ENTRIES / 64]; 4]);
-        for f in &mut engine.notes.fetch {
-            if !f.global {
-                *f = NO_FETCH;
-            }
-        }
+        self.flush_first_nonglobal();
+        self.renew_context();
+    }
+
+    fn flush_first_nonglobal(&mut self) {
+        let second = self.second();
+        let marks = std::mem::replace(&mut second.nonglobal, [[0; TLB_ENTRIES / 64]; 4]);
         for (n, marks) in marks.iter().enumerate() {
             let level = &mut self.levels()[n / 2];
             let table = if n % 2 == 1 {
@@ -167,6 +310,9 @@ impl Cpu {
             level.read[at] = empty(at);
             level.write[at] = empty(at);
         }
+        for table in &mut self.second().tlb {
+            table[second_index(va)] = NO_ENTRY;
+        }
         if let Some(engine) = self.engine_mut() {
             let mut known = false;
             for user in [false, true] {
@@ -187,6 +333,12 @@ impl Cpu {
                 if entry.host == host_page {
                     *entry = empty(at);
                 }
+            }
+        }
+        let [_, supervisor, _, user] = &mut self.second().tlb;
+        for entry in supervisor.iter_mut().chain(user) {
+            if entry.host == host_page {
+                *entry = NO_ENTRY;
             }
         }
     }

@@ -79,7 +79,7 @@ impl Default for MachineConfig {
             memory: 512 << 20,
             cpu: CpuChoice::Auto,
             model: CpuModel::Max,
-            code_cache: 64 << 20,
+            code_cache: 256 << 20,
             debug_exit: false,
         }
     }

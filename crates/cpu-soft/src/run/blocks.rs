@@ -13,45 +13,43 @@ use crate::translate::{Request, jump_index};
 use super::Engine;
 
 impl Cpu {
-    /// Forgets indirect jump targets; `global`: also of global supervisor pages.
+    /// Forgets indirect jump targets of the first table; `global`: also of global supervisor pages, and the second table's.
     pub(crate) fn flush_jumps(&mut self, global: bool) {
         let Some(engine) = self.engine_mut() else {
             return;
         };
-        let miss = engine.stubs.jump_miss;
-        let global = global || engine.supervisor_nonglobal;
-        if global {
+        let (miss, gone) = (engine.stubs.jump_miss, engine.stubs.jump_gone);
+        let all = global || engine.supervisor_nonglobal;
+        if all {
             engine.supervisor_nonglobal = false;
-            engine.jump_pages = [0; 256];
         }
-        let mut lists = std::mem::take(&mut engine.jumps);
-        for (n, list) in lists.iter_mut().enumerate() {
-            if n == 1 || global {
-                let level = &mut self.levels()[n];
-                for at in list.drain(..) {
-                    level.jump[usize::from(at)] = miss;
-                }
-            }
+        if global {
+            engine.jump_pages.fill(0);
+            self.wipe_second_jumps(gone);
         }
-        self.engine().jumps = lists;
+        self.unlist_jumps(true, miss);
+        if all {
+            self.unlist_jumps(false, miss);
+        }
+    }
+
+    /// Empties the first table of one level.
+    fn unlist_jumps(&mut self, user: bool, miss: u64) {
+        let n = usize::from(user);
+        let count = std::mem::take(&mut self.second().listed[n]) as usize;
+        for at in 0..count {
+            let slot = usize::from(self.second().list[n][at]);
+            self.levels()[n].jump[slot] = miss;
+        }
     }
 
     /// Forgets indirect jump targets in the page of `va`, and those that run into it from the page before.
     pub(crate) fn flush_jumps_of(&mut self, va: u64) {
-        let page = va & !0xfff;
-        let miss = self.engine().stubs.jump_miss;
-        for level in 0..2 {
-            let first = jump_index(page);
-            for at in (first..first + 4096)
-                .chain(jump_index(page.wrapping_sub(15))..jump_index(page.wrapping_sub(1)) + 1)
-            {
-                let target = self.engine().jump_targets[level][at];
-                if target & !0xfff == page || target.wrapping_sub(page.wrapping_sub(15)) < 15 {
-                    self.levels()[level].jump[at] = miss;
-                    self.engine().jump_targets[level][at] = u64::MAX;
-                }
-            }
-        }
+        let (miss, gone) = (self.engine().stubs.jump_miss, self.engine().stubs.jump_gone);
+        // The first table does not know its addresses; it fills again from the second.
+        self.unlist_jumps(true, miss);
+        self.unlist_jumps(false, miss);
+        self.drop_second_jumps(va, gone);
     }
 
     /// A store to guest RAM by Rust code somewhere in the page of `gpa`: drops the page's translated code.
@@ -71,7 +69,7 @@ impl Cpu {
         let id = self.id;
         machine.drop_code(gpa, len, Some(id));
         if let Some(engine) = self.engine_mut() {
-            let miss = engine.stubs.jump_miss;
+            let miss = engine.stubs.jump_gone;
             let first = gpa & !63;
             let last = (gpa + len + 63) & !63;
             if engine.cache.invalidate(first, last - first, miss) {
@@ -83,13 +81,14 @@ impl Cpu {
     /// Guest-physical page of the code at `va`.
     pub(super) fn fetch_page(&mut self, va: u64) -> Result<(u64, bool), Fault> {
         let user = user(self);
-        if let Some(known) = self.engine().notes.fetch(va, user) {
+        let context = self.second().context;
+        if let Some(known) = self.engine().notes.fetch(va, user, context) {
             return Ok(known);
         }
         let found = paging::walk(self, va, Access::Fetch, Rights::Current)?;
         self.engine()
             .notes
-            .note_fetch(va, user, found.gpa, found.global);
+            .note_fetch(va, user, found.gpa, found.global, context);
         Ok((found.gpa & !0xfff, found.global))
     }
 
@@ -120,7 +119,7 @@ impl Cpu {
             if now == second {
                 return Ok((n, global && global_too));
             }
-            let miss = self.engine().stubs.jump_miss;
+            let miss = self.engine().stubs.jump_gone;
             self.engine().cache.invalidate(key.gpa, 1, miss);
             self.flush_jumps(true);
         }
@@ -148,6 +147,7 @@ impl Cpu {
         let mut source: &[u8] = &bytes[offset..];
         let mut first_page = source.len();
         let cpuid = Arc::clone(&self.system.cpuid);
+        let several = self.machine.vcpus > 1;
         loop {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
@@ -184,6 +184,7 @@ impl Cpu {
                 tsc_shifted: cpu_tsc != 0,
                 counted,
                 groups,
+                several,
                 offers: &|i| cpuid.offers(i),
                 number: cache.blocks.len() as u32,
             };
@@ -233,7 +234,7 @@ impl Cpu {
             // SAFETY: inside the page; compared as bytes that others may change.
             let now = unsafe { std::slice::from_raw_parts(host.add(offset), in_first as usize) };
             if now != &bytes[offset..offset + in_first as usize] {
-                let miss = self.engine().stubs.jump_miss;
+                let miss = self.engine().stubs.jump_gone;
                 self.engine().cache.invalidate(key.gpa, 1, miss);
                 return self.translate(key, global);
             }
@@ -251,6 +252,8 @@ impl Cpu {
         if before == 0 {
             self.forbid_writes(host_page);
             machine.forbid_writes(host_page, self.id);
+        } else if mask & !before != 0 {
+            machine.await_stores(page, self.id);
         }
     }
 
@@ -267,20 +270,26 @@ impl Cpu {
 
     /// Makes an indirect entry known to translated code.
     pub(super) fn note_jump(&mut self, rip: u64, indirect: u64, global: bool) {
-        let level = usize::from(user(self));
+        let user = user(self);
+        let level = usize::from(user);
         let at = jump_index(rip);
         let miss = self.engine().stubs.jump_miss;
+        if user || global {
+            self.note_second_jump(rip, user, indirect);
+        }
         let slot = &mut self.levels()[level].jump[at];
         if *slot == indirect {
             return;
         }
         let fresh = *slot == miss;
         *slot = indirect;
-        let engine = self.engine();
-        engine.jump_targets[level][at] = rip;
         if fresh {
-            engine.jumps[level].push(at as u16);
+            let second = self.second();
+            let end = second.listed[level] as usize;
+            second.list[level][end] = at as u16;
+            second.listed[level] += 1;
         }
+        let engine = self.engine();
         engine.supervisor_nonglobal |= level == 0 && !global;
         let bit = page_bit(rip);
         engine.jump_pages[bit / 64] |= 1 << (bit % 64);
@@ -292,5 +301,8 @@ impl Cpu {
         for level in self.levels() {
             level.jump = [miss; JUMP_ENTRIES];
         }
+        self.second().listed = [0; 2];
+        let gone = self.engine().stubs.jump_gone;
+        self.wipe_second_jumps(gone);
     }
 }

@@ -7,7 +7,7 @@ use cpu::CpuError;
 use super::entry::{instruction_entry, memory_entry};
 use crate::cache::Cache;
 use crate::replay::Options;
-use crate::state::{Cpu, Fault, Flow, Frame, JUMP_ENTRIES};
+use crate::state::{Cpu, Fault, Flow, Frame};
 use crate::stubs::{self, Entries};
 use crate::tlb::Notes;
 use crate::translate::emit::Code;
@@ -24,12 +24,8 @@ pub struct Engine {
     pub(super) lists: Lists,
     pub(super) code: Code,
     pub(crate) notes: Notes,
-    /// Entries of the jump tables that are set, per level.
-    pub(super) jumps: [Vec<u16>; 2],
-    /// Guest addresses of the jump tables' entries, per level: what a flushed page must find.
-    pub(super) jump_targets: [Vec<u64>; 2],
     /// Filter of the pages that jump table entries lead to.
-    pub(super) jump_pages: [u64; 256],
+    pub(super) jump_pages: Vec<u64>,
     /// Entries of the supervisor's jump table from pages that are not global.
     pub(super) supervisor_nonglobal: bool,
     /// Set when a Rust function makes translated code leave.
@@ -91,9 +87,7 @@ impl Engine {
             lists: Lists::default(),
             code: Code::new(0),
             notes: Notes::new(),
-            jumps: [Vec::new(), Vec::new()],
-            jump_targets: [vec![u64::MAX; JUMP_ENTRIES], vec![u64::MAX; JUMP_ENTRIES]],
-            jump_pages: [0; 256],
+            jump_pages: vec![0; 2048],
             supervisor_nonglobal: false,
             pending: None,
             single: false,
@@ -135,6 +129,11 @@ impl Engine {
         ]
     }
 
+    /// The stub that leaves for the run loop at the target in r10.
+    pub(crate) fn nowhere(&self) -> u64 {
+        self.stubs.jump_gone
+    }
+
     /// Whether the jump tables may hold entries of the page.
     pub(crate) fn jumps_to(&self, va: u64) -> bool {
         let bit = page_bit(va);
@@ -143,7 +142,7 @@ impl Engine {
 }
 
 pub(super) fn page_bit(va: u64) -> usize {
-    ((va >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize
+    ((va >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 47) as usize
 }
 
 /// Rights bits of a page fault are found by the walk; levels by privilege.

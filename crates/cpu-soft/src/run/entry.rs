@@ -38,14 +38,16 @@ impl Cpu {
         let len = std::mem::take(&mut self.bounce.len) as usize;
         let data = self.bounce.data;
         let address = self.bounce.address;
+        let offset = self.bounce.offset as usize;
         // Both pages were probed before the instruction ran; a page table changed since by another CPU loses the store, as
         // it could on a processor that had the old translation.
-        let _ = self.write_bytes(
-            address,
-            &data[(address & 63) as usize..][..len],
-            Rights::Current,
-        );
+        let _ = self.write_bytes(address, &data[offset..][..len], Rights::Current);
     }
+}
+
+/// Whether the bytes lie in two cache lines.
+fn splits(va: u64, size: u64) -> bool {
+    (va & 63) + size > 64
 }
 
 /// Called by the memory stub: makes `va` reachable and answers the host address of its page, or leaves.
@@ -163,10 +165,11 @@ impl Cpu {
         if !quiet || single || tsc != self.tsc_offset {
             return None;
         }
-        let (level, at) = (usize::from(user(self)), jump_index(self.rip));
-        let host = self.levels()[level].jump[at];
+        let user = user(self);
+        let (level, at) = (usize::from(user), jump_index(self.rip));
+        let mut host = self.levels()[level].jump[at];
         if host == miss {
-            return None;
+            host = self.second_jump(self.rip, user)?;
         }
         // As LAHF and SETO leave them.
         self.scratch[0] = (self.rflags & 0xff) << 8 | self.rflags >> 11 & 1;
@@ -179,7 +182,7 @@ impl Cpu {
         let size = u64::from(word >> leave::SIZE_SHIFT & 0xff);
         let access = if write { Access::Write } else { Access::Read };
         let group = word & leave::GROUP != 0;
-        if (va & 0xfff) + size > 4096 {
+        if (va & 0xfff) + size > 4096 || (word & leave::LOCK != 0 && splits(va, size)) {
             if group {
                 return Err(self.split(descriptor));
             }
@@ -206,6 +209,12 @@ impl Cpu {
         if !write {
             self.fill_tlb(user, false, va, page, found.global);
             return Ok(page);
+        }
+        if self.machine.vcpus > 1 {
+            // Before the look at the bits: whoever sets one later waits until this store is done.
+            self.mailbox
+                .storing
+                .store((found.gpa >> 12) + 1, Ordering::SeqCst);
         }
         let bits = self
             .machine
@@ -243,7 +252,7 @@ impl Cpu {
             let times = engine.split.entry(rip).or_default();
             *times = times.saturating_add(1);
             if *times == SPLIT {
-                let miss = engine.stubs.jump_miss;
+                let miss = engine.stubs.jump_gone;
                 engine.cache.invalidate(gpa, 1, miss);
             }
         }
@@ -268,8 +277,13 @@ impl Cpu {
         word: u32,
     ) -> Result<u64, Pending> {
         let write = word & leave::WRITE != 0;
+        let atomic = word & leave::LOCK != 0 && splits(va, size as u64);
         // Aligned as the guest's address is, for instructions that look at it.
-        let offset = (va & 63) as usize;
+        let offset = if atomic && size <= 8 {
+            0
+        } else {
+            (va & 63) as usize
+        };
         if size > self.bounce.data.len() / 2 {
             return Err(Pending::Fault(Fault::UD));
         }
@@ -281,6 +295,9 @@ impl Cpu {
             self.write_probe(va, size, Rights::Current)
                 .map_err(Pending::Fault)?;
         }
+        if atomic {
+            self.be_alone();
+        }
         if !write || word & leave::MODIFY != 0 {
             let mut data = [0u8; 512];
             self.read_bytes(va, &mut data[..size], Rights::Current)
@@ -289,6 +306,7 @@ impl Cpu {
         }
         if write {
             self.bounce.address = va;
+            self.bounce.offset = offset as u32;
             self.bounce.len = size as u32;
         }
         Ok((&raw const self.bounce.data as u64 + offset as u64).wrapping_sub(va & 0xfff))

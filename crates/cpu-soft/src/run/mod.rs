@@ -66,6 +66,7 @@ impl Cpu {
         self.x87_load();
         let result = self.run_loop();
         self.x87_store();
+        self.end_alone();
         clock::count(0);
         if let Some(replay) = &mut self.replay
             && matches!(result, Ok(RunExit::Stopped | RunExit::TripleFault))
@@ -185,15 +186,13 @@ impl Cpu {
             self.engine().counters.singles += u64::from(single);
             let stubs = self.engine().stubs;
             if several {
-                self.mailbox.inside.store(true, Ordering::SeqCst);
-                if self.mailbox.forbids.load(Ordering::SeqCst) {
-                    self.take_forbidden();
-                }
+                self.go_inside();
             }
             // SAFETY: the guard set GS to this frame; the block was just found, and its cache is this CPU's.
             let left = unsafe { stubs::enter(&stubs, direct) };
             if several {
                 self.mailbox.inside.store(false, Ordering::SeqCst);
+                self.mailbox.storing.store(0, Ordering::Relaxed);
             }
             let mut done = true;
             match left {
@@ -224,8 +223,12 @@ impl Cpu {
                 }
                 descriptor => self.left(descriptor)?,
             }
-            if done && self.bounce.len != 0 {
+            let bounced = done && self.bounce.len != 0;
+            if bounced {
                 self.write_bounce();
+            }
+            self.end_alone();
+            if bounced {
                 if self.io().is_some_and(|io| io.stop_requested()) {
                     return Ok(RunExit::Stopped);
                 }
@@ -313,6 +316,43 @@ impl Cpu {
         }
     }
 
+    /// Announces that write entries may be in use from now on.
+    fn go_inside(&mut self) {
+        loop {
+            self.mailbox.inside.store(true, Ordering::SeqCst);
+            if self.mailbox.forbids.load(Ordering::SeqCst) {
+                self.take_forbidden();
+            }
+            if self.alone || !self.machine.alone.wanted() {
+                return;
+            }
+            self.mailbox.inside.store(false, Ordering::SeqCst);
+            self.machine.alone.wait();
+        }
+    }
+
+    /// Keeps all other CPUs outside of translated code until [`Cpu::end_alone`]: for an access in several steps that must be
+    /// atomic.
+    pub(crate) fn be_alone(&mut self) {
+        if self.machine.vcpus < 2 || self.alone {
+            return;
+        }
+        // Two that want it must not wait for each other.
+        let inside = self.mailbox.inside.swap(false, Ordering::SeqCst);
+        let machine = Arc::clone(&self.machine);
+        machine.stop_others(self.id);
+        self.alone = true;
+        if inside {
+            self.go_inside();
+        }
+    }
+
+    pub(crate) fn end_alone(&mut self) {
+        if std::mem::take(&mut self.alone) {
+            self.machine.alone.give();
+        }
+    }
+
     /// Drops write entries of pages that came to hold code of other CPUs.
     fn take_forbidden(&mut self) {
         let mailbox = Arc::clone(&self.mailbox);
@@ -328,7 +368,7 @@ impl Cpu {
         let stale =
             std::mem::take(&mut *self.mailbox.stale.lock().unwrap_or_else(|e| e.into_inner()));
         let engine = self.engine();
-        let miss = engine.stubs.jump_miss;
+        let miss = engine.stubs.jump_gone;
         for (gpa, len) in stale {
             engine.cache.invalidate(gpa, len, miss);
             engine.counters.invalidations += 1;

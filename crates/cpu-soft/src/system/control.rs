@@ -554,8 +554,11 @@ fn invalidate_pcid(cpu: &mut Cpu, i: &Instruction) -> Result<Flow, Fault> {
         return Err(Fault::GP);
     }
     match kind {
+        // A page of another address space: all of that one, which a look for its entries would cost more than.
+        0 if cpu.cr4 & cr::CR4_PCIDE != 0 && pcid != cpu.cr3 & 0xfff => cpu.flush_pcid(pcid),
         0 => cpu.flush_tlb_page(address),
-        1 | 3 => cpu.flush_tlb_nonglobal(),
+        1 => cpu.flush_pcid(pcid),
+        3 => cpu.flush_pcids(),
         _ => cpu.flush_tlb(),
     }
     Ok(Flow::EndBlock)

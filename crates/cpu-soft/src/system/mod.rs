@@ -54,6 +54,20 @@ pub struct System {
     pub nmi_masked: bool,
     /// Code of instructions run natively one by one; made when first needed.
     pub(crate) stubs: Option<interp::native::Stubs>,
+    /// PAUSE instructions, counted where the machine has other CPUs.
+    pauses: u32,
+}
+
+impl Cpu {
+    /// PAUSE: now and then the host's processor goes to whoever this CPU may be waiting for.
+    pub(crate) fn pause(&mut self) {
+        if self.machine.vcpus > 1 {
+            self.system.pauses = self.system.pauses.wrapping_add(1);
+            if self.system.pauses.is_multiple_of(16) {
+                std::thread::yield_now();
+            }
+        }
+    }
 }
 
 impl System {
@@ -76,6 +90,7 @@ impl System {
             nmi_pending: false,
             nmi_masked: false,
             stubs: None,
+            pauses: 0,
         }
     }
 }

@@ -85,17 +85,14 @@ pub fn set_cr0(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
 
 /// MOV to CR3.
 pub fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Fault> {
-    // With PCIDs, bit 63 asks to keep the translations of the new one; a buffer without tags must drop them still.
-    let value = if cpu.cr4 & cr::CR4_PCIDE != 0 {
-        value & !(1 << 63)
-    } else {
-        value
-    };
+    // With PCIDs, bit 63 asks to keep the translations of the new one.
+    let keep = cpu.cr4 & cr::CR4_PCIDE != 0 && value >> 63 != 0;
+    let value = if keep { value & !(1 << 63) } else { value };
     if long_mode(cpu) && value >> paging::PHYSICAL_BITS != 0 {
         return Err(Fault::GP);
     }
     cpu.cr3 = value;
-    cpu.flush_tlb_nonglobal();
+    cpu.switch_context(keep);
     Ok(())
 }
 

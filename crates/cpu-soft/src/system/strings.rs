@@ -287,12 +287,14 @@ fn batch(cpu: &mut Cpu, op: Op) -> Result<u64, Fault> {
             };
             // SAFETY: both ranges lie inside one page of guest RAM each, as `n` was cut to that.
             unsafe { copy_forward(from_host, to_host, len, op.size) };
+            cpu.stored(to_host);
             n
         }
         Kind::Stos => {
             let value = cpu.gpr[RAX];
             // SAFETY: as above.
             unsafe { fill(to_host, len, op.size, value) };
+            cpu.stored(to_host);
             n
         }
         _ => {

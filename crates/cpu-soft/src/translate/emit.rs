@@ -12,6 +12,7 @@ pub const R10: u8 = 10;
 pub const R11: u8 = 11;
 
 /// Condition codes of Jcc.
+pub const CC_E: u8 = 4;
 pub const CC_NE: u8 = 5;
 pub const CC_A: u8 = 7;
 

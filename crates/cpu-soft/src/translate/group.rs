@@ -62,6 +62,7 @@ fn plain(i: &Instruction) -> bool {
         && in_memory(i.memory_base()).is_none()
         && !matches!(i.memory_segment(), Register::FS | Register::GS)
         && !kind::bit_string(i)
+        && !kind::locked(i)
 }
 
 fn names_scratch(i: &Instruction) -> bool {

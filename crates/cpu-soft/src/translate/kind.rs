@@ -69,6 +69,11 @@ pub fn touches(i: &Instruction) -> bool {
     has_memory(i) && i.mnemonic() != Mnemonic::Lea
 }
 
+/// Whether the access to memory is atomic.
+pub fn locked(i: &Instruction) -> bool {
+    i.has_lock_prefix() || (i.mnemonic() == Mnemonic::Xchg && has_memory(i))
+}
+
 /// `BT [memory], register` and its kin address bits beyond the operand.
 pub fn bit_string(i: &Instruction) -> bool {
     matches!(

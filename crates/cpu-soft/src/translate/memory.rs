@@ -109,6 +109,12 @@ impl Translator<'_> {
     pub(super) fn check(&mut self, size: usize, write: bool, modify: bool) {
         let table = self.table(write);
         let words = self.memory_words(size, write, modify);
+        let split = (words & leave::LOCK != 0).then(|| {
+            self.code.mov32(R11, R10);
+            self.code.and32(R11, 63);
+            self.code.cmp_imm(R11, 64 - size as i32);
+            self.code.jcc(CC_A)
+        });
         if self.bmi2 {
             self.code.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xda, 8]); // rorx r11d, r10d, 8
         } else {
@@ -121,6 +127,14 @@ impl Translator<'_> {
         let branch = self.code.jcc(CC_A);
         self.code.load(R11, Mem::gs_at(R11, table + 8));
         let back = self.code.here();
+        if let Some(branch) = split {
+            self.slow.push(Slow {
+                branch,
+                address: Address::Same,
+                words,
+                back,
+            });
+        }
         self.slow.push(Slow {
             branch,
             address: Address::Undo(table),
@@ -135,6 +149,11 @@ impl Translator<'_> {
         self.word(leave::MEMORY)
             | if write { leave::WRITE } else { 0 }
             | if modify { leave::MODIFY } else { 0 }
+            | if modify && size > 1 && kind::locked(&self.at) {
+                leave::LOCK
+            } else {
+                0
+            }
             | (size as u32) << leave::SIZE_SHIFT
     }
 
@@ -147,7 +166,8 @@ impl Translator<'_> {
         modify: bool,
     ) -> Mem {
         let offset = va & 0xfff;
-        if offset + size as u64 > 4096 {
+        let split = offset % 64 + size as u64 > 64 && modify && kind::locked(&self.at);
+        if offset + size as u64 > 4096 || split {
             self.code.mov_imm(R10, va);
             self.check(size, write, modify);
             return Mem::sum(R10, R11);

@@ -33,7 +33,7 @@ pub(crate) const GPR: usize = offset_of!(Cpu, gpr);
 pub(crate) const SCRATCH: usize = offset_of!(Cpu, scratch);
 /// AX after LAHF and SETO AL.
 pub(crate) const FLAGS_SLOT: usize = SCRATCH;
-const SAVED_RAX: usize = SCRATCH + 8;
+pub(crate) const SAVED_RAX: usize = SCRATCH + 8;
 const SAVED_OPERAND: usize = SCRATCH + 16;
 const SAVED_LOW: usize = SCRATCH + 24;
 pub(crate) const TARGET: usize = SCRATCH + 32;
@@ -63,6 +63,8 @@ pub mod leave {
     /// At the start of the block itself. Second word: the block's number.
     pub const START: u32 = 6;
 
+    /// With MEMORY: atomic, which a host makes very dear (or refuses) across cache lines.
+    pub const LOCK: u32 = 1 << 7;
     /// Flags are in the slot.
     pub const SLOT: u32 = 1 << 8;
     pub const WRITE: u32 = 1 << 9;
@@ -82,7 +84,10 @@ pub struct Stubs {
     pub memory: u64,
     pub instruction: u64,
     pub exit: u64,
+    /// For what the first table of jump targets does not know: looks into the second, then leaves for the run loop.
     pub jump_miss: u64,
+    /// Leaves for the run loop at once: blocks that died, blocks of one instruction.
+    pub jump_gone: u64,
     pub host_fault: u64,
 }
 
@@ -105,6 +110,8 @@ pub struct Request<'a> {
     pub counted: bool,
     /// Accesses by one register may be checked together.
     pub groups: bool,
+    /// The machine has other CPUs.
+    pub several: bool,
     /// Whether the guest's CPUID shows what an instruction needs.
     pub offers: &'a dyn Fn(&Instruction) -> bool,
 }
@@ -119,6 +126,8 @@ impl Request<'_> {
             || (k.ring0 && self.key.mode & mode::USER != 0)
             // The shadow of STI reaches over the next instruction, which must be in the same block.
             || (last && instruction.mnemonic() == iced_x86::Mnemonic::Sti)
+            // Whoever waits for another CPU may keep the host from running it.
+            || (self.several && instruction.mnemonic() == iced_x86::Mnemonic::Pause)
             || (k.extended && !(self.offers)(instruction));
         if elsewhere { Way::Rust } else { k.way }
     }
@@ -189,6 +198,8 @@ enum Address {
     /// `xor r10, gs:[r11 + table]`.
     Undo(usize),
     Constant(u64),
+    /// It still is.
+    Same,
 }
 
 struct Translator<'a> {
@@ -601,7 +612,7 @@ impl Translator<'_> {
     /// Goes to the guest address in r10; flags are in the slot.
     fn exit_indirect(&mut self) {
         if self.single {
-            self.code.jmp_to(self.request.stubs.jump_miss);
+            self.code.jmp_to(self.request.stubs.jump_gone);
             return;
         }
         const { assert!(JUMP_ENTRIES == 1 << 16) };
@@ -632,6 +643,7 @@ impl Translator<'_> {
             match slow.address {
                 Address::Undo(table) => self.code.xor_load(R10, Mem::gs_at(R11, table)),
                 Address::Constant(va) => self.code.mov_imm(R10, va),
+                Address::Same => {}
             }
             let lea = self.code.lea_r11_rip();
             self.code.jmp_to(self.request.stubs.memory);

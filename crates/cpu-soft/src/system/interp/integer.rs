@@ -298,9 +298,9 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         | M::Sarx
         | M::Shlx
         | M::Shrx => manipulate(cpu, i)?,
+        M::Pause => cpu.pause(),
         M::Nop
         | M::Fnop
-        | M::Pause
         | M::Endbr64
         | M::Endbr32
         | M::Prefetchnta
@@ -507,7 +507,9 @@ fn compare_exchange_pair(cpu: &mut Cpu, i: &Instruction, half: usize) -> Result<
         match cpu.place(at, Access::Write, Rights::Current)? {
             Place::Ram(host) if std::arch::is_x86_feature_detected!("cmpxchg16b") => {
                 // SAFETY: in guest RAM, 16-aligned as `at` is; the instruction exists on this host.
-                unsafe { exchange16(host.cast(), expected, new) }
+                let found = unsafe { exchange16(host.cast(), expected, new) };
+                cpu.stored(host);
+                found
             }
             _ => {
                 let (low, high) = (
