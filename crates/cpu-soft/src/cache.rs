@@ -1,11 +1,11 @@
 //! Where translated code lives: one memfd mapped twice, once writable and once executable, and the index of its blocks.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::os::fd::AsFd;
 
 use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::index::Index;
 
 /// What blocks are told apart by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,31 +45,11 @@ pub struct Block {
     pub len: u32,
     pub flags_live: bool,
     pub dead: bool,
+    /// In the lists of the translator: what of its code depends on its addresses (`None`: it cannot be moved), and the
+    /// instructions that may trap.
+    pub places: Option<(u32, u32)>,
+    pub sites: (u32, u32),
 }
-
-/// The multiply-rotate hash of rustc, enough for addresses.
-#[derive(Default)]
-pub struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for b in bytes {
-            self.write_u64(u64::from(*b));
-        }
-    }
-    fn write_u8(&mut self, v: u8) {
-        self.write_u64(u64::from(v));
-    }
-    fn write_u64(&mut self, v: u64) {
-        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x517c_c1b7_2722_0a95);
-        self.0 ^= self.0 >> 29;
-    }
-}
-
-type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 /// The code cache of one CPU.
 pub struct Cache {
@@ -81,8 +61,7 @@ pub struct Cache {
     used: usize,
     /// In the order of their host addresses.
     pub blocks: Vec<Block>,
-    by_key: AddressMap<Key, u32>,
-    by_page: AddressMap<u64, Vec<u32>>,
+    pub index: Index,
     /// Counts flushes: numbers of blocks from before mean nothing after.
     pub generation: u64,
 }
@@ -117,8 +96,7 @@ impl Cache {
             reserved: 0,
             used: 0,
             blocks: Vec::new(),
-            by_key: AddressMap::default(),
-            by_page: AddressMap::default(),
+            index: Index::default(),
             generation: 0,
         })
     }
@@ -168,6 +146,15 @@ impl Cache {
         self.reserved = self.used;
     }
 
+    /// Emitted code from host address `start` to `end`.
+    pub fn bytes(&self, start: u64, end: u64) -> &[u8] {
+        let at = (start - self.executable as u64) as usize;
+        let len = (end - start) as usize;
+        assert!(at + len <= self.size);
+        // SAFETY: in bounds, just checked; nothing writes while this is borrowed.
+        unsafe { std::slice::from_raw_parts(self.writable.add(at), len) }
+    }
+
     /// Reads a word of emitted code.
     pub fn word(&self, host: u64) -> u32 {
         let at = (host - self.executable as u64) as usize;
@@ -195,19 +182,12 @@ impl Cache {
     }
 
     pub fn find(&self, key: &Key) -> Option<u32> {
-        self.by_key.get(key).copied()
+        self.index.find(key)
     }
 
     pub fn insert(&mut self, block: Block) -> u32 {
         let number = self.blocks.len() as u32;
-        self.by_key.insert(block.key, number);
-        self.by_page
-            .entry(block.key.gpa >> 12)
-            .or_default()
-            .push(number);
-        if let Some(second) = block.second {
-            self.by_page.entry(second >> 12).or_default().push(number);
-        }
+        self.index.insert(&block.key, block.second, number);
         self.blocks.push(block);
         number
     }
@@ -221,32 +201,27 @@ impl Cache {
 
     /// Drops the blocks that hold any of the guest-physical bytes; true where there was one.
     pub fn invalidate(&mut self, gpa: u64, len: u64, jump_miss: u64) -> bool {
-        let page = gpa >> 12;
-        let Some(numbers) = self.by_page.get_mut(&page) else {
-            return false;
-        };
-        let mut gone = Vec::new();
         let blocks = &self.blocks;
-        numbers.retain(|n| {
-            let b = &blocks[*n as usize];
-            let hit =
-                b.second.is_some() || (gpa < b.key.gpa + u64::from(b.len) && b.key.gpa < gpa + len);
-            if hit {
-                gone.push(*n);
-            }
-            !hit
+        let gone = self.index.take(gpa, |n| {
+            let b = &blocks[n as usize];
+            b.second.is_some() || (gpa < b.key.gpa + u64::from(b.len) && b.key.gpa < gpa + len)
         });
-        if numbers.is_empty() {
-            self.by_page.remove(&page);
-        }
         for n in &gone {
+            let (first, second) = (
+                self.blocks[*n as usize].key.gpa,
+                self.blocks[*n as usize].second,
+            );
+            if let Some(second) = second {
+                for page in [first, second] {
+                    self.index.take(page, |m| m == *n);
+                }
+            }
             let b = &mut self.blocks[*n as usize];
             if b.dead {
                 continue;
             }
             b.dead = true;
-            let (key, indirect, direct, leave) = (b.key, b.indirect, b.direct, b.leave);
-            self.by_key.remove(&key);
+            let (indirect, direct, leave) = (b.indirect, b.direct, b.leave);
             self.patch_jump(indirect, jump_miss);
             self.patch_jump(direct, leave);
         }
@@ -257,8 +232,7 @@ impl Cache {
     pub fn flush(&mut self) {
         self.used = self.reserved;
         self.blocks.clear();
-        self.by_key.clear();
-        self.by_page.clear();
+        self.index.clear();
         self.generation += 1;
     }
 }

@@ -4,6 +4,7 @@
 //! how guest state lies in host registers.
 //!
 //! Debugging: `BERTH_SOFT_MODE=single` translates one instruction at a time and never chains;
+//! `BERTH_SOFT_MODE=short` chains blocks of one instruction;
 //! `BERTH_SOFT_MODE=interpret` executes everything in the interpreter;
 //! `BERTH_SOFT_MODE=profile` says at each return to the machine what left translated code;
 //! `BERTH_SOFT_MODE=trace` writes a line with a hash of the registers for each block the run loop enters;
@@ -12,6 +13,7 @@
 pub mod cache;
 pub mod clock;
 mod host;
+mod index;
 pub mod machine;
 pub mod mem;
 pub mod replay;

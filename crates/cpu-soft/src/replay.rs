@@ -19,6 +19,8 @@ use crate::state::{Cpu, FS, GS};
 pub struct Options {
     /// Translate one instruction at a time and never chain.
     pub single: bool,
+    /// Blocks of one instruction, chained as others: nothing is planned for several instructions together.
+    pub short: bool,
     /// Execute every instruction in the interpreter.
     pub interpret: bool,
     pub trace: bool,
@@ -49,6 +51,7 @@ impl Options {
             };
             match name {
                 "single" => options.single = true,
+                "short" => options.short = true,
                 "interpret" => options.interpret = true,
                 "trace" => options.trace = true,
                 "profile" => options.profile = true,
@@ -59,7 +62,7 @@ impl Options {
                 "to" => options.window.1 = number()?,
                 _ => {
                     return Err(format!(
-                        "BERTH_SOFT_MODE does not know {word}: single, interpret, trace, profile, record=FILE, \
+                        "BERTH_SOFT_MODE does not know {word}: single, short, interpret, trace, profile, record=FILE, \
                          replay=FILE, every=N, from=COUNT, to=COUNT"
                     ));
                 }

@@ -298,7 +298,7 @@ pub struct Level {
 /// Entries of each of the second look-aside buffers.
 pub const SECOND_TLB: usize = 4096;
 /// Entries of the second table for indirect jumps.
-pub const SECOND_JUMPS: usize = 16384;
+pub const SECOND_JUMPS: usize = 65536;
 
 /// An indirect entry by its exact address, address space and level.
 #[derive(Debug, Clone, Copy)]

@@ -186,9 +186,16 @@ impl Cpu {
     pub(crate) fn drop_second_jumps(&mut self, va: u64, nowhere: u64) {
         // Without what `mix` may have changed, and without the offset.
         const PAGE: u64 = 0x0000_ffff_ffff_f000;
-        for entry in &mut self.second().jump {
-            if (entry.key ^ va) & PAGE == 0 || (entry.key ^ va.wrapping_sub(4096)) & PAGE == 0 {
-                *entry = JumpEntry {
+        const { assert!(SECOND_JUMPS >= 4096) };
+        let before = va.wrapping_sub(4096);
+        // Targets of one page differ in the low twelve bits of their index only.
+        let window = second_jump(va) & !0xfff;
+        let ends = (4096 - 15..4096).map(|n| (before, second_jump(before & !0xfff | n)));
+        let all = (window..window + 4096).map(|at| (va, at));
+        let jump = &mut self.second().jump;
+        for (page, at) in all.chain(ends) {
+            if (jump[at].key ^ page) & PAGE == 0 {
+                jump[at] = JumpEntry {
                     key: u64::MAX,
                     host: nowhere,
                 };

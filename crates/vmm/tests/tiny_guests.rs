@@ -404,28 +404,80 @@ fn a_second_cpu_starts_where_it_is_told() {
     }
 }
 
+/// Saves a paused machine and makes another on `cpu` that has its memory and its state.
+fn moved(first: &Machine, cpu: CpuChoice, code: &[u8]) -> (Machine, Sink) {
+    let state = serde_json::to_string(&first.save().unwrap()).unwrap();
+    let (mut second, sink) = machine(cpu, 1, code);
+    for region in first.memory.iter() {
+        let mut bytes = vec![0; region.len() as usize];
+        first
+            .memory
+            .read_slice(&mut bytes, region.start_addr())
+            .unwrap();
+        second
+            .memory
+            .write_slice(&bytes, region.start_addr())
+            .unwrap();
+    }
+    second
+        .restore(&serde_json::from_str(&state).unwrap())
+        .unwrap();
+    (second, sink)
+}
+
+/// Each way from one back end of this host to one: the same and another.
+fn ways() -> Vec<(CpuChoice, CpuChoice)> {
+    let found = back_ends();
+    found
+        .iter()
+        .flat_map(|from| found.iter().map(|to| (*from, *to)))
+        .collect()
+}
+
 #[test]
-fn a_machine_goes_on_in_another_after_save_and_restore() {
-    // Counts in a register and shows it in memory until the host raises a flag, then exits with 1 where both agree.
+fn a_machine_goes_on_in_another_on_either_cpu_after_save_and_restore() {
+    // Counts in a register and shows it in memory until the host raises a flag, then exits with 1 where both agree and a
+    // vector register, the x87 stack, a model-specific register and the carry flag are as they were before.
     let flag = COUNTER + 64;
     let code = assemble(|a| {
         let (mut again, mut wrong) = (a.create_label(), a.create_label());
+        write_msr(a, 0xc000_0102u32 as i32, 0x1234_5678, 0x7f)?;
+        a.mov(rax, 0x1122_3344_5566_7788u64)?;
+        a.movq(xmm5, rax)?;
+        a.fldpi()?;
         a.xor(ebx, ebx)?;
+        a.stc()?;
         a.set_label(&mut again)?;
+        // INC, MOV and the comparison by JRCXZ leave the carry alone.
         a.inc(ebx)?;
         a.mov(dword_ptr(COUNTER), ebx)?;
-        a.cmp(dword_ptr(flag), 0)?;
-        a.je(again)?;
+        a.mov(ecx, dword_ptr(flag))?;
+        a.jrcxz(again)?;
+        a.jnc(wrong)?;
         a.cmp(ebx, dword_ptr(COUNTER + 4))?;
         a.jb(wrong)?;
+        a.movq(rax, xmm5)?;
+        a.mov(rdx, 0x1122_3344_5566_7788u64)?;
+        a.cmp(rax, rdx)?;
+        a.jne(wrong)?;
+        a.mov(ecx, 0xc000_0102u32)?;
+        a.rdmsr()?;
+        a.cmp(eax, 0x1234_5678)?;
+        a.jne(wrong)?;
+        a.fldpi()?;
+        a.fcompp()?;
+        a.fnstsw(ax)?;
+        a.and(eax, 0x4500)?;
+        a.cmp(eax, 0x4000)?;
+        a.jne(wrong)?;
         out(a, EXIT, 1)?;
         a.hlt()?;
         a.set_label(&mut wrong)?;
         out(a, EXIT, 2)?;
         a.hlt()
     });
-    for cpu in back_ends() {
-        let (mut first, _) = machine(cpu, 1, &code);
+    for (from, to) in ways() {
+        let (mut first, _) = machine(from, 1, &code);
         first.start().unwrap();
         let counted = |machine: &Machine| {
             machine
@@ -435,29 +487,49 @@ fn a_machine_goes_on_in_another_after_save_and_restore() {
         };
         until("the guest to count", || counted(&first) > 100);
         assert!(first.pause());
-        let state = serde_json::to_string(&first.save().unwrap()).unwrap();
         // It must have counted at least as far as it had when saved.
         first
             .memory
             .write_obj(counted(&first), GuestAddress(COUNTER + 4))
             .unwrap();
-        let (mut second, _) = machine(cpu, 1, &code);
-        for region in first.memory.iter() {
-            let mut bytes = vec![0; region.len() as usize];
-            first
-                .memory
-                .read_slice(&mut bytes, region.start_addr())
-                .unwrap();
-            second
-                .memory
-                .write_slice(&bytes, region.start_addr())
-                .unwrap();
-        }
+        let (mut second, _) = moved(&first, to, &code);
         drop(first);
-        second
-            .restore(&serde_json::from_str(&state).unwrap())
-            .unwrap();
         second.memory.write_obj(1u32, GuestAddress(flag)).unwrap();
-        assert_eq!(ends_with(&mut second), Outcome::DebugExit(1), "{cpu:?}");
+        assert_eq!(
+            ends_with(&mut second),
+            Outcome::DebugExit(1),
+            "{from:?} to {to:?}"
+        );
+    }
+}
+
+#[test]
+fn a_halted_machine_with_a_timer_wakes_in_another_on_either_cpu() {
+    // The APIC's timer in its periodic mode; vector 0x41 is counted, and the third ends the machine. It is moved after the first.
+    let (code, handler) = counts_interrupts_after(3, |a| {
+        write_msr(a, 0x83e, 0xb, 0)?;
+        write_msr(a, 0x832, 0x2_0041, 0)?;
+        write_msr(a, 0x838, 200_000_000, 0)
+    });
+    for (from, to) in ways() {
+        let (mut first, sink) = machine(from, 1, &code);
+        set_gate(&first, 0x41, handler);
+        first.start().unwrap();
+        sink.wait_for(b'r');
+        let counted = |machine: &Machine| {
+            machine
+                .memory
+                .read_obj::<u32>(GuestAddress(COUNTER))
+                .unwrap()
+        };
+        until("the timer", || counted(&first) == 1);
+        assert!(first.pause());
+        let (mut second, _) = moved(&first, to, &code);
+        drop(first);
+        assert_eq!(
+            ends_with(&mut second),
+            Outcome::DebugExit(7),
+            "{from:?} to {to:?}"
+        );
     }
 }

@@ -8,7 +8,7 @@ use crate::cache::{Block, Key, mode};
 use crate::machine::granule_mask;
 use crate::state::{Access, Cpu, Fault, JUMP_ENTRIES, Rights};
 use crate::system::{cr, paging};
-use crate::translate::{Request, jump_index};
+use crate::translate::{Request, jump_index, place};
 
 use super::Engine;
 
@@ -111,7 +111,7 @@ impl Cpu {
             rip,
             mode,
         };
-        if let Some(n) = self.engine().cache.find(&key) {
+        if let Some(n) = self.engine().cache.index.find_next(&key) {
             let Some(second) = self.engine().cache.blocks[n as usize].second else {
                 return Ok((n, global));
             };
@@ -123,7 +123,55 @@ impl Cpu {
             self.engine().cache.invalidate(key.gpa, 1, miss);
             self.flush_jumps(true);
         }
+        if let Some(n) = self.copy_block(&key) {
+            return Ok((n, global));
+        }
         self.translate(key, global)
+    }
+
+    /// Whether a block for `key` may be a copy, and be copied.
+    fn movable(&mut self, key: &Key) -> bool {
+        let options = &self.engine().options;
+        let plain = !options.counts() && !options.trace;
+        plain && key.mode & (mode::USER | mode::SINGLE) == mode::USER && place::movable(key.rip)
+    }
+
+    /// A copy of the block that was made of the same bytes as another address space sees them.
+    fn copy_block(&mut self, key: &Key) -> Option<u32> {
+        if !self.movable(key) || self.engine().split.contains_key(&key.rip) {
+            return None;
+        }
+        let page = key.gpa & !0xfff;
+        let host = self.machine.ram_at(page)?;
+        let tsc = self.tsc_offset;
+        let Engine {
+            cache,
+            lists,
+            code,
+            counters,
+            tsc_offset,
+            ..
+        } = self.engine();
+        if *tsc_offset != tsc || cache.room() < 64 << 10 {
+            return None;
+        }
+        let donor = cache
+            .index
+            .elsewhere(key)
+            .find(|n| cache.blocks[*n as usize].places.is_some())?;
+        let donor = cache.blocks[donor as usize].clone();
+        code.bytes.clear();
+        code.bytes
+            .extend_from_slice(cache.bytes(donor.leave, donor.end));
+        let number = cache.blocks.len() as u32;
+        let block = place::copy(&donor, &mut code.bytes, *key, cache.next(), number, lists)?;
+        if !cache.append(&code.bytes) {
+            return None;
+        }
+        let number = cache.insert(block);
+        counters.copies += 1;
+        self.mark_code(page, host as u64, granule_mask(key.gpa, donor.len.into()));
+        Some(number)
     }
 
     pub(super) fn translate(&mut self, key: Key, global: bool) -> Result<(u32, bool), Fault> {
@@ -148,11 +196,14 @@ impl Cpu {
         let mut first_page = source.len();
         let cpuid = Arc::clone(&self.system.cpuid);
         let several = self.machine.vcpus > 1;
+        let movable = self.movable(&key);
         loop {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
             engine.tsc_offset = cpu_tsc;
+            let movable = movable && !engine.split.contains_key(&key.rip);
             let counted = engine.options.counts();
+            let short = engine.options.short;
             let groups = !engine.split.contains_key(&key.rip) || engine.split[&key.rip] < SPLIT;
             let Engine {
                 cache,
@@ -185,6 +236,8 @@ impl Cpu {
                 counted,
                 groups,
                 several,
+                movable,
+                short,
                 offers: &|i| cpuid.offers(i),
                 number: cache.blocks.len() as u32,
             };
@@ -224,6 +277,8 @@ impl Cpu {
                 len: built.len,
                 flags_live: built.flags_live,
                 dead: false,
+                places: built.places,
+                sites: built.sites,
             };
             let number = cache.insert(block);
             engine.counters.blocks += 1;
@@ -264,6 +319,7 @@ impl Cpu {
         engine.lists.exits.clear();
         engine.lists.instructions.clear();
         engine.lists.sites.clear();
+        engine.lists.places.clear();
         engine.counters.flushes += 1;
         self.flush_jumps(true);
     }

@@ -52,6 +52,8 @@ pub(super) enum Pending {
 #[derive(Default)]
 pub(crate) struct Counters {
     pub blocks: u64,
+    /// Blocks made by [`crate::translate::place::copy`].
+    pub copies: u64,
     pub instructions: u64,
     pub dispatches: u64,
     pub memory: u64,
@@ -117,6 +119,7 @@ impl Engine {
         let c = &self.counters;
         vec![
             ("blocks translated", c.blocks),
+            ("blocks copied", c.copies),
             ("instructions translated", c.instructions),
             ("code bytes", self.cache.used() as u64),
             ("dispatches", c.dispatches),

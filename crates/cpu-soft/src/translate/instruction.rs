@@ -142,9 +142,13 @@ impl Translator<'_> {
             number(register)
         };
         match register.size() {
-            8 => self.code.mov_imm(host, target),
-            4 => self.code.mov_imm(host, target & 0xffff_ffff),
+            8 => self.guest_address(host, target),
+            4 => {
+                self.code.mov_imm(host, target & 0xffff_ffff);
+                self.low_address();
+            }
             _ => {
+                self.fixed = true;
                 if let Some(r) = home {
                     self.code.load(R10, gpr(r));
                 }
@@ -307,7 +311,8 @@ impl Translator<'_> {
             Value::Register(r) if in_memory(r).is_none() => {
                 return self.code.store(mem, number(r));
             }
-            Value::Immediate(v) if i32::try_from(v as i64).is_ok() => {
+            Value::Immediate(v) | Value::Address(v) if i32::try_from(v as i64).is_ok() => {
+                self.fixed |= matches!(value, Value::Address(_));
                 return self.code.store_imm(mem, v as i32);
             }
             // In a group r10 alone is the address, and stays.
@@ -320,6 +325,7 @@ impl Translator<'_> {
         match value {
             Value::Register(r) => self.code.load(R11, gpr(in_memory(r).unwrap_or(10))),
             Value::Immediate(v) => self.code.mov_imm(R11, v),
+            Value::Address(v) => self.guest_address(R11, v),
             Value::Saved => self.code.load(R11, Mem::gs(SAVED_OPERAND)),
         }
         self.code.store(direct, R11);
@@ -373,7 +379,8 @@ impl Translator<'_> {
                         .set_memory_displacement64(i.memory_displacement64().wrapping_add(8));
                 }
                 if let Some(va) = self.constant_address() {
-                    self.code.mov_imm(R10, va);
+                    let relative = self.relative();
+                    self.address_known(R10, va, relative);
                 } else {
                     self.address();
                 }
@@ -405,14 +412,14 @@ impl Translator<'_> {
                 self.code.load(RBP, Mem::sum(R10, R11));
             }
             C::Call_rel32_64 => {
-                self.push(Value::Immediate(i.next_ip()));
+                self.push(Value::Address(i.next_ip()));
                 self.exit_to(i.near_branch_target(), true);
                 return false;
             }
             C::Call_rm64 => {
                 self.value_to_r10();
                 self.code.store(Mem::gs(SAVED_OPERAND), R10);
-                self.push(Value::Immediate(i.next_ip()));
+                self.push(Value::Address(i.next_ip()));
                 self.spare_flags(true);
                 self.code.load(R10, Mem::gs(SAVED_OPERAND));
                 self.exit_indirect();
@@ -570,6 +577,8 @@ impl Translator<'_> {
 enum Value {
     Register(Register),
     Immediate(u64),
+    /// A guest address that moves with the block.
+    Address(u64),
     Saved,
 }
 

@@ -36,6 +36,8 @@ impl Translator<'_> {
             Register::GS => Some(GS),
             _ => None,
         };
+        let relative = base == Register::RIP;
+        self.fixed |= base == Register::EIP;
         if matches!(base, Register::RIP | Register::EIP) {
             base = Register::None;
         }
@@ -43,13 +45,14 @@ impl Translator<'_> {
             if let Some(segment) = segment {
                 self.code.load(R10, Mem::gs(segment_base(segment)));
                 if let Ok(small) = i32::try_from(disp as i64) {
+                    self.fixed |= relative;
                     self.code.lea(R10, Mem::base(R10, small));
                 } else {
-                    self.code.mov_imm(R11, disp);
+                    self.address_known(R11, disp, relative);
                     self.code.lea(R10, Mem::sum(R10, R11));
                 }
             } else {
-                self.code.mov_imm(R10, disp);
+                self.address_known(R10, disp, relative);
             }
             return;
         }
@@ -102,6 +105,21 @@ impl Translator<'_> {
             self.code.load(R11, Mem::gs(segment_base(segment)));
             self.code.lea(R10, Mem::sum(R10, R11));
         }
+    }
+
+    /// A guest address known now into a register; `relative`: to the instruction, so that it moves with the block.
+    pub(super) fn address_known(&mut self, register: u8, va: u64, relative: bool) {
+        if relative {
+            self.guest_address(register, va);
+        } else {
+            self.code.mov_imm(register, va);
+        }
+    }
+
+    /// Whether the memory operand moves with the block.
+    pub(super) fn relative(&mut self) -> bool {
+        self.fixed |= self.at.memory_base() == Register::EIP;
+        self.at.memory_base() == Register::RIP
     }
 
     /// With the guest address in r10: leaves the offset in the page in r10 and the page's host address in r11.
@@ -166,9 +184,10 @@ impl Translator<'_> {
         modify: bool,
     ) -> Mem {
         let offset = va & 0xfff;
+        let relative = self.relative();
         let split = offset % 64 + size as u64 > 64 && modify && kind::locked(&self.at);
         if offset + size as u64 > 4096 || split {
-            self.code.mov_imm(R10, va);
+            self.address_known(R10, va, relative);
             self.check(size, write, modify);
             return Mem::sum(R10, R11);
         }
@@ -176,17 +195,24 @@ impl Translator<'_> {
         let words = self.memory_words(size, write, modify);
         let page = va - offset;
         if let Ok(imm) = i32::try_from(page as i64) {
+            self.fixed |= relative;
             self.code.cmp_mem_imm(Mem::gs(entry), imm);
         } else {
-            self.code.mov_imm(R10, page);
+            self.address_known(R10, page, relative);
             self.code.cmp_mem_reg(Mem::gs(entry), R10);
+            if relative {
+                self.buffer_slot(write);
+            }
         }
         let branch = self.code.jcc(CC_NE);
         self.code.load(R11, Mem::gs(entry + 8));
+        if relative {
+            self.buffer_slot(write);
+        }
         let back = self.code.here();
         self.slow.push(Slow {
             branch,
-            address: Address::Constant(va),
+            address: Address::Constant(va, relative),
             words,
             back,
         });

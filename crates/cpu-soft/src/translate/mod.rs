@@ -16,6 +16,7 @@ mod group;
 mod instruction;
 pub mod kind;
 mod memory;
+pub mod place;
 mod repeat;
 #[cfg(test)]
 mod tests;
@@ -112,6 +113,10 @@ pub struct Request<'a> {
     pub groups: bool,
     /// The machine has other CPUs.
     pub several: bool,
+    /// What depends on addresses is to be listed, for [`place::copy`].
+    pub movable: bool,
+    /// One instruction a block, though chained as others.
+    pub short: bool,
     /// Whether the guest's CPUID shows what an instruction needs.
     pub offers: &'a dyn Fn(&Instruction) -> bool,
 }
@@ -164,6 +169,9 @@ pub struct Built {
     pub crossing: bool,
     pub flags_live: bool,
     pub instructions: u32,
+    /// As in [`crate::cache::Block`].
+    pub places: Option<(u32, u32)>,
+    pub sites: (u32, u32),
 }
 
 /// Numbers that exits, instructions and sites get, and where they are put.
@@ -173,6 +181,7 @@ pub struct Lists {
     /// Instructions for Rust, with the number of their block.
     pub instructions: Vec<(Instruction, u32)>,
     pub sites: Vec<Site>,
+    pub places: Vec<place::Place>,
 }
 
 /// Instructions in a block at most.
@@ -197,13 +206,16 @@ struct Slow {
 enum Address {
     /// `xor r10, gs:[r11 + table]`.
     Undo(usize),
-    Constant(u64),
+    /// Known; the flag: it moves with the block.
+    Constant(u64, bool),
     /// It still is.
     Same,
 }
 
 struct Translator<'a> {
     request: &'a Request<'a>,
+    /// Something in it cannot be moved.
+    fixed: bool,
     code: &'a mut Code,
     lists: &'a mut Lists,
     encoder: Encoder,
@@ -245,7 +257,11 @@ impl Workshop {
         lists: &mut Lists,
     ) -> Option<Built> {
         let single = request.key.mode & mode::SINGLE != 0;
-        let limit = if single { 1 } else { BLOCK_LIMIT };
+        let limit = if single || request.short {
+            1
+        } else {
+            BLOCK_LIMIT
+        };
         self.decoded.clear();
         let mut decoder =
             Decoder::with_ip(64, request.bytes, request.key.rip, DecoderOptions::NONE);
@@ -325,8 +341,10 @@ impl Workshop {
             self.parts.clear();
         }
 
+        let (first_place, first_site) = (lists.places.len(), lists.sites.len());
         let mut t = Translator {
             request,
+            fixed: crossing || !request.movable,
             code,
             lists,
             encoder: Encoder::new(64),
@@ -362,8 +380,19 @@ impl Workshop {
             t.exit_to(next, self.live[self.decoded.len()] != 0);
         }
         t.finish();
+        let fixed = t.fixed;
+        if fixed {
+            t.lists.places.truncate(first_place);
+        }
+        let places = (
+            first_place as u32,
+            (t.lists.places.len() - first_place) as u32,
+        );
+        let sites = (first_site as u32, (t.lists.sites.len() - first_site) as u32);
         let instructions = self.decoded.len() as u32;
         Some(Built {
+            places: (!fixed).then_some(places),
+            sites,
             indirect,
             direct,
             leave,
@@ -452,9 +481,16 @@ impl Translator<'_> {
     fn descriptor(&mut self, stub: u64, word: u32, payload: u32) {
         let lea = self.code.lea_r11_rip();
         self.code.jmp_to(stub);
+        self.to_stub();
         self.code.bind(lea);
         self.code.u32(word);
         self.code.u32(payload);
+        match word & 7 {
+            leave::START => self.number_of_block(),
+            leave::CHAIN | leave::TARGET => self.number_of_exit(),
+            leave::INSTRUCTION => self.number_of_instruction(),
+            _ => {}
+        }
     }
 
     fn indirect_entry(&mut self, flags_live: bool) {
@@ -464,13 +500,15 @@ impl Translator<'_> {
             self.code.with_reg(true, &[0x81], 7, R10);
             self.code.u32(imm as u32);
         } else {
-            self.code.mov_imm(R11, rip);
+            self.guest_address(R11, rip);
             self.code.cmp_reg(R10, R11);
         }
         self.code.jcc_to(CC_NE, miss);
+        self.to_stub();
         self.code
             .cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
         self.code.jcc_to(CC_NE, miss);
+        self.to_stub();
         if flags_live {
             self.restore_flags_code();
         }
@@ -556,9 +594,10 @@ impl Translator<'_> {
         let here = self.request.key.rip;
         if (target ^ here) >> 12 != 0 || self.crosses(target) {
             self.spare_flags(true);
-            self.code.mov_imm(R10, target);
+            self.guest_address(R10, target);
             let slot = self.level() + offset_of!(Level, jump) + jump_index(target) * 8;
             self.code.jmp_mem(Mem::gs(slot));
+            self.jump_slot();
             return;
         }
         if live {
@@ -642,11 +681,13 @@ impl Translator<'_> {
             self.code.bind(slow.branch);
             match slow.address {
                 Address::Undo(table) => self.code.xor_load(R10, Mem::gs_at(R11, table)),
-                Address::Constant(va) => self.code.mov_imm(R10, va),
+                Address::Constant(va, true) => self.guest_address(R10, va),
+                Address::Constant(va, false) => self.code.mov_imm(R10, va),
                 Address::Same => {}
             }
             let lea = self.code.lea_r11_rip();
             self.code.jmp_to(self.request.stubs.memory);
+            self.to_stub();
             self.code.bind(lea);
             let back = slow.back.wrapping_sub(self.code.here()) as u32;
             self.code.u32(slow.words);

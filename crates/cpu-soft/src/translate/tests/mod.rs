@@ -4,6 +4,7 @@
 //! `BERTH_SHOW=1` each sequence before it runs.
 
 mod generate;
+mod place;
 mod rig;
 
 use std::collections::{BTreeMap, BTreeSet};
