@@ -3,33 +3,11 @@
 mod guest;
 mod host;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use guest::{MODULES, file_like, import_tiny, inspect, kernel_package, root, type_line};
+use guest::{file_like, import_tiny, initrd, inspect, kernel_package, type_line};
 use host::{BERTH, has, start};
-
-/// An initial RAM disk with this script as init, and the drivers of a virtio card.
-fn initrd(folder: &Path, package: &Path, script: &str) -> PathBuf {
-    let init = folder.join("init");
-    std::fs::write(&init, script).unwrap();
-    let out = folder.join("initrd");
-    let modules = std::fs::read_dir(package.join("lib/modules"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path()
-        .join("kernel");
-    let mut command = Command::new(root().join("scripts/guest-initrd"));
-    command.arg(&out).arg(&init);
-    for module in MODULES {
-        let name = module.rsplit('/').next().unwrap();
-        command.arg(format!("{name}={}", modules.join(module).display()));
-    }
-    assert!(command.status().unwrap().success());
-    out
-}
 
 fn boot(folder: &Path, script: &str, more: &[&str]) -> Option<Output> {
     let package = kernel_package()?;

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::{import_tiny, inspect, kernel_package, type_line};
+use guest::{Small, import_tiny, inspect, kernel_package, type_line};
 use host::{Host, has, start};
 
 fn start_with_tiny() -> Option<Host> {
@@ -257,6 +257,54 @@ fn a_disk_grows_gives_space_back_and_further_drives_are_seen() {
 }
 
 #[test]
+fn a_running_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
+    let Some(host) = start_with_tiny() else {
+        return;
+    };
+    create(&host, "vm", &[]);
+    boot(&host, "vm");
+    let (code, error) = host.fails(&["machine", "set", "vm", "--disk", "128M"]);
+    assert_eq!(code, 2, "{error}");
+    assert!(error.contains("cannot be made smaller"), "{error}");
+    host.ok(&["machine", "set", "vm", "--disk", "3G"]);
+    assert_eq!(inspect(&host, "vm")["disk"], 3u64 << 30);
+    // The kernel reads the new size by itself, told by an event of the controller.
+    guest(
+        &host,
+        "vm",
+        &format!(
+            "until [ $(cat /sys/block/nvme0n1/size) = {} ]; do sleep 0.1; done",
+            (3u64 << 30) / 512
+        ),
+        "IT-GREW",
+    );
+    guest(
+        &host,
+        "vm",
+        "echo beyond-the-old-end | dd of=/dev/nvme0n1 bs=1M seek=3000 conv=fsync",
+        "WROTE-BEYOND",
+    );
+    let disk = disk_of(&host, "vm");
+    power_off(&host, "vm");
+    check(&disk);
+    let raw = host.scratch().join("flat.raw");
+    flatten(&disk, &raw);
+    assert_eq!(std::fs::metadata(&raw).unwrap().len(), 3 << 30);
+    let mut text = [0; 18];
+    std::os::unix::fs::FileExt::read_exact_at(
+        &std::fs::File::open(&raw).unwrap(),
+        &mut text,
+        3000 << 20,
+    )
+    .unwrap();
+    assert_eq!(&text, b"beyond-the-old-end");
+    fsck(&raw);
+    std::fs::remove_file(raw).unwrap();
+    boot(&host, "vm");
+    power_off(&host, "vm");
+}
+
+#[test]
 fn a_disk_image_is_imported_as_a_copy() {
     let Some(host) = start_with_tiny() else {
         return;
@@ -320,37 +368,6 @@ fn a_disk_image_is_imported_as_a_copy() {
     let (code, error) = host.fails(&words);
     assert_eq!(code, 2, "{error}");
     assert!(error.contains("qemu-img convert"), "{error}");
-}
-
-/// A small tmpfs that goes with this value.
-struct Small(PathBuf);
-
-impl Small {
-    fn mount(path: PathBuf, size: &str) -> Small {
-        std::fs::create_dir(&path).unwrap();
-        let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
-            .arg(&path)
-            .status()
-            .unwrap();
-        assert!(status.success());
-        Small(path)
-    }
-
-    fn resize(&self, size: &str) {
-        let status = Command::new("mount")
-            .args(["-o", &format!("remount,size={size}")])
-            .arg(&self.0)
-            .status()
-            .unwrap();
-        assert!(status.success());
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! The interrupt controllers are split (KVM_CAP_SPLIT_IRQCHIP): local APICs in the kernel, the IOAPIC in `vmm`.
 
 mod cpuid;
+mod lines;
 mod probe;
 mod state;
 mod vcpu;

@@ -3,20 +3,21 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cpu::{CpuError, DirtyLog, Doorbells, GuestMemory, Vcpu, Vm, VmConfig};
+use cpu::{
+    CpuError, DirtyLog, Doorbells, GuestMemory, MessageLine, MessageLines, Vcpu, Vm, VmConfig,
+};
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_msi,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
+    kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::lines::{KvmLine, PINS, Routes};
 use crate::vcpu::KvmVcpu;
 use crate::{Probe, cpuid, host, probe};
 
-const PINS: usize = 24;
 /// Three pages that Intel's real-mode emulation wants, below the local APIC.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
@@ -28,7 +29,7 @@ pub struct KvmVm {
     supported: CpuId,
     config: VmConfig,
     memory: Mutex<Option<Arc<GuestMemory>>>,
-    routes: Mutex<[Option<(u64, u32)>; PINS]>,
+    routes: Arc<Routes>,
 }
 
 impl KvmVm {
@@ -52,7 +53,7 @@ impl KvmVm {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             ..Default::default()
         };
-        split.args[0] = PINS as u64;
+        split.args[0] = u64::from(PINS);
         vm.enable_cap(&split)
             .map_err(|error| missing("split interrupt controllers", error))?;
         let mut supported = kvm
@@ -61,13 +62,14 @@ impl KvmVm {
         if probe() == Probe::EmulatedOnly {
             cpuid::emulated(&mut supported);
         }
+        let vm = Arc::new(vm);
         Ok(KvmVm {
             kvm,
-            vm: Arc::new(vm),
+            routes: Routes::new(vm.clone()),
+            vm,
             supported,
             config,
             memory: Mutex::new(None),
-            routes: Mutex::new([None; PINS]),
         })
     }
 
@@ -139,38 +141,20 @@ impl Vm for KvmVm {
     }
 
     fn ioapic_route(&self, pin: u32, message: Option<(u64, u32)>) -> Result<(), CpuError> {
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(route) = routes.get_mut(pin as usize) else {
-            return Ok(());
-        };
-        if *route == message {
+        if pin >= PINS {
             return Ok(());
         }
-        *route = message;
-        let mut entries = Vec::new();
-        for (gsi, route) in routes.iter().enumerate() {
-            let Some((address, data)) = *route else {
-                continue;
-            };
-            let mut entry = kvm_irq_routing_entry {
-                gsi: gsi as u32,
-                type_: KVM_IRQ_ROUTING_MSI,
-                ..Default::default()
-            };
-            entry.u.msi.address_lo = address as u32;
-            entry.u.msi.address_hi = (address >> 32) as u32;
-            entry.u.msi.data = data;
-            entries.push(entry);
-        }
-        let table = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| CpuError::Broken("the interrupt routes do not fit".into()))?;
-        self.vm
-            .set_gsi_routing(&table)
-            .map_err(host("routing interrupts"))
+        self.routes.set(pin, message)
+    }
+
+    fn message_lines(&self) -> Option<&dyn MessageLines> {
+        let there = self.kvm.check_extension(Cap::Irqfd);
+        there.then_some(self)
     }
 
     fn doorbells(&self) -> Option<&dyn Doorbells> {
-        Some(self)
+        let there = self.kvm.check_extension(Cap::Ioeventfd);
+        there.then_some(self)
     }
 
     fn memory_written(&self, _: u64, _: u64) {}
@@ -211,6 +195,12 @@ impl Doorbells for KvmVm {
         self.vm
             .unregister_ioevent(&event(fd)?, &IoEventAddress::Mmio(gpa), NoDatamatch)
             .map_err(host("removing a doorbell"))
+    }
+}
+
+impl MessageLines for KvmVm {
+    fn open_line(&self) -> Result<Arc<dyn MessageLine>, CpuError> {
+        Ok(Arc::new(KvmLine::open(&self.routes)?))
     }
 }
 

@@ -93,6 +93,10 @@ pub trait Vm: Send + Sync {
     fn doorbells(&self) -> Option<&dyn Doorbells> {
         None
     }
+    /// Message lines, where the back end has them.
+    fn message_lines(&self) -> Option<&dyn MessageLines> {
+        None
+    }
     /// Tells the CPUs that `[gpa, gpa+len)` was written behind their back (DMA), so that translated code of it
     /// is dropped. A no-op where the hardware sees to it.
     fn memory_written(&self, gpa: u64, len: u64);
@@ -107,6 +111,23 @@ pub trait Doorbells {
     /// A guest write of `len` bytes (0: any) at `gpa` makes the eventfd readable and does not reach the bus.
     fn add_doorbell(&self, gpa: u64, len: u32, event: BorrowedFd<'_>) -> Result<(), CpuError>;
     fn remove_doorbell(&self, gpa: u64, len: u32, event: BorrowedFd<'_>) -> Result<(), CpuError>;
+}
+
+/// irqfd (KVM_IRQFD): interrupt messages that the host's kernel sends by itself as soon as an event is written.
+pub trait MessageLines {
+    /// A line of its own, which sends nothing yet.
+    ///
+    /// # Errors
+    /// Where the host has no further one; [`Vm::signal_msi`] serves then.
+    fn open_line(&self) -> Result<Arc<dyn MessageLine>, CpuError>;
+}
+
+/// One line of [`MessageLines`]; it is gone when it is dropped.
+pub trait MessageLine: Send + Sync {
+    /// What it sends from now on: address and data as for [`Vm::signal_msi`].
+    fn set_message(&self, address: u64, data: u32) -> Result<(), CpuError>;
+    /// Writing it (an eventfd) sends the message.
+    fn event(&self) -> BorrowedFd<'_>;
 }
 
 /// Tracking of written pages, for snapshots and live migration.

@@ -1,17 +1,23 @@
 //! Disks of machines: one trait, and the image formats behind it.
 
+mod place;
 pub mod qcow2;
 mod raw;
+mod ring;
 
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use base::error::kind_of_io;
 use base::{Classified, Kind};
 use vm_memory::VolatileSlice;
 
+pub use place::{Part, Place, Way};
 pub use qcow2::{BackingFiles, Qcow2Disk};
 pub use raw::RawDisk;
+pub use ring::{Ring, Task};
 
 /// A disk could not be opened or reached.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +97,31 @@ pub trait Disk: Send + Sync {
         }
         self.write_at(offset, &data)
     }
+    /// As [`Disk::write_volatile_at`] where that is a copy into the host's cache and nothing else; false, with nothing
+    /// written, where it is more: the disk has to be looked at, room to be found.
+    fn try_write_volatile_at(
+        &self,
+        _offset: u64,
+        _buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        Ok(false)
+    }
+    /// Where a range lies, so that it may be moved without this disk's help; `None` where it may not, or where that
+    /// cannot be said without waiting. What is moved must be told with [`Disk::moved`].
+    fn place(&self, _way: Way, _offset: u64, _len: u64) -> Option<Place> {
+        None
+    }
+    /// `len` bytes were moved to or from a [`Disk::place`].
+    fn moved(&self, _way: Way, _len: u64) {}
+    /// The file whose fdatasync(2) is all that [`Disk::flush`] does.
+    fn flush_file(&self) -> Option<Arc<File>> {
+        None
+    }
+    /// Makes the disk larger, up to the next whole sector; what is new reads as zeros. Accesses go on meanwhile.
+    ///
+    /// # Errors
+    /// [`DiskError::Unusable`] where `size` is smaller than the disk, or its size is not ours to change.
+    fn grow(&self, size: u64) -> Result<(), DiskError>;
     /// Returns once everything written before is on stable storage.
     fn flush(&self) -> Result<(), DiskError>;
     /// The range's content no longer matters; it may read as zeros or as before.
@@ -147,12 +178,32 @@ pub fn open(
 /// Makes a disk larger. Its image must not be in use.
 ///
 /// # Errors
-/// [`DiskError::Unusable`] where `size` is smaller than the disk: what is cut off would be lost.
+/// As [`Disk::grow`].
 pub fn grow(path: &Path, format: Format, size: u64) -> Result<(), DiskError> {
-    match format {
-        Format::Raw => RawDisk::grow(path, size),
-        Format::Qcow2 => Qcow2Disk::grow(path, size),
+    open(path, format, false, BackingFiles::Allowed)?.grow(size)
+}
+
+/// The size that a disk shall have, in whole sectors, where it may have that.
+pub(crate) fn larger(path: &Path, disk: &dyn Disk, size: u64) -> Result<u64, DiskError> {
+    let unusable = |reason: String| DiskError::Unusable {
+        path: path.to_owned(),
+        reason,
+    };
+    if disk.read_only() {
+        return Err(unusable(
+            "it is read-only, so it cannot be made larger".into(),
+        ));
     }
+    let size = size
+        .checked_next_multiple_of(512)
+        .ok_or_else(|| unusable("no disk is that large".into()))?;
+    if size < disk.len() {
+        return Err(unusable(format!(
+            "it has {} bytes; a disk cannot be made smaller, what is cut off would be lost",
+            disk.len()
+        )));
+    }
+    Ok(size)
 }
 
 /// Locks an image against other machines; false where one has it. A process just forked anywhere in this program holds

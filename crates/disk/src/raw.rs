@@ -4,22 +4,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::VolatileSlice;
 
+use crate::place::{Part, Place, VECTORS, Way};
 use crate::{Disk, DiskError};
-
-/// Pieces of one system call: Linux takes 1,024.
-const VECTORS: usize = 1024;
-
-/// Which way a vectored transfer goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    FromFile,
-    ToFile,
-}
 
 fn vectors(buffers: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
     buffers
@@ -32,10 +25,87 @@ fn vectors(buffers: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
         .collect()
 }
 
+/// Moves all of `buffers` between a file, from `offset` on, and memory.
+pub(crate) fn transfer(
+    file: &File,
+    way: Way,
+    mut offset: u64,
+    buffers: &[VolatileSlice<'_>],
+) -> io::Result<()> {
+    let mut vectors = vectors(buffers);
+    transfer_vectors(file, way, &mut offset, &mut vectors)
+}
+
+/// As [`transfer`], of memory that the caller borrows for the length of the call.
+pub(crate) fn transfer_vectors(
+    file: &File,
+    way: Way,
+    offset: &mut u64,
+    vectors: &mut [libc::iovec],
+) -> io::Result<()> {
+    let mut rest = vectors;
+    while !rest.is_empty() {
+        let count = rest.len().min(VECTORS) as i32;
+        let (file, at) = (file.as_raw_fd(), *offset as libc::off_t);
+        // SAFETY: each vector is, or is the rest of, memory that a volatile slice lends until this call returns. The
+        // kernel reads and writes it as another CPU of a guest might, which is what volatile slices are for.
+        let moved = unsafe {
+            match way {
+                Way::FromFile => libc::preadv(file, rest.as_ptr(), count, at),
+                Way::ToFile => libc::pwritev(file, rest.as_ptr(), count, at),
+            }
+        };
+        let mut moved = match usize::try_from(moved) {
+            Ok(0) => {
+                return Err(match way {
+                    Way::FromFile => io::ErrorKind::UnexpectedEof.into(),
+                    Way::ToFile => io::ErrorKind::WriteZero.into(),
+                });
+            }
+            Ok(moved) => moved,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(error);
+            }
+        };
+        *offset += moved as u64;
+        while let Some(first) = rest.first_mut() {
+            if moved < first.iov_len {
+                first.iov_base = first.iov_base.cast::<u8>().wrapping_add(moved).cast();
+                first.iov_len -= moved;
+                break;
+            }
+            moved -= first.iov_len;
+            rest = &mut rest[1..];
+        }
+    }
+    Ok(())
+}
+
+/// Reads what the host has in memory; false, with any content, where it has not all of it. Whatever went wrong shows again,
+/// and counts, in the read that may wait.
+pub(crate) fn try_read(file: &File, offset: u64, vectors: &[libc::iovec], len: u64) -> bool {
+    // SAFETY: as in `transfer_vectors`.
+    let moved = unsafe {
+        libc::preadv2(
+            file.as_raw_fd(),
+            vectors.as_ptr(),
+            vectors.len() as i32,
+            offset as libc::off_t,
+            libc::RWF_NOWAIT,
+        )
+    };
+    moved as u64 == len
+}
+
 /// See the module.
 pub struct RawDisk {
-    file: File,
-    len: u64,
+    path: PathBuf,
+    file: Arc<File>,
+    len: AtomicU64,
     read_only: bool,
 }
 
@@ -70,41 +140,11 @@ impl RawDisk {
             return Err(unusable("it is smaller than one sector"));
         }
         Ok(RawDisk {
-            file,
-            len,
+            path: path.to_owned(),
+            file: Arc::new(file),
+            len: AtomicU64::new(len),
             read_only,
         })
-    }
-
-    /// Makes a file larger, with nothing in what is new. It must not be in use.
-    ///
-    /// # Errors
-    /// [`DiskError::Unusable`] for a block device, whose size is not ours, and for a smaller size.
-    pub fn grow(path: &Path, size: u64) -> Result<(), DiskError> {
-        let disk = RawDisk::open(path, false)?;
-        let unusable = |reason: String| DiskError::Unusable {
-            path: path.to_owned(),
-            reason,
-        };
-        let about = disk.file.metadata();
-        if !about.is_ok_and(|about| about.is_file()) {
-            return Err(unusable("a block device cannot be made larger".into()));
-        }
-        if size < disk.len {
-            return Err(unusable(format!(
-                "it has {} bytes; a disk cannot be made smaller",
-                disk.len
-            )));
-        }
-        let grown = disk.file.set_len(size.next_multiple_of(512));
-        grown
-            .and_then(|()| disk.file.sync_all())
-            .map_err(|source| DiskError::Io {
-                what: "growing",
-                offset: disk.len,
-                len: size - disk.len,
-                source,
-            })
     }
 
     fn check(
@@ -126,54 +166,9 @@ impl RawDisk {
             return fail(io::ErrorKind::ReadOnlyFilesystem);
         }
         match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(()),
+            Some(end) if end <= self.len() => Ok(()),
             _ => fail(io::ErrorKind::InvalidInput),
         }
-    }
-
-    /// Moves all of `buffers` between the file, from `offset` on, and memory.
-    fn transfer(&self, way: Way, mut offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let mut vectors = vectors(buffers);
-        let mut rest = &mut vectors[..];
-        while !rest.is_empty() {
-            let count = rest.len().min(VECTORS) as i32;
-            let (file, at) = (self.file.as_raw_fd(), offset as libc::off_t);
-            // SAFETY: each vector is, or is the rest of, memory that a volatile slice lends until this call returns. The
-            // kernel reads and writes it as another CPU of a guest might, which is what volatile slices are for.
-            let moved = unsafe {
-                match way {
-                    Way::FromFile => libc::preadv(file, rest.as_ptr(), count, at),
-                    Way::ToFile => libc::pwritev(file, rest.as_ptr(), count, at),
-                }
-            };
-            let mut moved = match usize::try_from(moved) {
-                Ok(0) => {
-                    return Err(match way {
-                        Way::FromFile => io::ErrorKind::UnexpectedEof.into(),
-                        Way::ToFile => io::ErrorKind::WriteZero.into(),
-                    });
-                }
-                Ok(moved) => moved,
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() == io::ErrorKind::Interrupted {
-                        continue;
-                    }
-                    return Err(error);
-                }
-            };
-            offset += moved as u64;
-            while let Some(first) = rest.first_mut() {
-                if moved < first.iov_len {
-                    first.iov_base = first.iov_base.cast::<u8>().wrapping_add(moved).cast();
-                    first.iov_len -= moved;
-                    break;
-                }
-                moved -= first.iov_len;
-                rest = &mut rest[1..];
-            }
-        }
-        Ok(())
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<(), rustix::io::Errno> {
@@ -188,7 +183,7 @@ impl RawDisk {
 
 impl Disk for RawDisk {
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -228,13 +223,12 @@ impl Disk for RawDisk {
     ) -> Result<(), DiskError> {
         let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
         self.check("reading", offset, len, false)?;
-        self.transfer(Way::FromFile, offset, buffers)
-            .map_err(|source| DiskError::Io {
-                what: "reading",
-                offset,
-                len,
-                source,
-            })
+        transfer(&self.file, Way::FromFile, offset, buffers).map_err(|source| DiskError::Io {
+            what: "reading",
+            offset,
+            len,
+            source,
+        })
     }
 
     fn try_read_volatile_at(
@@ -248,18 +242,7 @@ impl Disk for RawDisk {
         if vectors.len() > VECTORS {
             return Ok(false);
         }
-        // SAFETY: as in `transfer`.
-        let moved = unsafe {
-            libc::preadv2(
-                self.file.as_raw_fd(),
-                vectors.as_ptr(),
-                vectors.len() as i32,
-                offset as libc::off_t,
-                libc::RWF_NOWAIT,
-            )
-        };
-        // Whatever went wrong shows again, and counts, in the read that may wait.
-        Ok(moved as u64 == len)
+        Ok(try_read(&self.file, offset, &vectors, len))
     }
 
     fn write_volatile_at(
@@ -269,13 +252,12 @@ impl Disk for RawDisk {
     ) -> Result<(), DiskError> {
         let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
         self.check("writing", offset, len, true)?;
-        self.transfer(Way::ToFile, offset, buffers)
-            .map_err(|source| DiskError::Io {
-                what: "writing",
-                offset,
-                len,
-                source,
-            })
+        transfer(&self.file, Way::ToFile, offset, buffers).map_err(|source| DiskError::Io {
+            what: "writing",
+            offset,
+            len,
+            source,
+        })
     }
 
     fn flush(&self) -> Result<(), DiskError> {
@@ -285,9 +267,47 @@ impl Disk for RawDisk {
         self.file.sync_data().map_err(|source| DiskError::Io {
             what: "flushing",
             offset: 0,
-            len: self.len,
+            len: self.len(),
             source,
         })
+    }
+
+    fn place(&self, way: Way, offset: u64, len: u64) -> Option<Place> {
+        self.check("reaching", offset, len, way == Way::ToFile)
+            .ok()?;
+        let file = self.file.clone();
+        Some(Place {
+            parts: vec![Part::File { file, offset, len }],
+            lease: None,
+        })
+    }
+
+    fn flush_file(&self) -> Option<Arc<File>> {
+        (!self.read_only).then(|| self.file.clone())
+    }
+
+    fn grow(&self, size: u64) -> Result<(), DiskError> {
+        let len = self.len();
+        let size = crate::larger(&self.path, self, size)?;
+        let about = self.file.metadata();
+        if !about.is_ok_and(|about| about.is_file()) {
+            return Err(DiskError::Unusable {
+                path: self.path.clone(),
+                reason: "a block device cannot be made larger from here; grow it with what made it"
+                    .into(),
+            });
+        }
+        let grown = self.file.set_len(size);
+        grown
+            .and_then(|()| self.file.sync_all())
+            .map_err(|source| DiskError::Io {
+                what: "growing",
+                offset: len,
+                len: size - len,
+                source,
+            })?;
+        self.len.store(size, Ordering::Release);
+        Ok(())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -329,6 +349,7 @@ impl Disk for RawDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Format;
 
     fn disk(len: u64) -> (tempfile::NamedTempFile, RawDisk) {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -382,10 +403,13 @@ mod tests {
     fn a_disk_grows_and_never_shrinks() {
         let (file, disk) = disk(8192);
         disk.write_at(0, &[9; 512]).unwrap();
-        assert!(RawDisk::grow(file.path(), 1 << 20).is_err(), "it is in use");
+        assert!(
+            crate::grow(file.path(), Format::Raw, 1 << 20).is_err(),
+            "it is in use"
+        );
         drop(disk);
-        RawDisk::grow(file.path(), 1 << 20).unwrap();
-        assert!(RawDisk::grow(file.path(), 4096).is_err());
+        crate::grow(file.path(), Format::Raw, 1 << 20).unwrap();
+        assert!(crate::grow(file.path(), Format::Raw, 4096).is_err());
         let disk = RawDisk::open(file.path(), false).unwrap();
         let (mut first, mut last) = ([0; 512], [1; 512]);
         disk.read_at(0, &mut first).unwrap();

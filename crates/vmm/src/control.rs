@@ -153,6 +153,16 @@ impl Control {
         inner.phase == Phase::Paused
     }
 
+    /// Asks every CPU to stop and does not wait for it. Asked again now and then, it reaches those that were just about to
+    /// run.
+    pub fn ask_pause(&self) {
+        let mut inner = self.lock();
+        if !matches!(inner.phase, Phase::Ended(_)) {
+            inner.phase = Phase::Paused;
+            inner.kicks.iter().for_each(|kick| kick.kick());
+        }
+    }
+
     /// Lets a paused machine go on; false where it has ended.
     pub fn resume(&self) -> bool {
         let mut inner = self.lock();

@@ -9,6 +9,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod bus;
+mod carrier;
 mod complaint;
 pub mod control;
 pub mod crash;

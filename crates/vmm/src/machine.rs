@@ -291,7 +291,7 @@ impl Machine {
         &mut self,
         disks: Vec<Arc<dyn Disk>>,
         identity: u64,
-    ) -> Result<(), MachineError> {
+    ) -> Result<Arc<Controller>, MachineError> {
         let number = self
             .devices
             .iter()
@@ -302,8 +302,8 @@ impl Machine {
         let controller = Controller::new(name, dma, vm, disks, self.config.cpus, identity)
             .map_err(MachineError::Thread)?;
         self.pci.attach(controller.clone())?;
-        self.devices.push(controller);
-        Ok(())
+        self.devices.push(controller.clone());
+        Ok(controller)
     }
 
     /// Adds a virtio device called `name` (`net0`); its transport is what tells the driver of a changed configuration.

@@ -493,4 +493,7 @@ impl Disk for Full {
     fn write_zeroes(&self, _: u64, _: u64) -> Result<(), disk::DiskError> {
         Err(full())
     }
+    fn grow(&self, _: u64) -> Result<(), disk::DiskError> {
+        Err(full())
+    }
 }

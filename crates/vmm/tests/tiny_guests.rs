@@ -305,6 +305,44 @@ fn a_message_wakes_a_halted_guest() {
     }
 }
 
+#[test]
+fn a_line_of_the_hosts_kernel_interrupts_without_a_call_and_sends_what_it_was_told_last() {
+    let (code, handler) = counts_interrupts(2);
+    let mut tried = false;
+    for cpu in back_ends() {
+        let (mut machine, sink) = machine(cpu, 1, &code);
+        let Some(lines) = machine.vm.message_lines() else {
+            continue;
+        };
+        tried = true;
+        let line = lines.open_line().unwrap();
+        let other = lines.open_line().unwrap();
+        other.set_message(0xfee0_0000, 0x99).unwrap();
+        line.set_message(0xfee0_0000, 0x99).unwrap();
+        line.set_message(0xfee0_0000, 0x41).unwrap();
+        drop(other);
+        set_gate(&machine, 0x41, handler);
+        machine.start().unwrap();
+        sink.wait_for(b'r');
+        let counted = |machine: &Machine| {
+            machine
+                .memory
+                .read_obj::<u32>(GuestAddress(COUNTER))
+                .unwrap()
+        };
+        for count in 1..=2 {
+            rustix::io::write(line.event(), &1u64.to_ne_bytes()).unwrap();
+            until("the interrupt", || counted(&machine) == count);
+        }
+        let outcome = machine.control.wait_for_end_until(Duration::from_secs(20));
+        assert_eq!(outcome, Some(Outcome::DebugExit(7)), "{cpu:?}");
+        drop(line);
+    }
+    if !tried {
+        eprintln!("SKIPPED: no back end of this host has interrupt lines (KVM_IRQFD)");
+    }
+}
+
 /// The slot 1 device's configuration space through ECAM.
 struct Config<'a>(&'a Machine);
 

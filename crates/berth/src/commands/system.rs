@@ -206,12 +206,19 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
     }
     if figure("machines") > 0 {
         output::line(format!(
-            "\nMachines' disks: {} promised, {} used, {} still to grow; {} are free.",
+            "\nMachines' disks: {} promised, {} used.",
             format_size_decimal(figure("promised")),
             format_size_decimal(figure("used")),
-            format_size_decimal(figure("outstanding")),
-            format_size_decimal(figure("free")),
         ));
+        for place in list(machines, "/file_systems") {
+            let figure = |key: &str| format_size_decimal(place[key].as_u64().unwrap_or(0));
+            output::line(format!(
+                "On the file system of {}: {} still to grow; {} are free.",
+                text(place, "/path"),
+                figure("outstanding"),
+                figure("free"),
+            ));
+        }
     }
     if let Some(warning) = machines["warning"].as_str() {
         eprintln!("berth: warning: {warning}");

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::host::Host;
 
@@ -185,4 +186,57 @@ pub fn type_line(host: &Host, machine: &str, line: &str) {
 pub fn inspect(host: &Host, machine: &str) -> serde_json::Value {
     let text = host.ok(&["machine", "inspect", machine]);
     serde_json::from_str::<serde_json::Value>(&text).unwrap()[0].clone()
+}
+
+/// A small tmpfs that goes with this value.
+pub struct Small(pub PathBuf);
+
+impl Small {
+    pub fn mount(path: PathBuf, size: &str) -> Small {
+        std::fs::create_dir(&path).unwrap();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
+            .arg(&path)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        Small(path)
+    }
+
+    pub fn resize(&self, size: &str) {
+        let status = Command::new("mount")
+            .args(["-o", &format!("remount,size={size}")])
+            .arg(&self.0)
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// An initial RAM disk with this script as init, and the drivers of a virtio card.
+pub fn initrd(folder: &Path, package: &Path, script: &str) -> PathBuf {
+    let init = folder.join("init");
+    std::fs::write(&init, script).unwrap();
+    let out = folder.join("initrd");
+    let modules = std::fs::read_dir(package.join("lib/modules"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path()
+        .join("kernel");
+    let mut command = Command::new(root().join("scripts/guest-initrd"));
+    command.arg(&out).arg(&init);
+    for module in MODULES {
+        let name = module.rsplit('/').next().unwrap();
+        command.arg(format!("{name}={}", modules.join(module).display()));
+    }
+    assert!(command.status().unwrap().success());
+    out
 }

@@ -1,11 +1,13 @@
 //! The header of a qcow2 image (QEMU: docs/interop/qcow2.txt). A hostile image is expected here: every field
 //! is checked before anything is allocated or sought by it.
 
+use super::metadata::{COMPRESSED, COPIED, OFFSET};
+
 /// `QFI\xfb`.
 pub const MAGIC: u32 = 0x5146_49fb;
 
 const DIRTY: u64 = 1 << 0;
-const CORRUPT: u64 = 1 << 1;
+pub(super) const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 
@@ -15,7 +17,7 @@ const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// QEMU's own bound on the L1 table, bytes.
 const L1_LIMIT: u64 = 32 << 20;
 /// QEMU's own bound on the refcount table, bytes.
-const REFCOUNT_TABLE_LIMIT: u64 = 8 << 20;
+pub(super) const REFCOUNT_TABLE_LIMIT: u64 = 8 << 20;
 /// A disk of more than this is a lie: 1 EiB.
 const SIZE_LIMIT: u64 = 1 << 60;
 
@@ -167,6 +169,24 @@ impl Header {
             dirty: incompatible & DIRTY != 0,
             corrupt: incompatible & CORRUPT != 0,
         })
+    }
+
+    /// The bytes of the file that an entry of a second-level table names; none for one that names nothing.
+    pub fn host_range(&self, entry: u64) -> std::ops::Range<u64> {
+        if entry & COMPRESSED == 0 {
+            let start = entry & OFFSET;
+            let len = if start == 0 {
+                0
+            } else {
+                1 << self.cluster_bits
+            };
+            return start..start + len;
+        }
+        // Bits below 62 - (cluster_bits - 8) are the offset, those above it sectors less one.
+        let bits = 62 - (self.cluster_bits - 8);
+        let start = entry & ((1 << bits) - 1) & 0x00ff_ffff_ffff_ffff;
+        let sectors = ((entry & !(COMPRESSED | COPIED)) >> bits) + 1;
+        start..start - start % 512 + sectors * 512
     }
 
     fn backing(

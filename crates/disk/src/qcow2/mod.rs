@@ -1,23 +1,33 @@
 //! qcow2 images (QEMU: docs/interop/qcow2.txt), versions 2 and 3: read, write, backing files, growing, discard,
 //! compressed clusters (read), internal snapshots (kept, not made).
 //!
-//! Locks: data moves under the read half of `metadata`, so that no cluster is freed under it; whatever changes
-//! a table holds the write half. The backing image is locked after, never before.
+//! Locks: data moves under the read half of `metadata`, or with a lease that was taken under it, so that no cluster is given
+//! away under it; whatever changes a table holds the write half. `flushing` is taken before either, so that transfers go on
+//! while a flush waits for the disk. The backing image is locked after, never before.
 
+mod create;
 mod header;
+mod leases;
 mod metadata;
+mod transfer;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::fs::{FallocateFlags, fallocate};
+use vm_memory::VolatileSlice;
 
+pub use create::CreateOptions;
 pub use header::{Backing, Compression, Header, MAGIC, fuzz_header};
 use metadata::{COMPRESSED, COPIED, Metadata, OFFSET, ZERO};
+use transfer::{total, zero};
 
+use crate::place::{Part, Place, Way, split};
+use crate::raw::try_read;
 use crate::{Disk, DiskError};
 
 /// A chain of backing files longer than this is a loop or a mistake.
@@ -32,31 +42,14 @@ pub enum BackingFiles {
 
 /// A qcow2 image.
 pub struct Qcow2Disk {
-    file: File,
+    path: PathBuf,
+    file: Arc<File>,
     read_only: bool,
-    size: u64,
+    size: AtomicU64,
     metadata: RwLock<Metadata>,
+    /// Held by the one who writes a batch.
+    flushing: Mutex<()>,
     backing: Option<Box<dyn Disk>>,
-}
-
-/// Options of a new image.
-#[derive(Debug, Clone)]
-pub struct CreateOptions {
-    /// Bytes of the disk; taken from the backing image where 0.
-    pub size: u64,
-    /// 2 to this bytes are allocated at a time: 9 to 21.
-    pub cluster_bits: u32,
-    pub backing: Option<Backing>,
-}
-
-impl Default for CreateOptions {
-    fn default() -> CreateOptions {
-        CreateOptions {
-            size: 0,
-            cluster_bits: 16,
-            backing: None,
-        }
-    }
 }
 
 /// Reads what is there; what lies beyond the file's end reads as zeros (a cluster never fully written).
@@ -153,15 +146,34 @@ impl Qcow2Disk {
             file.write_all_at(&[0; 8], 88).map_err(failed)?;
             header.autoclear = 0;
         }
-        let size = header.size;
-        let metadata = Metadata::load(&file, header).map_err(failed)?;
-        Ok(Qcow2Disk {
-            file,
+        // What is wrong with it says what to do; everything else is the host's.
+        let damaged = |error: io::Error| match error.kind() {
+            io::ErrorKind::InvalidData => unusable(error.to_string()),
+            _ => failed(error),
+        };
+        let mut metadata = Metadata::load(&file, header).map_err(damaged)?;
+        if !read_only {
+            metadata.check(&file).map_err(damaged)?;
+        }
+        Ok(Qcow2Disk::of(path, file, read_only, metadata, below))
+    }
+
+    fn of(
+        path: &Path,
+        file: File,
+        read_only: bool,
+        metadata: Metadata,
+        backing: Option<Box<dyn Disk>>,
+    ) -> Qcow2Disk {
+        Qcow2Disk {
+            path: path.to_owned(),
+            file: Arc::new(file),
             read_only,
-            size,
+            size: AtomicU64::new(metadata.header.size),
             metadata: RwLock::new(metadata),
-            backing: below,
-        })
+            flushing: Mutex::default(),
+            backing,
+        }
     }
 
     fn open_backing(
@@ -198,111 +210,6 @@ impl Qcow2Disk {
         }
     }
 
-    /// Makes an empty image; the file must not exist.
-    ///
-    /// # Errors
-    /// Where the file cannot be made; nothing is left then.
-    pub fn create(path: &Path, options: &CreateOptions) -> Result<(), DiskError> {
-        let failed = |source| DiskError::Open {
-            path: path.to_owned(),
-            source,
-        };
-        let unusable = |reason: &str| DiskError::Unusable {
-            path: path.to_owned(),
-            reason: reason.into(),
-        };
-        let mut size = options.size;
-        if let Some(below) = &options.backing {
-            let below = Qcow2Disk::open_backing(path, below, 0)?;
-            if size == 0 {
-                size = below.len();
-            }
-        }
-        let bits = options.cluster_bits;
-        if !(9..=21).contains(&bits) {
-            return Err(unusable(
-                "its clusters would have a size that is not allowed: 2^9 to 2^21 bytes are",
-            ));
-        }
-        let cluster = 1u64 << bits;
-        let size = size.next_multiple_of(512);
-        let l1_entries = size.div_ceil(cluster * (cluster / 8)).max(1);
-        if size == 0 || l1_entries * 8 > 32 << 20 {
-            return Err(unusable(
-                "its size is impossible; choose larger clusters for a larger disk",
-            ));
-        }
-        if options
-            .backing
-            .as_ref()
-            .is_some_and(|b| b.file.len() > 1023.min(cluster as usize - 160))
-        {
-            return Err(unusable("the name of the image below it is too long"));
-        }
-        // Header, reference counts' table, one block of them, first-level table.
-        let l1_clusters = (l1_entries * 8).div_ceil(cluster);
-        let table_clusters = (size.div_ceil(cluster * cluster * 4) * 2 * 8)
-            .div_ceil(cluster)
-            .clamp(1, (8 << 20) / cluster);
-        let used = 1 + table_clusters + 1 + l1_clusters;
-        if used > cluster * 8 / 16 {
-            return Err(unusable("its clusters are too small for its size"));
-        }
-        let header = Header {
-            version: 3,
-            cluster_bits: bits,
-            size,
-            backing: options.backing.clone(),
-            l1_entries: l1_entries as u32,
-            l1_offset: (2 + table_clusters) * cluster,
-            refcount_table_offset: cluster,
-            refcount_table_clusters: table_clusters as u32,
-            refcount_order: 4,
-            snapshots: 0,
-            autoclear: 0,
-            compression: Compression::Deflate,
-            dirty: false,
-            corrupt: false,
-        };
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(path)
-            .map_err(failed)?;
-        let written = (|| {
-            let block = (1 + table_clusters) * cluster;
-            file.set_len(used * cluster)?;
-            file.write_all_at(&block.to_be_bytes(), cluster)?;
-            let counts: Vec<u8> = (0..used).flat_map(|_| 1u16.to_be_bytes()).collect();
-            file.write_all_at(&counts, block)?;
-            file.write_all_at(&header.write(), 0)?;
-            file.sync_all()
-        })();
-        written.map_err(|source| {
-            let _ = std::fs::remove_file(path);
-            failed(source)
-        })
-    }
-
-    /// Makes the disk larger. The image must not be in use.
-    ///
-    /// # Errors
-    /// Where `size` is smaller than the disk: what is cut off would be lost.
-    pub fn grow(path: &Path, size: u64) -> Result<(), DiskError> {
-        let disk = Qcow2Disk::open(path, false, BackingFiles::Allowed)?;
-        let size = size.next_multiple_of(512);
-        if size < disk.size {
-            return Err(DiskError::Unusable {
-                path: path.to_owned(),
-                reason: format!("it has {} bytes; a disk cannot be made smaller", disk.size),
-            });
-        }
-        let mut metadata = disk.write_lock();
-        metadata
-            .grow(&disk.file, size)
-            .map_err(|source| disk.failed("growing", 0, 0, source))
-    }
-
     /// Bytes the image takes on the host.
     pub fn allocated(&self) -> Result<u64, DiskError> {
         use std::os::unix::fs::MetadataExt;
@@ -333,7 +240,7 @@ impl Qcow2Disk {
     }
 
     fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), DiskError> {
-        if offset.checked_add(len).is_none_or(|end| end > self.size) {
+        if offset.checked_add(len).is_none_or(|end| end > self.len()) {
             let source =
                 io::Error::new(io::ErrorKind::InvalidInput, "it lies beyond the disk's end");
             return Err(self.failed(what, offset, len, source));
@@ -397,13 +304,9 @@ impl Qcow2Disk {
         read_or_zero(&self.file, data, host + offset % metadata.cluster())
     }
 
-    /// A compressed cluster: bits below 62 - (cluster_bits - 8) are its host offset, those above its sectors - 1.
     fn decompress(&self, header: &Header, entry: u64) -> io::Result<Vec<u8>> {
-        let size_bits = header.cluster_bits - 8;
-        let offset_bits = 62 - size_bits;
-        let host = entry & ((1 << offset_bits) - 1) & 0x00ff_ffff_ffff_ffff;
-        let sectors = (entry & !(COMPRESSED | COPIED)) >> offset_bits;
-        let len = ((sectors + 1) * 512 - host % 512) as usize;
+        let range = header.host_range(entry);
+        let (host, len) = (range.start, (range.end - range.start) as usize);
         let mut packed = vec![0; len];
         read_or_zero(&self.file, &mut packed, host)?;
         let cluster = 1usize << header.cluster_bits;
@@ -431,25 +334,24 @@ impl Qcow2Disk {
 
     /// Lets go of what an entry names.
     fn release(&self, metadata: &mut Metadata, entry: u64) {
-        if entry & COMPRESSED != 0 {
-            let offset_bits = 62 - (metadata.header.cluster_bits - 8);
-            let host = entry & ((1 << offset_bits) - 1) & 0x00ff_ffff_ffff_ffff;
-            let len = (((entry & !(COMPRESSED | COPIED)) >> offset_bits) + 1) * 512 - host % 512;
-            let first = host / metadata.cluster();
-            let last = (host + len - 1) / metadata.cluster();
-            metadata.free(first * metadata.cluster(), last - first + 1);
-        } else if entry & OFFSET != 0 {
-            metadata.free(entry & OFFSET, 1);
+        let range = metadata.header.host_range(entry);
+        if range.is_empty() {
+            return;
         }
+        let first = range.start / metadata.cluster();
+        let last = (range.end - 1) / metadata.cluster();
+        metadata.free(first * metadata.cluster(), last - first + 1);
     }
 
     /// Writes within one cluster that has to be allocated or un-shared first.
     fn write_new(&self, metadata: &mut Metadata, offset: u64, data: &[u8]) -> io::Result<()> {
+        metadata.check_writable()?;
         let cluster = metadata.cluster();
         let start = offset - offset % cluster;
         let entry = metadata.entry(&self.file, start)?;
         if in_place(entry) {
             let host = entry & OFFSET;
+            metadata.check_data(&self.file, host)?;
             return self.file.write_all_at(data, host + offset % cluster);
         }
         let mut whole;
@@ -457,7 +359,7 @@ impl Qcow2Disk {
             data
         } else {
             whole = vec![0; cluster as usize];
-            let there = (self.size - start).min(cluster) as usize;
+            let there = (self.len() - start).min(cluster) as usize;
             self.read_part(metadata, entry, start, &mut whole[..there])?;
             let at = (offset % cluster) as usize;
             whole[at..at + data.len()].copy_from_slice(data);
@@ -466,6 +368,7 @@ impl Qcow2Disk {
         // A zero cluster may keep its place, unless it is shared.
         let keeps_place = entry & COMPRESSED == 0 && entry & COPIED != 0 && entry & OFFSET != 0;
         let host = if keeps_place {
+            metadata.check_data(&self.file, entry & OFFSET)?;
             entry & OFFSET
         } else {
             metadata.allocate(&self.file, 1)?
@@ -481,15 +384,12 @@ impl Qcow2Disk {
                 Err(_) => metadata.free(host, 1),
             }
         }
-        written?;
-        if metadata.wants_flush() {
-            metadata.flush(&self.file)?;
-        }
-        Ok(())
+        written
     }
 
     /// Makes whole clusters read as zeros (or, for `discard` without an image below, as nothing).
     fn clear(&self, metadata: &mut Metadata, offset: u64, keep: bool) -> io::Result<()> {
+        metadata.check_writable()?;
         let entry = metadata.entry(&self.file, offset)?;
         if entry == 0 && self.backing.is_none() {
             return Ok(());
@@ -500,7 +400,7 @@ impl Qcow2Disk {
             0
         };
         if empty == 0 && self.backing.is_some() {
-            let zeros = vec![0; metadata.cluster().min(self.size - offset) as usize];
+            let zeros = vec![0; metadata.cluster().min(self.len() - offset) as usize];
             return self.write_new(metadata, offset, &zeros);
         }
         if keep
@@ -510,6 +410,9 @@ impl Qcow2Disk {
             && empty != 0
         {
             return metadata.set_entry(&self.file, offset, entry | ZERO);
+        }
+        if entry & COMPRESSED == 0 && entry & OFFSET != 0 {
+            metadata.check_data(&self.file, entry & OFFSET)?;
         }
         metadata.set_entry(&self.file, offset, empty)?;
         self.release(metadata, entry);
@@ -542,14 +445,15 @@ impl Qcow2Disk {
             let start = at - at % cluster;
             let next = (start + cluster).min(end);
             // The last cluster of a disk may be shorter than a cluster.
-            if at == start && (next == start + cluster || next == self.size) {
-                let mut metadata = self.write_lock();
-                whole(&mut metadata, start)
-                    .map_err(|source| self.failed(what, offset, len, source))?;
-                if metadata.wants_flush() {
-                    metadata
-                        .flush(&self.file)
+            if at == start && (next == start + cluster || next == self.len()) {
+                let wants_flush = {
+                    let mut metadata = self.write_lock();
+                    whole(&mut metadata, start)
                         .map_err(|source| self.failed(what, offset, len, source))?;
+                    metadata.wants_flush()
+                };
+                if wants_flush {
+                    self.flush()?;
                 }
             } else {
                 part(at, next - at)?;
@@ -567,7 +471,7 @@ fn in_place(entry: u64) -> bool {
 
 impl Disk for Qcow2Disk {
     fn len(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -619,7 +523,7 @@ impl Disk for Qcow2Disk {
             let n = ((cluster - here % cluster) as usize).min(data.len() - at);
             let part = &data[at..at + n];
             match metadata.peek(here) {
-                Some(entry) if in_place(entry) => {
+                Some(entry) if in_place(entry) && metadata.is_sound(entry & OFFSET) => {
                     let host = entry & OFFSET;
                     self.file
                         .write_all_at(part, host + here % cluster)
@@ -627,8 +531,14 @@ impl Disk for Qcow2Disk {
                 }
                 _ => {
                     drop(metadata);
-                    self.write_new(&mut self.write_lock(), here, part)
-                        .map_err(failed)?;
+                    let wants_flush = {
+                        let mut metadata = self.write_lock();
+                        self.write_new(&mut metadata, here, part).map_err(failed)?;
+                        metadata.wants_flush()
+                    };
+                    if wants_flush {
+                        self.flush()?;
+                    }
                 }
             }
             at += n;
@@ -636,13 +546,143 @@ impl Disk for Qcow2Disk {
         Ok(())
     }
 
+    fn read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        let len = total(buffers);
+        self.check("reading", offset, len)?;
+        let moved = match self.place(Way::FromFile, offset, len) {
+            Some(place) => self
+                .transfer(Way::FromFile, &place, buffers)
+                .map_err(|source| self.failed("reading", offset, len, source))?,
+            None => false,
+        };
+        if moved {
+            return Ok(());
+        }
+        let mut data = vec![0; len as usize];
+        self.read_at(offset, &mut data)?;
+        let mut rest = &data[..];
+        for buffer in buffers {
+            let (now, later) = rest.split_at(buffer.len());
+            buffer.copy_from(now);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn try_read_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        let len = total(buffers);
+        self.check("reading", offset, len)?;
+        let Some(place) = self.place(Way::FromFile, offset, len) else {
+            return Ok(false);
+        };
+        let Some((vectors, counts)) = split(&place, buffers) else {
+            return Ok(false);
+        };
+        let mut rest = &vectors[..];
+        for (part, count) in place.parts.iter().zip(counts) {
+            let (list, later) = rest.split_at(count);
+            rest = later;
+            match part {
+                Part::File { file, offset, len } => {
+                    if !try_read(file, *offset, list, *len) {
+                        return Ok(false);
+                    }
+                }
+                Part::Zeros { .. } => list.iter().for_each(zero),
+            }
+        }
+        Ok(true)
+    }
+
+    fn write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<(), DiskError> {
+        if self.try_write_volatile_at(offset, buffers)? {
+            return Ok(());
+        }
+        let mut data = vec![0; total(buffers) as usize];
+        let mut rest = &mut data[..];
+        for buffer in buffers {
+            let (now, later) = rest.split_at_mut(buffer.len());
+            buffer.copy_to(now);
+            rest = later;
+        }
+        self.write_at(offset, &data)
+    }
+
+    fn try_write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        let len = total(buffers);
+        self.check_change("writing", offset, len)?;
+        match self.place(Way::ToFile, offset, len) {
+            Some(place) => self
+                .transfer(Way::ToFile, &place, buffers)
+                .map_err(|source| self.failed("writing", offset, len, source)),
+            None => Ok(false),
+        }
+    }
+
+    fn place(&self, way: Way, offset: u64, len: u64) -> Option<Place> {
+        if way == Way::ToFile && self.read_only {
+            return None;
+        }
+        self.check("reaching", offset, len).ok()?;
+        // Whoever changes a table may wait for the disk.
+        let metadata = self.metadata.try_read().ok()?;
+        let mut place = Place {
+            parts: Vec::new(),
+            lease: None,
+        };
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let cluster = metadata.cluster();
+            let n = (cluster - at % cluster).min(end - at);
+            self.place_part(&metadata, way, at, n, &mut place)?;
+            at += n;
+        }
+        if !self.read_only {
+            let lease = metadata.leases.take(metadata.moment());
+            place.lease = Some(Box::new(lease));
+        }
+        Some(place)
+    }
+
+    fn grow(&self, size: u64) -> Result<(), DiskError> {
+        let len = self.len();
+        let size = crate::larger(&self.path, self, size)?;
+        let failed = |source| self.failed("growing", len, size - len, source);
+        let _flushing = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut metadata = self.write_lock();
+        metadata.check_writable().map_err(failed)?;
+        metadata.grow(&self.file, size).map_err(failed)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
     fn flush(&self) -> Result<(), DiskError> {
         if self.read_only {
             return Ok(());
         }
-        self.write_lock()
-            .flush(&self.file)
-            .map_err(|source| self.failed("flushing", 0, self.size, source))
+        let flushed = || {
+            let _flushing = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+            let batch = self.write_lock().begin_flush(&self.file)?;
+            let written = batch.write(&self.file);
+            self.write_lock().end_flush(&self.file, batch, written)
+        };
+        flushed().map_err(|source| self.failed("flushing", 0, self.len(), source))
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
@@ -695,16 +735,12 @@ pub fn fuzz_image(data: &[u8]) {
         return;
     };
     let size = header.size;
-    let Ok(metadata) = Metadata::load(&file, header) else {
+    let Ok(mut metadata) = Metadata::load(&file, header) else {
         return;
     };
-    let disk = Qcow2Disk {
-        file,
-        read_only: false,
-        size,
-        metadata: RwLock::new(metadata),
-        backing: None,
-    };
+    // What an image that is refused would come to is looked at all the same: it may be damaged later.
+    let _ = metadata.check(&file);
+    let disk = Qcow2Disk::of(Path::new("image"), file, false, metadata, None);
     let mut buffer = [0; 4096];
     let n = buffer.len().min(size as usize);
     let _ = disk.read_at(0, &mut buffer[..n]);

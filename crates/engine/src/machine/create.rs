@@ -10,6 +10,9 @@ use ::disk::Format;
 use base::Id;
 use base::units::format_size;
 
+use vmm::process::protocol::Request;
+
+use super::process::ask;
 use super::record::{Machine, MachineChange, MachineSpec, USER_NETWORK};
 use super::{Machines, RECORD, Slot, bases, disk};
 use crate::{Error, Result};
@@ -251,23 +254,24 @@ impl Machines {
         })
     }
 
-    /// Changes a machine that does not run; its disk can only grow.
+    /// Changes a machine; its disk can only grow, which a running guest is told of.
     ///
     /// # Errors
-    /// [`Error::Conflict`] where it runs and the change is of what a running guest has; what the host has no room for.
+    /// [`Error::Conflict`] where it runs and the change is of what a running guest cannot be given; what the host has no room
+    /// for.
     pub fn update(&self, name: &str, change: &MachineChange) -> Result<()> {
         let slot = self.find(name)?;
         let mut machine = slot.lock();
         let of_hardware = change.cpus.is_some()
             || change.memory.is_some()
-            || change.disk.is_some()
             || change.cpu.is_some()
             || change.append.is_some()
-            || change.on_crash.is_some();
+            || change.on_crash.is_some()
+            || change.on_disk_full.is_some();
         if machine.run.is_some() && of_hardware {
             return Err(Error::Room {
                 message: format!(
-                    "machine {name} is running: its CPUs, memory, disk and kernel words can be changed when it is stopped"
+                    "machine {name} is running: its CPUs, memory, kernel words and policies for crashes and full disks can be changed when it is stopped"
                 ),
                 kind: base::Kind::Conflict,
                 fix: Some(format!("berth machine stop {name}")),
@@ -279,6 +283,7 @@ impl Machines {
         spec.memory = change.memory.unwrap_or(spec.memory);
         spec.cpu = change.cpu.unwrap_or(spec.cpu);
         spec.on_crash = change.on_crash.unwrap_or(spec.on_crash);
+        spec.on_disk_full = change.on_disk_full.unwrap_or(spec.on_disk_full);
         spec.restart = change.restart.unwrap_or(spec.restart);
         spec.overcommit = change.overcommit.unwrap_or(spec.overcommit);
         if let Some(append) = &change.append {
@@ -300,11 +305,19 @@ impl Machines {
                 )));
             }
             // First the disk, then its record: a crash in between leaves a larger disk than is known.
-            disk::grow(
-                &slot.folder.join(disk::file_name(machine.format)),
-                machine.format,
-                size,
-            )?;
+            if machine.run.is_some() {
+                // Its process has the disk.
+                let request = Request::GrowDisk { disk: 0, size };
+                if let Some(why) = ask(&slot.folder, &request)?.error {
+                    return Err(Error::Conflict(format!("machine {name}: {why}")));
+                }
+            } else {
+                disk::grow(
+                    &slot.folder.join(disk::file_name(machine.format)),
+                    machine.format,
+                    size,
+                )?;
+            }
             spec.disk = size;
         }
         self.save(&slot, &next)?;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use vmm::machine::CpuChoice;
 use vmm::process::disks::DiskCounts;
 use vmm::process::protocol::GuestMemory;
-use vmm::process::{ExitRecord, OnCrash};
+use vmm::process::{ExitRecord, OnCrash, OnDiskFull};
 
 /// The network of a machine whose process reaches out by itself, with the rights of its user.
 pub const USER_NETWORK: &str = "user";
@@ -40,6 +40,7 @@ pub struct MachineSpec {
     pub network: String,
     pub ports: Vec<PortMap>,
     pub on_crash: OnCrash,
+    pub on_disk_full: OnDiskFull,
     pub restart: Restart,
     /// Allow more memory than the host has.
     pub overcommit: bool,
@@ -101,6 +102,7 @@ pub struct MachineChange {
     pub disk: Option<u64>,
     pub cpu: Option<CpuChoice>,
     pub on_crash: Option<OnCrash>,
+    pub on_disk_full: Option<OnDiskFull>,
     pub restart: Option<Restart>,
     pub overcommit: Option<bool>,
     pub append: Option<String>,
@@ -189,6 +191,8 @@ pub struct MachineView {
     pub mac: Option<String>,
     pub ports: Vec<PublishedPort>,
     pub on_crash: OnCrash,
+    #[serde(default)]
+    pub on_disk_full: OnDiskFull,
     pub restart: Restart,
     pub created: String,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -258,6 +258,7 @@ impl Machines {
                 .collect(),
             networks: vec![network],
             on_crash: spec.on_crash,
+            on_disk_full: spec.on_disk_full,
         })
     }
 

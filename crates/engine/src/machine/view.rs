@@ -81,6 +81,7 @@ impl Machines {
             mac: machine.mac.map(|mac| mac.to_string()),
             ports: run.as_ref().map_or_else(Vec::new, |r| r.ports.clone()),
             on_crash: machine.spec.on_crash,
+            on_disk_full: machine.spec.on_disk_full,
             restart: machine.spec.restart,
             created: machine.created,
             started: run.as_ref().map(|r| r.started.clone()),

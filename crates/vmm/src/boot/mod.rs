@@ -33,6 +33,7 @@ use crate::crash::{CrashWatch, Watched};
 use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
 use crate::memory::MemoryError;
 use crate::process::GUEST_CID;
+use crate::process::disks::{GuardedDisk, OnDiskFull, Room};
 use crate::terminal::{Input, KEYS, Terminal};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::Block;
@@ -402,6 +403,7 @@ pub struct BootConfig {
     /// The terminal is the virtio console, with its window's size; the serial line only writes.
     pub virtio_console: bool,
     pub machine: MachineConfig,
+    pub on_disk_full: OnDiskFull,
     pub protocol: Protocol,
     /// Says on standard error which CPU serves and how long the start took.
     pub verbose: bool,
@@ -547,11 +549,19 @@ pub fn run(config: BootConfig) -> Result<Outcome, BootError> {
     if let Some(note) = &machine.cpu_note {
         eprintln!("berth: {note}");
     }
+    // The terminal is in raw mode.
+    let room = Room::new(machine.control.clone(), config.on_disk_full, |text| {
+        eprint!("\r\nberth: {text}\r\n");
+    });
     let mut namespaces: Vec<Arc<dyn Disk>> = Vec::new();
     for (number, disk) in config.disks.iter().enumerate() {
         let backing = BackingFiles::Allowed;
-        let file: Arc<dyn Disk> =
-            disk::open(&disk.path, disk.format, disk.read_only, backing)?.into();
+        let file: Arc<dyn Disk> = Arc::new(GuardedDisk {
+            disk: disk::open(&disk.path, disk.format, disk.read_only, backing)?,
+            path: disk.path.clone(),
+            counters: Arc::default(),
+            room: room.clone(),
+        });
         match disk.bus {
             DiskBus::Nvme => namespaces.push(file),
             DiskBus::Virtio => {

@@ -9,6 +9,8 @@ use super::state::{CompletionQueue, QUEUE_LIMIT, State, SubmissionQueue};
 
 const FEATURE_WRITE_CACHE: u8 = 0x06;
 const FEATURE_QUEUES: u8 = 0x07;
+/// Asynchronous event configuration.
+pub(super) const FEATURE_EVENTS: u8 = 0x0b;
 /// Features that are only remembered: arbitration, power, temperature, error recovery, coalescing, vectors,
 /// atomicity, events.
 const FEATURES_KEPT: [u8; 8] = [0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0a, 0x0b];
@@ -28,11 +30,16 @@ pub(super) fn run(shared: &Shared, command: &Command) -> Option<Answer> {
         GET_FEATURES => get_feature(shared, command),
         FORMAT => format(shared, command),
         EVENT_REQUEST => {
-            let requests = &mut shared.lock().state.event_requests;
-            if requests.len() > usize::from(identify::EVENT_REQUESTS) {
-                return Some(Status::TOO_MANY_EVENT_REQUESTS.into());
-            }
-            requests.push(command.id);
+            let vector = {
+                let state = &mut shared.lock().state;
+                if state.event_requests.len() > usize::from(identify::EVENT_REQUESTS) {
+                    return Some(Status::TOO_MANY_EVENT_REQUESTS.into());
+                }
+                state.event_requests.push(command.id);
+                state.tell_of_changes(&shared.dma)
+            };
+            // It has no answer of its own.
+            shared.notify(vector);
             return None;
         }
         _ => Status::INVALID_OPCODE.into(),
@@ -167,9 +174,14 @@ fn get_log(shared: &Shared, command: &Command) -> Answer {
     if len > super::MAX_TRANSFER {
         return Status::INVALID_FIELD.into();
     }
-    let Some(page) = shared.lock().state.log.page(command.words[0] & 0xff) else {
+    let number = command.words[0] & 0xff;
+    let Some(page) = shared.lock().state.log.page(number) else {
         return Status::INVALID_LOG.into();
     };
+    // Bit 15 keeps the event (5.14, figure 203).
+    if number == super::log::CHANGED_NAMESPACES && command.words[0] & 1 << 15 == 0 {
+        shared.lock().state.log.clear_changes();
+    }
     if offset > page.len() as u64 || offset % 4 != 0 {
         return Status::INVALID_FIELD.into();
     }

@@ -84,6 +84,14 @@ impl Command {
     pub fn blocks(&self) -> u64 {
         u64::from(self.words[2] & 0xffff) + 1
     }
+
+    /// Bytes that a command of `queue` reads or writes; 0 for all others.
+    pub fn bytes(&self, queue: u16) -> u64 {
+        match self.opcode {
+            io::READ | io::WRITE if queue != 0 => self.blocks() * 512,
+            _ => 0,
+        }
+    }
 }
 
 /// Status field without the phase bit: code in bits 0..=7, type in 8..=10, more in the error log in bit 13, do-not-retry in

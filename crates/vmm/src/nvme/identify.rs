@@ -8,6 +8,8 @@ pub const LEN: usize = 4096;
 /// Largest transfer, as a power of two of pages: 512 KiB.
 pub const MAX_TRANSFER_SHIFT: u8 = 7;
 pub const VERSION: u32 = 0x0001_0400;
+/// Of the events that can be told: a namespace's data changed.
+pub const NAMESPACE_EVENTS: u32 = 1 << 8;
 /// Asynchronous event requests kept at once, less one.
 pub const EVENT_REQUESTS: u8 = 3;
 
@@ -37,6 +39,7 @@ pub fn controller(identity: u64, namespaces: u32) -> Vec<u8> {
     data[77] = MAX_TRANSFER_SHIFT;
     data[78] = 1;
     data[80..84].copy_from_slice(&VERSION.to_le_bytes());
+    data[92..96].copy_from_slice(&NAMESPACE_EVENTS.to_le_bytes());
     // An I/O controller.
     data[111] = 1;
     // Format NVM.

@@ -1,13 +1,15 @@
 //! I/O commands of the NVM command set (NVMe Base 1.4, section 6).
 
 use std::io::ErrorKind;
+use std::sync::Arc;
 
-use disk::{Disk, DiskError};
+use disk::{Disk, DiskError, Way};
 use vm_memory::VolatileSlice;
 
 use super::command::io::{DATASET_MANAGEMENT, FLUSH, READ, WRITE, WRITE_ZEROES};
 use super::command::{Answer, BROADCAST, Command, Status};
 use super::{MAX_TRANSFER, Shared, prp};
+use crate::carrier::Transfer;
 
 const BLOCK: u64 = 512;
 const FORCE_UNIT_ACCESS: u32 = 1 << 30;
@@ -26,21 +28,20 @@ pub(super) fn status_of(error: &DiskError, otherwise: Status) -> Status {
 }
 
 /// The disk of a command's namespace.
-fn disk<'a>(shared: &'a Shared, command: &Command) -> Result<&'a dyn Disk, Status> {
+fn disk<'a>(shared: &'a Shared, command: &Command) -> Result<&'a Arc<dyn Disk>, Status> {
     command
         .namespace
         .checked_sub(1)
         .and_then(|index| shared.disks.get(index as usize))
-        .map(|disk| &**disk)
         .ok_or(Status::INVALID_NAMESPACE)
 }
 
-/// Runs one on a worker's thread.
+/// Runs one on a thread that may wait.
 pub(super) fn run(shared: &Shared, command: &Command) -> Answer {
     let result = if command.opcode == FLUSH && command.namespace == BROADCAST {
         shared.flush_all()
     } else {
-        disk(shared, command).and_then(|disk| one(shared, disk, command))
+        disk(shared, command).and_then(|disk| one(shared, &**disk, command))
     };
     result.err().unwrap_or(Status::SUCCESS).into()
 }
@@ -50,7 +51,7 @@ pub(super) fn run(shared: &Shared, command: &Command) -> Answer {
 pub(super) fn run_at_once(shared: &Shared, command: &Command) -> Option<Answer> {
     let result = match command.opcode {
         READ => disk(shared, command).and_then(|disk| {
-            let (offset, pieces) = transfer(shared, disk, command)?;
+            let (offset, pieces) = transfer(shared, &**disk, command)?;
             let slices = slices(shared, &pieces)?;
             let done = disk
                 .try_read_volatile_at(offset, &slices)
@@ -60,15 +61,80 @@ pub(super) fn run_at_once(shared: &Shared, command: &Command) -> Option<Answer> 
             }
             Ok(done)
         }),
-        WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => disk(shared, command)
-            .and_then(|disk| one(shared, disk, command))
-            .map(|()| true),
+        WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => {
+            disk(shared, command).and_then(|disk| {
+                if disk.read_only() {
+                    return Err(Status::WRITE_PROTECTED);
+                }
+                let (offset, pieces) = transfer(shared, &**disk, command)?;
+                let slices = slices(shared, &pieces)?;
+                let done = shared.pace.keep(|| {
+                    // What goes wrong is said when it is done again.
+                    let done = disk.try_write_volatile_at(offset, &slices);
+                    Ok::<_, Status>(done.unwrap_or(false).then_some(()))
+                })?;
+                Ok(done.is_some())
+            })
+        }
         _ => return None,
     };
     match result {
         Ok(true) => Some(Answer::SUCCESS),
         Ok(false) => None,
         Err(status) => Some(status.into()),
+    }
+}
+
+/// Lets the carrier do one that has to wait, whatever it is.
+pub(super) fn carry(shared: &Arc<Shared>, queue: u16, command: Command) {
+    let again = {
+        let shared = shared.clone();
+        move || shared.run(queue, &command)
+    };
+    let good = Some(Answer::SUCCESS);
+    let way = match command.opcode {
+        READ => Way::FromFile,
+        WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => Way::ToFile,
+        FLUSH if queue != 0 && command.namespace != BROADCAST => {
+            if let Ok(disk) = disk(shared, &command) {
+                let token = (queue, command);
+                shared
+                    .carrier
+                    .sync(&shared.dma, &**disk, token, good, again);
+                return;
+            }
+            return shared.carrier.run((queue, command), again);
+        }
+        _ => return shared.carrier.run((queue, command), again),
+    };
+    // What is wrong with it is said where it is run.
+    let found = match disk(shared, &command) {
+        Ok(disk) if queue != 0 => transfer(shared, &**disk, &command)
+            .ok()
+            .filter(|(_, pieces)| slices(shared, pieces).is_ok())
+            .map(|(offset, pieces)| Transfer {
+                disk: disk.clone(),
+                way,
+                offset,
+                pieces: pieces
+                    .into_iter()
+                    .map(|(address, len)| (address, len as usize))
+                    .collect(),
+            }),
+        _ => None,
+    };
+    match found {
+        Some(transfer) => {
+            let token = (queue, command);
+            let carried = shared
+                .carrier
+                .carry(&shared.dma, transfer, token, good, again);
+            if carried.is_err() {
+                let status = Some(Status::DATA_TRANSFER.into());
+                shared.carrier.run((queue, command), move || status);
+            }
+        }
+        None => shared.carrier.run((queue, command), again),
     }
 }
 

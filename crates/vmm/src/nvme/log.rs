@@ -9,6 +9,8 @@ use super::command::{Command, Status, admin, io};
 /// Errors that are kept, the newest first.
 pub const ERRORS: usize = 16;
 const ERROR_LEN: usize = 64;
+/// The page of changed namespaces.
+pub const CHANGED_NAMESPACES: u32 = 4;
 
 /// An entry of the error log (figure 94).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,12 @@ pub struct Log {
     writes: u64,
     blocks_read: u64,
     blocks_written: u64,
+    /// Namespaces that changed and that the guest has not read of, ascending.
+    #[serde(default)]
+    changed: Vec<u32>,
+    /// The guest was told that there are such.
+    #[serde(default)]
+    told_of_changes: bool,
 }
 
 impl Log {
@@ -57,9 +65,28 @@ impl Log {
         }
     }
 
+    /// Notes that a namespace changed.
+    pub fn note_change(&mut self, namespace: u32) {
+        if let Err(place) = self.changed.binary_search(&namespace) {
+            self.changed.insert(place, namespace);
+        }
+    }
+
+    /// True once for every time that there are changes of which the guest has not heard (5.2: an event is not told again
+    /// until its log page was read).
+    pub fn tell_of_changes(&mut self) -> bool {
+        !self.changed.is_empty() && !std::mem::replace(&mut self.told_of_changes, true)
+    }
+
+    /// The guest has read of the changes.
+    pub fn clear_changes(&mut self) {
+        self.changed.clear();
+        self.told_of_changes = false;
+    }
+
     /// True where a saved log is one that could have been kept.
     pub fn is_sound(&self) -> bool {
-        self.errors.len() <= ERRORS
+        self.errors.len() <= ERRORS && self.changed.len() <= 1024
     }
 
     /// The page of a number, where there is one.
@@ -68,8 +95,7 @@ impl Log {
             1 => self.errors(),
             2 => self.health(),
             3 => firmware(),
-            // No namespace ever changes.
-            4 => vec![0; 4096],
+            CHANGED_NAMESPACES => self.changes(),
             5 => effects(),
             _ => return None,
         })
@@ -86,6 +112,15 @@ impl Log {
             data[14..16].copy_from_slice(&u16::MAX.to_le_bytes());
             data[16..24].copy_from_slice(&entry.first_block.to_le_bytes());
             data[24..28].copy_from_slice(&entry.namespace.to_le_bytes());
+        }
+        page
+    }
+
+    /// Namespaces whose identify data changed (5.14.1.4).
+    fn changes(&self) -> Vec<u8> {
+        let mut page = vec![0u8; 4096];
+        for (namespace, slot) in self.changed.iter().zip(page.chunks_exact_mut(4)) {
+            slot.copy_from_slice(&namespace.to_le_bytes());
         }
         page
     }

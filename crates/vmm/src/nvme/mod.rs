@@ -3,11 +3,13 @@
 //!
 //! ```text
 //!   CPU thread: doorbell ─▶ list of queues ─▶ worker: fetch one command, list the queue again where it has more
-//!                                               └─▶ disk, guest memory ─▶ completion ─▶ MSI-X, one for several
+//!                                               ├─▶ the host has it in memory ─▶ completion ─▶ MSI-X, one for several
+//!                                               └─▶ the disk must be waited for ─▶ carrier
+//!   landing thread: carrier ─▶ completions ─▶ MSI-X
 //! ```
 //!
 //! Lock order: the controller's lock, then whatever [`Dma::written`] takes in the CPU back end. Interrupts are
-//! sent without it.
+//! sent, and commands carried, without it.
 
 mod admin;
 mod command;
@@ -17,20 +19,24 @@ mod log;
 mod prp;
 mod state;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use cpu::Vm;
 use disk::{Disk, DiskError};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::{Deserialize, Serialize};
 
 use self::command::{Answer, Command, Completion, Status};
 use self::state::{CC_ENABLE, CC_SHUTDOWN, GuestError, QUEUE_LIMIT, State};
 use crate::bus::{get, put};
+use crate::carrier::{Carrier, Pace, TELL_BYTES, TELL_COUNT};
 use crate::complaint::Complaint;
 use crate::memory::Dma;
 use crate::pci::function::FunctionState;
 use crate::pci::{Function, FunctionBuilder, Msix, PciDevice};
+use crate::pool::Pool;
 use crate::state::{Persist, Saved, StateError};
 
 /// Red Hat. Not its device 0x0010, QEMU's controller, for which Linux switches features off.
@@ -45,9 +51,10 @@ const MSIX_BAR: u8 = 4;
 pub(crate) const MAX_TRANSFER: u64 = prp::PAGE << identify::MAX_TRANSFER_SHIFT;
 /// I/O queue pairs, at most; the doorbells of so many fit into the BAR.
 const IO_QUEUE_LIMIT: u32 = 64;
+/// Workers, at most; none of them waits for a disk.
 const WORKERS: usize = 4;
-/// Completions of which the guest is told with one interrupt, at most.
-const BATCH: usize = 32;
+/// Commands with the workers and the carrier at once, so that a guest does not take the host's memory by asking.
+const IN_FLIGHT_LIMIT: usize = 1024;
 
 /// Entries of a queue less one, contiguous queues, 10 s to become ready, NVM command set, 4 KiB pages.
 const CAPABILITIES: u64 = (QUEUE_LIMIT as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
@@ -56,7 +63,7 @@ struct Inner {
     state: State,
     /// Commands with a worker.
     in_flight: usize,
-    /// Workers that look after the list of queues, and neither sleep nor wait for a disk.
+    /// Workers that look after the list of queues and do not sleep.
     active: usize,
     /// A reset waits for those.
     resetting: bool,
@@ -73,6 +80,10 @@ pub(crate) struct Shared {
     identity: u64,
     io_queues: u16,
     complaint: Complaint,
+    /// Commands that wait for a disk, by their queue.
+    carrier: Carrier<(u16, Command), Option<Answer>>,
+    pool: Arc<Pool>,
+    pace: Pace,
     inner: Mutex<Inner>,
     /// Work has come, or the workers shall end.
     work: Condvar,
@@ -85,6 +96,9 @@ pub struct Controller {
     name: String,
     shared: Arc<Shared>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+    /// Ends the landing thread.
+    end: OwnedFd,
+    landing: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,7 +140,11 @@ impl Controller {
             paused: false,
             closed: false,
         };
+        let pool = Arc::new(Pool::new(&name)?);
         let shared = Arc::new(Shared {
+            carrier: Carrier::new(pool.clone())?,
+            pool,
+            pace: Pace::default(),
             dma,
             function,
             disks,
@@ -141,8 +159,24 @@ impl Controller {
             name,
             shared,
             workers: Mutex::default(),
+            end: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            landing: Mutex::default(),
         };
-        for number in 0..WORKERS {
+        let (shared, end) = (
+            controller.shared.clone(),
+            rustix::io::fcntl_dupfd_cloexec(&controller.end, 0)?,
+        );
+        let landing = std::thread::Builder::new()
+            .name(format!("{}-land", controller.name))
+            .spawn(move || {
+                crate::process::jail::confine(crate::process::jail::Thread::Io);
+                shared.land_all(&end);
+            })?;
+        *controller
+            .landing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(landing);
+        for number in 0..(cpus as usize).clamp(1, WORKERS) {
             let shared = controller.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("{}-{number}", controller.name))
@@ -160,16 +194,50 @@ impl Controller {
     }
 }
 
+impl Controller {
+    /// Makes a disk larger, by its place among the disks, and tells the guest.
+    ///
+    /// # Errors
+    /// For people: why it cannot be larger.
+    pub fn grow(&self, disk: usize, size: u64) -> Result<(), String> {
+        let shared = &self.shared;
+        let Some(grown) = shared.disks.get(disk).cloned() else {
+            return Err(format!("it has no disk {disk}"));
+        };
+        // The caller's thread may not write files.
+        let (done, wait) = std::sync::mpsc::sync_channel(1);
+        shared.pool.run(move || {
+            let _ = done.send(grown.grow(size).map_err(|error| error.to_string()));
+        });
+        wait.recv()
+            .unwrap_or_else(|_| Err("the machine has ended".into()))?;
+        let vector = {
+            let mut inner = shared.lock();
+            inner.state.log.note_change(disk as u32 + 1);
+            inner.state.tell_of_changes(&shared.dma)
+        };
+        shared.notify(vector);
+        Ok(())
+    }
+}
+
 /// Commands that a worker has completed and the guest was not yet told of.
 #[derive(Default)]
 struct Untold {
     count: usize,
+    bytes: u64,
     vectors: Vec<u16>,
 }
 
 impl Untold {
-    fn add(&mut self, vector: Option<u16>) {
+    /// The guest works on these while the next are done.
+    fn is_full(&self) -> bool {
+        self.count >= TELL_COUNT || self.bytes >= TELL_BYTES
+    }
+
+    fn add(&mut self, vector: Option<u16>, bytes: u64) {
         self.count += 1;
+        self.bytes += bytes;
         if let Some(vector) = vector
             && !self.vectors.contains(&vector)
         {
@@ -215,13 +283,22 @@ impl Shared {
         result
     }
 
-    /// A worker's life: it drains the listed queues, and leaves them to another while it waits for a disk.
-    fn work(&self) {
+    /// A worker's life: it drains the listed queues, and leaves to the carrier what waits for a disk.
+    fn work(self: &Arc<Shared>) {
         let mut untold = Untold::default();
+        // Commands were given to the carrier and not yet submitted.
+        let mut carried = false;
         let mut inner = self.lock();
         inner.active += 1;
         loop {
-            if untold.count > 0 && (untold.count >= BATCH || inner.state.list.is_empty()) {
+            if carried && (untold.is_full() || inner.state.list.is_empty()) {
+                drop(inner);
+                self.carrier.submit();
+                carried = false;
+                inner = self.lock();
+                continue;
+            }
+            if untold.count > 0 && (untold.is_full() || inner.state.list.is_empty()) {
                 drop(inner);
                 inner = self.tell(&mut untold);
                 continue;
@@ -229,7 +306,7 @@ impl Shared {
             if inner.closed {
                 return;
             }
-            let stopped = inner.paused || inner.resetting;
+            let stopped = inner.paused || inner.resetting || inner.in_flight >= IN_FLIGHT_LIMIT;
             if !stopped && std::mem::take(&mut inner.shutting_down) {
                 inner.in_flight += 1;
                 drop(inner);
@@ -245,6 +322,13 @@ impl Shared {
                 inner.state.fetch(&self.dma)
             };
             let Some((queue, command)) = next else {
+                if carried {
+                    drop(inner);
+                    self.carrier.submit();
+                    carried = false;
+                    inner = self.lock();
+                    continue;
+                }
                 if untold.count > 0 {
                     drop(inner);
                     inner = self.tell(&mut untold);
@@ -261,35 +345,67 @@ impl Shared {
             inner.state.serve(queue);
             inner.in_flight += 1;
             drop(inner);
-            let answer = match self.run_at_once(queue, &command) {
-                Some(answer) => answer,
-                None => {
-                    let mut inner = self.tell(&mut untold);
-                    inner.active -= 1;
-                    self.wake_for_list(&inner);
-                    drop(inner);
-                    let answer = self.run(queue, &command);
-                    self.lock().active += 1;
-                    answer
-                }
+            let Some(answer) = self.run_at_once(queue, &command) else {
+                io::carry(self, queue, command);
+                carried = true;
+                inner = self.lock();
+                continue;
             };
             inner = self.lock();
-            let vector = match answer {
-                Some(Answer { status, result }) if !inner.resetting => {
-                    let completion = Completion {
-                        result,
-                        queue,
-                        head: 0,
-                        command: command.id,
-                        status,
-                    };
-                    inner.state.log.note(queue, &command, status);
-                    inner.state.complete(&self.dma, completion)
-                }
-                _ => None,
-            };
-            untold.add(vector);
+            let vector = self.complete(&mut inner, queue, &command, answer);
+            untold.add(vector, command.bytes(queue));
         }
+    }
+
+    /// Puts a command's answer into its completion queue; the vector to notify.
+    fn complete(
+        &self,
+        inner: &mut Inner,
+        queue: u16,
+        command: &Command,
+        answer: Option<Answer>,
+    ) -> Option<u16> {
+        let Answer { status, result } = answer.filter(|_| !inner.resetting)?;
+        let completion = Completion {
+            result,
+            queue,
+            head: 0,
+            command: command.id,
+            status,
+        };
+        inner.state.log.note(queue, command, status);
+        inner.state.complete(&self.dma, completion)
+    }
+
+    /// The landing thread's life: completes what the carrier has done.
+    fn land_all(&self, end: &OwnedFd) {
+        loop {
+            let event = self.carrier.event();
+            let mut waiting = [
+                PollFd::new(end, PollFlags::IN),
+                PollFd::new(&event, PollFlags::IN),
+            ];
+            let waited = poll(&mut waiting, None);
+            if waited.is_ok() && !waiting[0].revents().is_empty() {
+                return;
+            }
+            self.land_some();
+        }
+    }
+
+    fn land_some(&self) {
+        let landed = self.carrier.landed();
+        if landed.is_empty() {
+            return;
+        }
+        let mut untold = Untold::default();
+        let mut inner = self.lock();
+        for ((queue, command), answer) in landed {
+            let vector = self.complete(&mut inner, queue, &command, answer);
+            untold.add(vector, command.bytes(queue));
+        }
+        drop(inner);
+        drop(self.tell(&mut untold));
     }
 
     /// Interrupts for what was completed. Only then are the commands no longer in flight: a pause waits for both.
@@ -300,6 +416,7 @@ impl Shared {
             .for_each(|vector| self.notify(Some(vector)));
         let mut inner = self.lock();
         self.land(&mut inner, std::mem::take(&mut untold.count));
+        untold.bytes = 0;
         inner
     }
 
@@ -334,7 +451,11 @@ impl Shared {
 
     /// `count` commands less in flight; the last one lets a waiting reset happen.
     fn land(&self, inner: &mut Inner, count: usize) {
+        let full = inner.in_flight >= IN_FLIGHT_LIMIT;
         inner.in_flight -= count;
+        if full && inner.in_flight < IN_FLIGHT_LIMIT {
+            self.work.notify_all();
+        }
         if inner.in_flight == 0 {
             self.finish_reset(inner);
             self.idle.notify_all();
@@ -529,6 +650,18 @@ impl Persist for Controller {
         for worker in workers {
             let _ = worker.join();
         }
+        self.shared.carrier.drain();
+        let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
+        let landing = self
+            .landing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(landing) = landing {
+            let _ = landing.join();
+        }
+        self.shared.land_some();
+        self.shared.pool.close();
         let _ = self.shared.flush_all();
     }
 

@@ -200,6 +200,29 @@ impl State {
         )
     }
 
+    /// Tells the guest that namespaces changed (figure 147: notice, namespace attribute changed), where it wants to know and
+    /// has asked to be told; the vector to notify.
+    pub fn tell_of_changes(&mut self, dma: &Dma) -> Option<u16> {
+        const NOTICE: u32 = 2;
+        const NAMESPACE_CHANGED: u32 = 0;
+        let wants = self.features.get(&super::admin::FEATURE_EVENTS);
+        let wants = wants.is_some_and(|wish| wish & super::identify::NAMESPACE_EVENTS != 0);
+        if !wants || self.event_requests.is_empty() || !self.log.tell_of_changes() {
+            return None;
+        }
+        let command = self.event_requests.pop()?;
+        self.complete(
+            dma,
+            Completion {
+                result: NOTICE | NAMESPACE_CHANGED << 8 | super::log::CHANGED_NAMESPACES << 16,
+                queue: 0,
+                head: 0,
+                command,
+                status: Status::SUCCESS,
+            },
+        )
+    }
+
     /// Moves waiting completions into the queue as far as it has room; the vector to notify.
     pub fn deliver(&mut self, dma: &Dma, queue: u16) -> Option<u16> {
         let completion = self.completion(queue)?;

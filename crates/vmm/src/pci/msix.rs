@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cpu::Vm;
+use cpu::{MessageLine, Vm};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{get, put};
@@ -33,11 +33,25 @@ pub struct MsixState {
     masked: bool,
 }
 
-/// One function's table. Its lock is a leaf: messages are sent after it is released.
+/// One function's table. Its locks are leaves, `lines` after `state`: messages are sent after they are released.
 pub struct Msix {
     vm: Arc<dyn Vm>,
     complaint: Complaint,
     state: Mutex<MsixState>,
+    /// By vector, of those that were sent before.
+    lines: Mutex<Vec<Line>>,
+}
+
+/// How a vector reaches the CPUs.
+#[derive(Clone, Default)]
+enum Line {
+    /// It was not sent yet.
+    #[default]
+    Unknown,
+    /// By the host's kernel, which sends this message.
+    Kernel(Arc<dyn MessageLine>, (u64, u32)),
+    /// By the back end: the host has no line for it.
+    Call,
 }
 
 impl Msix {
@@ -62,6 +76,7 @@ impl Msix {
             vm,
             complaint: Complaint::new("MSI-X"),
             state: Mutex::new(state),
+            lines: Mutex::new(vec![Line::Unknown; usize::from(vectors)]),
         }
     }
 
@@ -88,6 +103,50 @@ impl Msix {
         }
     }
 
+    /// Sends an unmasked vector's message.
+    fn send_vector(&self, vector: u16, message: (u64, u32)) {
+        match self.line(vector, message) {
+            Some(line) => {
+                // Full means that it is on its way already.
+                let _ = rustix::io::write(line.event(), &1u64.to_ne_bytes());
+            }
+            None => self.send([message]),
+        }
+    }
+
+    /// The line that sends a vector's message, which it is told where it is another than last time.
+    fn line(&self, vector: u16, message: (u64, u32)) -> Option<Arc<dyn MessageLine>> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = lines.get_mut(usize::from(vector))?;
+        let line = match slot {
+            Line::Call => return None,
+            Line::Kernel(line, known) if *known == message => return Some(line.clone()),
+            Line::Kernel(line, _) => Ok(line.clone()),
+            Line::Unknown => match self.vm.message_lines() {
+                None => {
+                    *slot = Line::Call;
+                    return None;
+                }
+                Some(lines) => lines.open_line(),
+            },
+        };
+        let ready = line.and_then(|line| {
+            line.set_message(message.0, message.1)?;
+            Ok(line)
+        });
+        match ready {
+            Ok(line) => {
+                *slot = Line::Kernel(line.clone(), message);
+                Some(line)
+            }
+            Err(error) => {
+                tracing::debug!("no interrupt line for a vector: {error}");
+                *slot = Line::Call;
+                None
+            }
+        }
+    }
+
     /// Sends `vector`, or notes it as pending while it is masked. A vector there is none of is ignored.
     pub fn notify(&self, vector: u16) {
         let message = {
@@ -104,7 +163,9 @@ impl Msix {
                 None => None,
             }
         };
-        self.send(message);
+        if let Some(message) = message {
+            self.send_vector(vector, message);
+        }
     }
 
     /// Takes the pending messages that may go now.

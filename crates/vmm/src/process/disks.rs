@@ -1,27 +1,39 @@
-//! What stands between a machine's devices and its disks: counts, and a full host disk.
+//! What stands between a machine's devices and its disks: counts, a full host disk, a damaged image.
 //!
 //! A write for which the host has no room is kept and tried again, and the guest's CPUs stand still meanwhile, so
-//! that nothing in the guest times out:
+//! that nothing in the guest times out; or it fails, as [`OnDiskFull`] says:
 //!
 //! ```text
 //!   write ──no room──▶ CPUs paused, problem shown ──room──▶ write done, CPUs go on
-//!                               └──kill──▶ write fails
+//!              │                └──kill──▶ write fails
+//!              └──policy error──▶ problem shown, write fails
 //! ```
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use disk::{Disk, DiskError};
+use disk::{Disk, DiskError, Place, Way};
 use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
-use super::console::Console;
 use crate::control::Control;
 
 /// Between two tries of a write that found no room.
 const PAUSE: Duration = Duration::from_millis(250);
+
+/// What follows a write for which the host has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDiskFull {
+    /// The machine is paused, with the write kept, until there is room.
+    #[default]
+    Pause,
+    /// The guest is told of an error, as by a broken disk.
+    Error,
+}
 
 /// What went through a disk since the process began.
 #[derive(Debug, Default)]
@@ -47,9 +59,13 @@ fn sum(buffers: &[VolatileSlice<'_>]) -> u64 {
 }
 
 impl Counters {
-    fn note_read(&self, buffers: &[VolatileSlice<'_>]) {
-        self.reads.fetch_add(1, Ordering::Relaxed);
-        self.read_bytes.fetch_add(sum(buffers), Ordering::Relaxed);
+    fn note(&self, way: Way, len: u64) {
+        let (count, bytes) = match way {
+            Way::FromFile => (&self.reads, &self.read_bytes),
+            Way::ToFile => (&self.writes, &self.written_bytes),
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        bytes.fetch_add(len, Ordering::Relaxed);
     }
 
     pub fn now(&self) -> DiskCounts {
@@ -67,22 +83,36 @@ impl Counters {
 struct Waiting {
     writes: usize,
     problem: Option<String>,
+    /// What is wrong with a disk, for good.
+    damage: Option<String>,
+    /// It was said that the guest is told of errors.
+    refused: bool,
     /// We paused the CPUs, so we let them go on.
     paused: bool,
 }
 
+type Notice = Box<dyn Fn(&str) + Send + Sync>;
+
 /// The writes of one machine that wait for room.
 pub struct Room {
     control: Arc<Control>,
-    console: Arc<Console>,
+    policy: OnDiskFull,
+    /// Tells people.
+    notice: Notice,
     waiting: Mutex<Waiting>,
 }
 
 impl Room {
-    pub fn new(control: Arc<Control>, console: Arc<Console>) -> Arc<Room> {
+    /// `notice` is told what keeps the machine from running, and when it goes on.
+    pub fn new(
+        control: Arc<Control>,
+        policy: OnDiskFull,
+        notice: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Arc<Room> {
         Arc::new(Room {
             control,
-            console,
+            policy,
+            notice: Box::new(notice),
             waiting: Mutex::default(),
         })
     }
@@ -91,9 +121,33 @@ impl Room {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What keeps the machine from running, for people.
+    /// What keeps the machine from running, or from its disks, for people.
     pub fn problem(&self) -> Option<String> {
+        let waiting = self.lock();
+        waiting.problem.clone().or_else(|| waiting.damage.clone())
+    }
+
+    /// What keeps it from running.
+    pub fn obstacle(&self) -> Option<String> {
         self.lock().problem.clone()
+    }
+
+    /// Notes the first damage that is found, which stays.
+    fn note_damage(&self, path: &std::path::Path, error: &DiskError) {
+        if !is_damage(error) {
+            return;
+        }
+        let text = format!("the disk {} is broken: {error}", path.display());
+        let first = {
+            let mut waiting = self.lock();
+            let first = waiting.damage.is_none();
+            waiting.damage.get_or_insert_with(|| text.clone());
+            first
+        };
+        if first {
+            tracing::error!("{text}");
+            (self.notice)(&text);
+        }
     }
 
     /// A person paused the machine: it stays paused when there is room.
@@ -114,9 +168,8 @@ impl Room {
         };
         if first {
             tracing::error!("{problem}");
-            self.console.note(&problem);
+            (self.notice)(&problem);
         }
-        self.control.pause();
     }
 
     fn end(&self) {
@@ -126,7 +179,7 @@ impl Room {
             waiting.problem = None;
             let paused = std::mem::take(&mut waiting.paused);
             drop(waiting);
-            self.console.note("there is room again");
+            (self.notice)("there is room again");
             if paused {
                 self.control.resume();
             }
@@ -134,6 +187,8 @@ impl Room {
     }
 
     /// Does `work` again and again while the host has no room for it.
+    ///
+    /// The CPUs are asked to stop and not waited for: one of them may wait for this very write.
     fn make<T>(
         &self,
         path: &std::path::Path,
@@ -143,6 +198,10 @@ impl Room {
         loop {
             let result = work();
             match &result {
+                Err(error) if lacks_room(error) && self.policy == OnDiskFull::Error => {
+                    self.note_refusal(path, error);
+                    return result;
+                }
                 Err(error) if lacks_room(error) && !self.control.has_ended() => {
                     if !waited {
                         waited = true;
@@ -152,17 +211,46 @@ impl Room {
                             reason(error)
                         ));
                     }
+                    self.control.ask_pause();
                     std::thread::sleep(PAUSE);
                 }
                 _ => {
                     if waited {
                         self.end();
                     }
+                    if let Err(error) = &result {
+                        self.note_damage(path, error);
+                    }
                     return result;
                 }
             }
         }
     }
+}
+
+impl Room {
+    /// Says once that the guest is told of errors.
+    fn note_refusal(&self, path: &std::path::Path, error: &DiskError) {
+        let text = format!(
+            "the host has no room to write {} ({}): the guest is told of an error, as --on-disk-full error says",
+            path.display(),
+            reason(error)
+        );
+        let first = {
+            let mut waiting = self.lock();
+            let first = !waiting.refused;
+            waiting.refused = true;
+            first
+        };
+        if first {
+            tracing::error!("{text}");
+            (self.notice)(&text);
+        }
+    }
+}
+
+fn is_damage(error: &DiskError) -> bool {
+    matches!(error, DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidData)
 }
 
 fn lacks_room(error: &DiskError) -> bool {
@@ -193,17 +281,12 @@ impl Disk for GuardedDisk {
         self.disk.read_only()
     }
     fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<(), DiskError> {
-        self.counters.reads.fetch_add(1, Ordering::Relaxed);
-        self.counters
-            .read_bytes
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
-        self.disk.read_at(offset, data)
+        self.counters.note(Way::FromFile, data.len() as u64);
+        self.room
+            .make(&self.path, || self.disk.read_at(offset, data))
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        self.counters.writes.fetch_add(1, Ordering::Relaxed);
-        self.counters
-            .written_bytes
-            .fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.counters.note(Way::ToFile, data.len() as u64);
         self.room
             .make(&self.path, || self.disk.write_at(offset, data))
     }
@@ -212,8 +295,9 @@ impl Disk for GuardedDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        self.counters.note_read(buffers);
-        self.disk.read_volatile_at(offset, buffers)
+        self.counters.note(Way::FromFile, sum(buffers));
+        self.room
+            .make(&self.path, || self.disk.read_volatile_at(offset, buffers))
     }
     fn try_read_volatile_at(
         &self,
@@ -222,7 +306,7 @@ impl Disk for GuardedDisk {
     ) -> Result<bool, DiskError> {
         let done = self.disk.try_read_volatile_at(offset, buffers)?;
         if done {
-            self.counters.note_read(buffers);
+            self.counters.note(Way::FromFile, sum(buffers));
         }
         Ok(done)
     }
@@ -231,12 +315,32 @@ impl Disk for GuardedDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        self.counters.writes.fetch_add(1, Ordering::Relaxed);
-        self.counters
-            .written_bytes
-            .fetch_add(sum(buffers), Ordering::Relaxed);
+        self.counters.note(Way::ToFile, sum(buffers));
         self.room
             .make(&self.path, || self.disk.write_volatile_at(offset, buffers))
+    }
+    fn try_write_volatile_at(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+    ) -> Result<bool, DiskError> {
+        let done = self.disk.try_write_volatile_at(offset, buffers)?;
+        if done {
+            self.moved(Way::ToFile, sum(buffers));
+        }
+        Ok(done)
+    }
+    fn place(&self, way: Way, offset: u64, len: u64) -> Option<Place> {
+        self.disk.place(way, offset, len)
+    }
+    fn moved(&self, way: Way, len: u64) {
+        self.counters.note(way, len);
+    }
+    fn flush_file(&self) -> Option<Arc<File>> {
+        self.disk.flush_file()
+    }
+    fn grow(&self, size: u64) -> Result<(), DiskError> {
+        self.disk.grow(size)
     }
     fn flush(&self) -> Result<(), DiskError> {
         self.room.make(&self.path, || self.disk.flush())
@@ -294,17 +398,19 @@ mod tests {
         fn write_zeroes(&self, _: u64, _: u64) -> Result<(), DiskError> {
             Ok(())
         }
+        fn grow(&self, _: u64) -> Result<(), DiskError> {
+            Ok(())
+        }
     }
 
-    fn guarded(directory: &std::path::Path) -> (Arc<GuardedDisk>, Arc<AtomicBool>, Arc<AtomicU64>) {
+    fn guarded(policy: OnDiskFull) -> (Arc<GuardedDisk>, Arc<AtomicBool>, Arc<AtomicU64>) {
         let disk = Cramped::default();
         let (roomy, written) = (disk.roomy.clone(), disk.written.clone());
-        let console = Console::open(&directory.join("log")).unwrap();
         let guarded = GuardedDisk {
             disk: Box::new(disk),
             path: "disk".into(),
             counters: Arc::default(),
-            room: Room::new(Control::new(), console),
+            room: Room::new(Control::new(), policy, |_| ()),
         };
         (Arc::new(guarded), roomy, written)
     }
@@ -317,8 +423,7 @@ mod tests {
 
     #[test]
     fn a_write_without_room_waits_with_the_machine_paused_and_is_not_lost() {
-        let directory = tempfile::tempdir().unwrap();
-        let (disk, roomy, written) = guarded(directory.path());
+        let (disk, roomy, written) = guarded(OnDiskFull::Pause);
         std::thread::scope(|scope| {
             let writes = [0, 512].map(|at| {
                 let disk = disk.clone();
@@ -337,9 +442,32 @@ mod tests {
     }
 
     #[test]
+    fn with_the_policy_error_the_guest_is_told_and_the_machine_goes_on() {
+        let (disk, roomy, _) = guarded(OnDiskFull::Error);
+        assert!(disk.write_at(0, &[1; 512]).is_err());
+        assert!(!disk.room.control.is_paused() && disk.room.obstacle().is_none());
+        roomy.store(true, Ordering::SeqCst);
+        disk.write_at(0, &[1; 512]).unwrap();
+    }
+
+    #[test]
+    fn a_cpu_that_waits_for_the_write_itself_does_not_keep_it_from_being_done() {
+        let (disk, roomy, written) = guarded(OnDiskFull::Pause);
+        // A CPU inside a device, which waits for the disk.
+        assert!(disk.room.control.enter());
+        std::thread::scope(|scope| {
+            let write = scope.spawn(|| disk.write_at(0, &[1; 512]));
+            until(|| disk.room.problem().is_some());
+            roomy.store(true, Ordering::SeqCst);
+            write.join().unwrap().unwrap();
+        });
+        disk.room.control.leave();
+        assert_eq!(written.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
     fn a_machine_that_is_ended_does_not_wait_for_room() {
-        let directory = tempfile::tempdir().unwrap();
-        let (disk, _, _) = guarded(directory.path());
+        let (disk, _, _) = guarded(OnDiskFull::Pause);
         std::thread::scope(|scope| {
             let write = scope.spawn(|| disk.write_at(0, &[1; 512]));
             until(|| disk.room.problem().is_some());

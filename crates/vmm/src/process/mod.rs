@@ -22,6 +22,8 @@ pub mod jail;
 mod link;
 pub mod protocol;
 
+pub use disks::OnDiskFull;
+
 use std::any::Any;
 use std::fs;
 use std::io::Read;
@@ -94,6 +96,8 @@ pub struct ProcessConfig {
     pub networks: Vec<ProcessNetwork>,
     #[serde(default)]
     pub on_crash: OnCrash,
+    #[serde(default)]
+    pub on_disk_full: OnDiskFull,
 }
 
 /// One disk.
@@ -284,6 +288,8 @@ pub(crate) struct Handles {
     /// Of the balloon and of the virtio console.
     pub transports: [Arc<Transport>; 2],
     pub room: Arc<Room>,
+    /// Of the disks, where there are any.
+    pub controller: Option<Arc<crate::nvme::Controller>>,
     pub cpu: &'static str,
     pub note: Option<String>,
 }
@@ -491,7 +497,10 @@ fn run_once(
     };
     let mut machine = Machine::new(machine_config, Box::new(console))?;
     watch.begin(machine.control.clone());
-    let room = Room::new(machine.control.clone(), running.console.clone());
+    let notes = running.console.clone();
+    let room = Room::new(machine.control.clone(), config.on_disk_full, move |text| {
+        notes.note(text);
+    });
     let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
     for (disk, counters) in config.disks.iter().zip(&running.disks) {
         let opened = disk::open(
@@ -507,9 +516,10 @@ fn run_once(
             room: room.clone(),
         }));
     }
-    if !disks.is_empty() {
-        machine.add_nvme(disks, 0)?;
-    }
+    let controller = match disks.is_empty() {
+        true => None,
+        false => Some(machine.add_nvme(disks, 0)?),
+    };
     for (index, link) in links.iter().enumerate() {
         machine.add_virtio(format!("net{index}"), Arc::new(link.card(index)?))?;
     }
@@ -541,6 +551,7 @@ fn run_once(
         balloon: balloon.0,
         terminal: terminal.0,
         room,
+        controller,
         cpu: machine.vm.name(),
         note: machine.cpu_note.clone(),
     });

@@ -5,6 +5,7 @@
 //! ▶ {"op":"stats"}       ◀ {"ok":true,"stats":{"disks":[{"reads":1,…},…],"memory":{"balloon":0,…}}}
 //! ▶ {"op":"pause"}       ◀ {"ok":true}          also: resume, power-button, reset, kill
 //! ▶ {"op":"balloon","bytes":1048576}  ◀ {"ok":true}     also: resize
+//! ▶ {"op":"grow-disk","disk":0,"size":4294967296}   ◀ {"ok":true}
 //! ▶ {"op":"console"}     ◀ {"ok":true}          then raw bytes of a console, both ways, until either end closes
 //! ▶ anything else        ◀ {"ok":false,"error":"…"}
 //! ```
@@ -50,6 +51,11 @@ pub enum Request {
     Resize {
         columns: u16,
         rows: u16,
+    },
+    /// Makes a disk larger, by its number; the guest is told.
+    GrowDisk {
+        disk: usize,
+        size: u64,
     },
     Console {
         /// Begin with what was written lately.
@@ -325,7 +331,7 @@ fn answer(request: &Request, running: &Running) -> Answer {
         }
         Request::Resume => {
             // Its CPUs would only wait for the disk, and time out.
-            if let Some(problem) = machine.room.problem() {
+            if let Some(problem) = machine.room.obstacle() {
                 return refusal(problem);
             }
             machine.control.resume()
@@ -337,6 +343,16 @@ fn answer(request: &Request, running: &Running) -> Answer {
         Request::Reset => {
             machine.control.end(Outcome::Reset);
             true
+        }
+        Request::GrowDisk { disk, size } => {
+            let grown = match &machine.controller {
+                Some(controller) => controller.grow(*disk, *size),
+                None => Err("it has no disk".into()),
+            };
+            match grown {
+                Ok(()) => true,
+                Err(why) => return refusal(why),
+            }
         }
         Request::Kill => {
             machine.control.end(Outcome::Killed);
@@ -378,6 +394,13 @@ mod tests {
     #[test]
     fn requests_have_one_written_form() {
         assert_eq!(parse(r#"{"op":"power-button"}"#), Ok(Request::PowerButton));
+        assert_eq!(
+            parse(r#"{"op":"grow-disk","disk":1,"size":4096}"#),
+            Ok(Request::GrowDisk {
+                disk: 1,
+                size: 4096
+            })
+        );
         assert_eq!(
             parse(r#"{"op":"console"}"#),
             Ok(Request::Console {

@@ -39,6 +39,7 @@ pub struct Queues<'a> {
     pub(crate) slots: &'a [transport::QueueSlot],
     /// What the driver accepted.
     pub features: u64,
+    pub(crate) tell: &'a (dyn Fn(usize) + Sync),
 }
 
 impl Queues<'_> {
@@ -50,6 +51,12 @@ impl Queues<'_> {
     ) -> Result<T, QueueError> {
         let mut queue = self.slots[index].lock();
         work(&mut queue, self.dma)
+    }
+
+    /// Tells the guest at once of chains given back on queue `index`, which must not be locked: for a backend that works
+    /// on for a while.
+    pub fn tell(&self, index: usize) {
+        (self.tell)(index);
     }
 
     /// Serves queue `index` again after the others of its thread: for a backend that stopped before it was empty.
@@ -84,6 +91,10 @@ pub trait Backend: Send + Sync {
     /// A descriptor that thread `thread` also waits on, while the backend wants input from it.
     fn event_source(&self, _thread: usize) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// Whether its requests follow one another so closely that looking for the next one is cheaper than a sleep.
+    fn is_brisk(&self) -> bool {
+        false
     }
     /// That descriptor has input.
     fn serve_event(&self, _thread: usize, _queues: &Queues<'_>) -> Result<(), QueueError> {

@@ -125,6 +125,9 @@ pub struct Queue {
     next_used: u16,
     /// Where `next_used` stood when the guest was last told.
     told: u16,
+    /// The queue is looked at all the time: the guest need not tell of the next chain.
+    #[serde(skip)]
+    pub watched: bool,
 }
 
 impl Queue {
@@ -142,6 +145,7 @@ impl Queue {
             next_available: 0,
             next_used: 0,
             told: 0,
+            watched: false,
         }
     }
 
@@ -157,6 +161,7 @@ impl Queue {
         self.size.is_power_of_two()
             && self.size <= self.max_size
             && self.max_size <= SIZE_LIMIT
+            && self.taken() <= self.size
             && self.descriptors.is_multiple_of(16)
             && self.available.is_multiple_of(2)
             && self.used.is_multiple_of(4)
@@ -180,23 +185,21 @@ impl Queue {
         Ok(())
     }
 
-    /// The next chain, `None` where the guest has offered no more. The guest is asked to tell of the next.
+    /// The next chain, `None` where the guest has offered no more. The guest is asked to tell of the next, unless the
+    /// queue is watched.
     pub fn pop(&mut self, dma: &Dma) -> Result<Option<Chain>, QueueError> {
         if !self.enabled {
             return Ok(None);
         }
-        let index_at = self.available.wrapping_add(2);
-        if self.load_u16(dma, index_at)? == self.next_available {
-            self.want_notification(dma)?;
-            // It may have come between the look and the wish.
-            if self.load_u16(dma, index_at)? == self.next_available {
-                return Ok(None);
-            }
+        if !self.has_more(dma)? && (self.watched || !self.unwatch(dma)?) {
+            return Ok(None);
         }
+        let index_at = self.available.wrapping_add(2);
         let offered = self
             .load_u16(dma, index_at)?
             .wrapping_sub(self.next_available);
-        if offered > self.size {
+        // Those that the device has count too: what it holds of a guest is bounded.
+        if offered > self.size || self.taken() >= self.size {
             return Err(QueueError::Available);
         }
         let slot = u64::from(self.next_available % self.size);
@@ -204,6 +207,30 @@ impl Queue {
         let chain = self.walk(dma, head)?;
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(chain))
+    }
+
+    /// Whether the guest has offered a chain that was not taken.
+    pub fn has_more(&self, dma: &Dma) -> Result<bool, MemoryError> {
+        if !self.enabled {
+            return Ok(false);
+        }
+        let index = self.load_u16(dma, self.available.wrapping_add(2))?;
+        Ok(index != self.next_available)
+    }
+
+    /// Asks the guest to tell of the next chain; true where one has come before it knew of that.
+    pub fn unwatch(&mut self, dma: &Dma) -> Result<bool, MemoryError> {
+        self.watched = false;
+        if !self.enabled {
+            return Ok(false);
+        }
+        self.want_notification(dma)?;
+        self.has_more(dma)
+    }
+
+    /// Chains that were taken and not given back.
+    fn taken(&self) -> u16 {
+        self.next_available.wrapping_sub(self.next_used)
     }
 
     /// Takes back the last [`Queue::pop`]: its chain is the next one again.
@@ -478,6 +505,37 @@ pub(crate) mod tests {
         assert!(matches!(queue.pop(&dma), Err(QueueError::Memory(_))));
         dma.write(0x1_0102, &500u16.to_le_bytes()).unwrap();
         assert!(matches!(queue.pop(&dma), Err(QueueError::Available)));
+    }
+
+    #[test]
+    fn chains_offered_again_while_the_device_has_them_break_the_queue() {
+        let (dma, mut driver, mut queue) = pair();
+        for _ in 0..16 {
+            driver.offer(&dma, 0, &[(0x2_0000, 1, true)]);
+            assert!(queue.pop(&dma).unwrap().is_some());
+        }
+        driver.offer(&dma, 0, &[(0x2_0000, 1, true)]);
+        assert!(matches!(queue.pop(&dma), Err(QueueError::Available)));
+        queue.push(&dma, 0, 1).unwrap();
+        assert!(queue.pop(&dma).unwrap().is_some(), "one was given back");
+    }
+
+    #[test]
+    fn a_watched_queue_is_not_told_of_and_nothing_is_missed_at_its_end() {
+        let (dma, mut driver, mut queue) = pair();
+        queue.event_index = true;
+        let event = |dma: &Dma| dma.read_u16(0x1_0000 + 0x204 + 128).unwrap();
+        assert_eq!(queue.pop(&dma).unwrap(), None);
+        queue.watched = true;
+        driver.offer(&dma, 0, &[(0x2_0000, 1, true)]);
+        assert!(queue.pop(&dma).unwrap().is_some());
+        assert_eq!(queue.pop(&dma).unwrap(), None);
+        assert_eq!(event(&dma), 0, "the guest need not tell of the second");
+        driver.offer(&dma, 1, &[(0x2_0000, 1, true)]);
+        assert!(queue.unwatch(&dma).unwrap(), "it came before the wish");
+        assert!(queue.pop(&dma).unwrap().is_some());
+        assert_eq!(queue.pop(&dma).unwrap(), None);
+        assert_eq!(event(&dma), 2);
     }
 
     #[test]

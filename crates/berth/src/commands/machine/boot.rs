@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use vmm::boot::{BootConfig, DiskConfig, NetworkConfig, Outcome};
 use vmm::machine::MachineConfig;
 
-use super::{CpuChoice, OnCrash};
+use super::{CpuChoice, OnCrash, OnDiskFull};
 use crate::failure::Failure;
 use crate::user_network;
 
@@ -75,6 +75,9 @@ pub struct BootArgs {
     /// What follows a crash of the guest: a kernel panic or a triple fault.
     #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
     pub on_crash: OnCrash,
+    /// What follows a write to a disk for which the host has no room.
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
+    pub on_disk_full: OnDiskFull,
     /// Say which CPU serves and how long the start took.
     #[arg(short, long)]
     pub verbose: bool,
@@ -125,6 +128,7 @@ pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
                 model,
                 ..MachineConfig::default()
             },
+            on_disk_full: args.on_disk_full.into(),
             protocol,
             verbose: args.verbose,
         })

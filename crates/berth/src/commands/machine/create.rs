@@ -10,7 +10,9 @@ use hyper::Method;
 use hyper::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 
-use super::{CpuChoice, MACHINES, Names, OnCrash, RestartPolicy, format_named, path_of, size};
+use super::{
+    CpuChoice, MACHINES, Names, OnCrash, OnDiskFull, RestartPolicy, format_named, path_of, size,
+};
 use crate::client::{Client, json_body};
 use crate::commands::container::for_each;
 use crate::commands::create::{port_range, published};
@@ -67,6 +69,9 @@ pub struct CreateArgs {
     /// What follows a crash of the guest: a kernel panic or a triple fault.
     #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
     pub on_crash: OnCrash,
+    /// What follows a write for which the host has no room.
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
+    pub on_disk_full: OnDiskFull,
     /// When the machine is started again after its end, or after the host's.
     #[arg(long, value_enum, value_name = "POLICY", default_value_t)]
     pub restart: RestartPolicy,
@@ -105,7 +110,8 @@ pub struct UpdateArgs {
     /// Memory.
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<String>,
-    /// Size of the disk: larger than it is. A Debian takes the new space at its next start.
+    /// Size of the disk: larger than it is. A running guest is told of it; a Debian takes the new space at its next start,
+    /// or with resize2fs /dev/nvme0n1.
     #[arg(long, value_name = "SIZE")]
     pub disk: Option<String>,
     /// Which CPU runs the guest.
@@ -114,6 +120,9 @@ pub struct UpdateArgs {
     /// What follows a crash of the guest.
     #[arg(long, value_enum, value_name = "POLICY")]
     pub on_crash: Option<OnCrash>,
+    /// What follows a write for which the host has no room.
+    #[arg(long, value_enum, value_name = "POLICY")]
+    pub on_disk_full: Option<OnDiskFull>,
     /// When the machine is started again after its end.
     #[arg(long, value_enum, value_name = "POLICY")]
     pub restart: Option<RestartPolicy>,
@@ -229,6 +238,7 @@ pub async fn create(client: &Client, args: CreateArgs) -> Result<ExitCode, Failu
         "network": args.network,
         "ports": ports(&args.publish)?,
         "on_crash": args.on_crash.name(),
+        "on_disk_full": args.on_disk_full.name(),
         "restart": args.restart.name(),
         "overcommit": args.overcommit,
         "append": args.append,
@@ -304,6 +314,7 @@ pub async fn update(client: &Client, args: UpdateArgs) -> Result<ExitCode, Failu
         "disk": bytes("disk", &args.disk)?,
         "cpu": args.cpu.map(CpuChoice::name),
         "on_crash": args.on_crash.map(OnCrash::name),
+        "on_disk_full": args.on_disk_full.map(OnDiskFull::name),
         "restart": args.restart.map(RestartPolicy::name),
         "overcommit": args.overcommit,
         "append": args.append,

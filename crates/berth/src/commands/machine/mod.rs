@@ -52,6 +52,7 @@ pub enum MachineCommand {
     /// Take memory back from a running guest, or return it; without a size, show what it has.
     Balloon(BalloonArgs),
     /// Change machines: CPUs, memory, a larger disk, policies.
+    #[command(visible_aliases = ["set", "resize"])]
     Update(Box<create::UpdateArgs>),
     /// Give a machine another name.
     Rename(RenameArgs),
@@ -170,6 +171,34 @@ impl OnCrash {
         match self {
             OnCrash::Stop => "stop",
             OnCrash::Restart => "restart",
+        }
+    }
+}
+
+/// What follows a write for which the host has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum OnDiskFull {
+    /// The machine is paused, with the write kept, and goes on by itself when there is room.
+    #[default]
+    Pause,
+    /// The guest sees an I/O error.
+    Error,
+}
+
+impl OnDiskFull {
+    fn name(self) -> &'static str {
+        match self {
+            OnDiskFull::Pause => "pause",
+            OnDiskFull::Error => "error",
+        }
+    }
+}
+
+impl From<OnDiskFull> for vmm::process::OnDiskFull {
+    fn from(policy: OnDiskFull) -> Self {
+        match policy {
+            OnDiskFull::Pause => Self::Pause,
+            OnDiskFull::Error => Self::Error,
         }
     }
 }

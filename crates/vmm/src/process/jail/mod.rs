@@ -257,6 +257,7 @@ mod tests {
             });
             assert!(thread.join().is_ok(), "{kind:?}");
         };
+        let has_rings = disk::Ring::<()>::new(None).is_ok();
         let whole = std::thread::spawn(move || {
             let weaknesses = enter(Reach {
                 folder: own.path(),
@@ -274,6 +275,8 @@ mod tests {
             };
             let socket = || std::net::TcpListener::bind("127.0.0.1:0").is_ok();
             assert!(opens() && socket(), "the first thread makes the machine");
+            let ring = disk::Ring::<()>::new(None);
+            assert_eq!(ring.is_ok(), has_rings, "and its rings");
             let (open, file) = (opens.clone(), disk.clone());
             on(
                 Thread::Io,
@@ -285,6 +288,15 @@ mod tests {
                     file.sync_data().unwrap();
                     assert!(!open() && !socket());
                     assert!(std::thread::Builder::new().spawn(|| ()).is_err());
+                    assert!(disk::Ring::<()>::new(None).is_err(), "it only uses them");
+                    if let Ok(ring) = ring {
+                        // SAFETY: a sync has no memory.
+                        let pushed = unsafe { ring.push(disk::Task::Sync(file), ()) };
+                        assert!(pushed.is_ok());
+                        ring.wait();
+                        ring.reap(|(), done| assert!(done));
+                        assert!(!ring.is_busy());
+                    }
                 }),
             );
             let (open, file) = (opens.clone(), disk.clone());

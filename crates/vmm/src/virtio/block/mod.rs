@@ -1,24 +1,24 @@
 //! A block device (section 5.2): a queue and a thread per CPU, flush, discard, write zeroes.
 //!
 //! ```text
-//!   queue thread: pop ─▶ the host has it in memory ──────────────────────────▶ used ring
-//!                    └─▶ the disk must be waited for ─▶ pool ─▶ done list, event ─▶ used ring
+//!   queue thread: pop ─▶ the host has it in memory ───────────────────────────────▶ used ring
+//!                    └─▶ the disk must be waited for ─▶ carrier ─▶ landed, event ─▶ used ring
 //! ```
 //!
-//! Lock order: a queue, then its done list.
+//! Lock order: a queue, then its carrier.
 
 mod request;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use disk::{Disk, DiskError};
-use rustix::event::{EventfdFlags, eventfd};
+use disk::{Disk, DiskError, Way};
 
-use self::request::{Operation, Outcome, perform, try_read};
+use self::request::{Operation, Outcome, Status, perform, try_read, try_write};
 use super::queue::{Chain, Queue};
 use super::{Backend, QueueError, Queues, config_bytes};
+use crate::carrier::{Carrier, Pace, TELL_BYTES, TELL_COUNT, Transfer};
 use crate::complaint::Complaint;
 use crate::memory::Dma;
 use crate::pool::Pool;
@@ -32,8 +32,8 @@ const SEGMENT_LIMIT: u32 = QUEUE_SIZE as u32 - 2;
 /// Ranges of one discard or write zeroes, and sectors of each.
 const RANGE_LIMIT: u32 = 64;
 const RANGE_SECTORS: u32 = 1 << 21;
-/// Requests begun in one go, so that a reset or a pause gets its turn.
-const TURN: usize = 256;
+/// Batches begun in one go, so that a reset or a pause gets its turn.
+const TURN: usize = 16;
 
 const SEG_MAX: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
@@ -47,17 +47,16 @@ const WRITE_ZEROES: u64 = 1 << 14;
 /// Sectors of a physical block, as a power of two: 4 KiB, the host's page.
 const PHYSICAL_SHIFT: u8 = 3;
 
-/// Requests of one queue that the pool has done with.
-struct Landing {
-    list: Mutex<Vec<(Chain, Result<Outcome, QueueError>)>>,
-    event: OwnedFd,
-}
+/// Carries the requests of one queue.
+type Requests = Carrier<Chain, Result<Outcome, QueueError>>;
 
 /// See the module.
 pub struct Block {
     disk: Arc<dyn Disk>,
-    landings: Vec<Arc<Landing>>,
-    pool: Pool,
+    /// One for each queue. Before the pool, which they use.
+    requests: Vec<Requests>,
+    pool: Arc<Pool>,
+    pace: Pace,
     /// At most 20 bytes that name the disk to the guest.
     serial: String,
     complaint: Arc<Complaint>,
@@ -76,39 +75,38 @@ impl Block {
         serial: impl Into<String>,
     ) -> std::io::Result<Block> {
         let serial = serial.into();
-        let landings = (0..queues.clamp(1, 64))
-            .map(|_| {
-                Ok(Arc::new(Landing {
-                    list: Mutex::default(),
-                    event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-                }))
-            })
+        let pool = Arc::new(Pool::new(&serial)?);
+        let requests = (0..queues.clamp(1, 64))
+            .map(|_| Carrier::new(pool.clone()))
             .collect::<std::io::Result<_>>()?;
         Ok(Block {
             disk,
-            landings,
-            pool: Pool::new(&serial)?,
+            requests,
+            pool,
+            pace: Pace::default(),
             complaint: Arc::new(Complaint::new(serial.clone())),
             serial,
             write_back: AtomicBool::new(true),
         })
     }
 
-    /// Runs a request at once, or hands it to the pool.
+    /// Runs a request at once, or lets it be carried; bytes of one that is done.
     fn begin(
         &self,
         index: usize,
         chain: Chain,
         queue: &mut Queue,
         dma: &Dma,
-    ) -> Result<(), QueueError> {
+    ) -> Result<u64, QueueError> {
         let operation = Operation::of(&chain, dma)?;
         let write_back = self.write_back.load(Ordering::Relaxed);
         let complain = |error: &DiskError| self.complaint.make(error);
         let outcome = match operation {
             Operation::Read { offset } => try_read(&*self.disk, offset, &chain, dma, &complain)?,
-            _ if operation.is_slow(write_back) => None,
-            _ => Some(perform(
+            Operation::Write { offset } if write_back => self
+                .pace
+                .keep(|| try_write(&*self.disk, offset, &chain, dma))?,
+            Operation::Name | Operation::Refused(_) => Some(perform(
                 &*self.disk,
                 operation,
                 &chain,
@@ -117,40 +115,74 @@ impl Block {
                 write_back,
                 &complain,
             )?),
+            _ => None,
         };
         if let Some(outcome) = outcome {
-            return finish(&chain, outcome, queue, dma);
+            finish(&chain, outcome, queue, dma)?;
+            return Ok(chain.readable_len() + chain.writable_len());
         }
-        let (disk, dma) = (self.disk.clone(), dma.clone());
-        let (landing, complaint) = (self.landings[index].clone(), self.complaint.clone());
-        self.pool.run(move || {
-            let complain = |error: &DiskError| complaint.make(error);
-            let outcome = perform(&*disk, operation, &chain, &dma, "", write_back, &complain);
-            landing
-                .list
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push((chain, outcome));
-            let _ = rustix::io::write(&landing.event, &1u64.to_ne_bytes());
-        });
+        self.carry(index, chain, operation, dma, write_back)?;
+        Ok(0)
+    }
+
+    fn carry(
+        &self,
+        index: usize,
+        chain: Chain,
+        operation: Operation,
+        dma: &Dma,
+        write_back: bool,
+    ) -> Result<(), QueueError> {
+        let requests = &self.requests[index];
+        let again = {
+            let (disk, dma) = (self.disk.clone(), dma.clone());
+            let (chain, complaint) = (chain.clone(), self.complaint.clone());
+            move || {
+                let complain = |error: &DiskError| complaint.make(error);
+                perform(&*disk, operation, &chain, &dma, "", write_back, &complain)
+            }
+        };
+        let transfer = |way, offset, pieces| Transfer {
+            disk: self.disk.clone(),
+            way,
+            offset,
+            pieces,
+        };
+        match operation {
+            Operation::Read { offset } => {
+                let pieces = request::room(&chain);
+                let good = Ok((chain.writable_len() as u32 - 1, Status::Ok));
+                let transfer = transfer(Way::FromFile, offset, pieces);
+                requests.carry(dma, transfer, chain, good, again)?;
+            }
+            Operation::Write { offset } if write_back => {
+                let transfer = transfer(Way::ToFile, offset, request::given(&chain));
+                requests.carry(dma, transfer, chain, Ok((0, Status::Ok)), again)?;
+            }
+            Operation::Flush => {
+                requests.sync(dma, &*self.disk, chain, Ok((0, Status::Ok)), again);
+            }
+            _ => requests.run(chain, again),
+        }
         Ok(())
     }
 
-    /// Gives back what the pool has done.
+    /// Gives back what has landed.
     fn land(&self, index: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
         queues.with(index, |queue, dma| {
-            let done = std::mem::take(
-                &mut *self.landings[index]
-                    .list
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner),
-            );
+            let landed = self.requests[index].landed();
             if !queue.enabled {
                 return Ok(());
             }
-            done.into_iter()
+            landed
+                .into_iter()
                 .try_for_each(|(chain, outcome)| finish(&chain, outcome?, queue, dma))
         })
+    }
+
+    /// Waits for all that is under way.
+    fn settle(&self) {
+        self.requests.iter().for_each(Requests::drain);
     }
 }
 
@@ -182,10 +214,10 @@ impl Backend for Block {
         SEG_MAX | BLOCK_SIZE | TOPOLOGY | FLUSH | WRITE_CACHE | MULTI_QUEUE | writable
     }
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; self.landings.len()]
+        vec![QUEUE_SIZE; self.requests.len()]
     }
     fn threads(&self) -> Vec<Vec<usize>> {
-        (0..self.landings.len()).map(|queue| vec![queue]).collect()
+        (0..self.requests.len()).map(|queue| vec![queue]).collect()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -195,7 +227,7 @@ impl Backend for Block {
         config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
         config[24] = PHYSICAL_SHIFT;
         config[32] = u8::from(self.write_back.load(Ordering::Relaxed));
-        config[34..36].copy_from_slice(&(self.landings.len() as u16).to_le_bytes());
+        config[34..36].copy_from_slice(&(self.requests.len() as u16).to_le_bytes());
         config[36..40].copy_from_slice(&RANGE_SECTORS.to_le_bytes());
         config[40..44].copy_from_slice(&RANGE_LIMIT.to_le_bytes());
         config[44..48].copy_from_slice(&8u32.to_le_bytes());
@@ -215,41 +247,52 @@ impl Backend for Block {
     }
 
     fn serve(&self, index: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
-        queues.with(index, |queue, dma| {
-            for _ in 0..TURN {
-                let Some(chain) = queue.pop(dma)? else {
-                    return Ok(());
-                };
-                self.begin(index, chain, queue, dma)?;
+        for _ in 0..TURN {
+            let more = queues.with(index, |queue, dma| {
+                let (mut count, mut bytes) = (0, 0);
+                let mut more = true;
+                while more && count < TELL_COUNT && bytes < TELL_BYTES {
+                    match queue.pop(dma)? {
+                        Some(chain) => bytes += self.begin(index, chain, queue, dma)?,
+                        None => more = false,
+                    }
+                    count += 1;
+                }
+                self.requests[index].submit();
+                Ok(more)
+            })?;
+            if !more {
+                return Ok(());
             }
-            queues.again(index);
-            Ok(())
-        })
+            // The guest works on these while the next are done.
+            queues.tell(index);
+        }
+        queues.again(index);
+        Ok(())
+    }
+
+    fn is_brisk(&self) -> bool {
+        true
     }
 
     fn event_source(&self, thread: usize) -> Option<BorrowedFd<'_>> {
-        Some(self.landings[thread].event.as_fd())
+        Some(self.requests[thread].event())
     }
 
     fn serve_event(&self, thread: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
-        let _ = rustix::io::read(&self.landings[thread].event, &mut [0; 8]);
         self.land(thread, queues)
     }
 
     fn drain(&self, queues: &Queues<'_>) -> Result<(), QueueError> {
-        self.pool.wait_idle();
-        (0..self.landings.len()).try_for_each(|index| self.land(index, queues))
+        self.settle();
+        (0..self.requests.len()).try_for_each(|index| self.land(index, queues))
     }
 
     fn reset(&self) {
         // What is under way still fills the guest's memory: the reset is over when that is.
-        self.pool.wait_idle();
-        for landing in &self.landings {
-            landing
-                .list
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clear();
+        self.settle();
+        for requests in &self.requests {
+            drop(requests.landed());
         }
         self.write_back.store(true, Ordering::Relaxed);
     }
@@ -268,6 +311,7 @@ impl Backend for Block {
     }
 
     fn close(&self) {
+        self.settle();
         self.pool.close();
         if let Err(error) = self.disk.flush() {
             tracing::warn!("{error}");

@@ -63,15 +63,18 @@ impl Operation {
             _ => Operation::Refused(Status::Unsupported),
         })
     }
+}
 
-    /// True for what waits for the disk itself and not only for its cache.
-    pub fn is_slow(self, write_back: bool) -> bool {
-        match self {
-            Operation::Write { .. } => !write_back,
-            Operation::Flush | Operation::Discard | Operation::WriteZeroes => true,
-            Operation::Read { .. } | Operation::Name | Operation::Refused(_) => false,
-        }
-    }
+/// Where the data of a read goes.
+pub fn room(chain: &Chain) -> Vec<(u64, usize)> {
+    let len = chain.writable_len().saturating_sub(1);
+    pieces(&chain.writable, 0, len as usize)
+}
+
+/// Where the data of a write lies.
+pub fn given(chain: &Chain) -> Vec<(u64, usize)> {
+    let len = chain.readable_len().saturating_sub(HEADER);
+    pieces(&chain.readable, HEADER, len as usize)
 }
 
 /// What a request came to: bytes written into the chain, without the status, and the status.
@@ -96,7 +99,7 @@ pub fn try_read(
     complain: &dyn Fn(&DiskError),
 ) -> Result<Option<Outcome>, QueueError> {
     let room = chain.writable_len() - 1;
-    let parts = pieces(&chain.writable, 0, room as usize);
+    let parts = self::room(chain);
     match disk.try_read_volatile_at(offset, &dma.slices(&parts)?) {
         Ok(true) => {
             told(dma, &parts);
@@ -108,6 +111,20 @@ pub fn try_read(
             Ok(Some((0, Status::IoError)))
         }
     }
+}
+
+/// Writes to the host's cache; `None` where more is to be done than that. What goes wrong is said when it is done again.
+pub fn try_write(
+    disk: &dyn Disk,
+    offset: u64,
+    chain: &Chain,
+    dma: &Dma,
+) -> Result<Option<Outcome>, QueueError> {
+    let slices = dma.slices(&given(chain))?;
+    Ok(match disk.try_write_volatile_at(offset, &slices) {
+        Ok(true) => Some((0, Status::Ok)),
+        Ok(false) | Err(_) => None,
+    })
 }
 
 fn told(dma: &Dma, parts: &[(u64, usize)]) {
@@ -134,7 +151,7 @@ pub fn perform(
     };
     Ok(match operation {
         Operation::Read { offset } => {
-            let parts = pieces(&chain.writable, 0, room as usize);
+            let parts = self::room(chain);
             let status = done(
                 disk.read_volatile_at(offset, &dma.slices(&parts)?),
                 complain,
@@ -143,8 +160,7 @@ pub fn perform(
             (if status == Status::Ok { room as u32 } else { 0 }, status)
         }
         Operation::Write { offset } => {
-            let parts = pieces(&chain.readable, HEADER, given as usize);
-            let written = disk.write_volatile_at(offset, &dma.slices(&parts)?);
+            let written = disk.write_volatile_at(offset, &dma.slices(&self::given(chain))?);
             (0, after_write(done(written, complain)))
         }
         Operation::Flush => (0, done(disk.flush(), complain)),

@@ -11,18 +11,20 @@
 
 mod gate;
 mod registers;
+mod watch;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cpu::Vm;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::{Deserialize, Serialize};
 
 use self::gate::Gate;
+use self::watch::Watch;
 use super::queue::{Queue, QueueError};
 use super::{Backend, Queues, feature};
 use crate::complaint::Complaint;
@@ -301,6 +303,7 @@ impl Shared {
 
     /// A thread's life: waits for its queues' events and the backend's own, and serves them.
     fn work(&self, thread: usize, queues: &[usize], wake: &OwnedFd) {
+        let mut watch = Watch::default();
         while !self.closed.load(Ordering::Acquire) {
             let features = self.running_features();
             let source = if features.is_some() {
@@ -317,15 +320,15 @@ impl Shared {
             if let Some(source) = &source {
                 waiting.push(PollFd::new(source, PollFlags::IN));
             }
-            match poll(&mut waiting, None) {
-                Ok(_) => {}
+            let brisk = features.is_some() && self.backend.is_brisk();
+            let ready = match self.wait(queues, &mut waiting, brisk.then_some(&mut watch)) {
+                Ok(ready) => ready,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!("{}: waiting failed: {error}", self.name);
                     return;
                 }
-            }
-            let ready: Vec<bool> = waiting.iter().map(|fd| !fd.revents().is_empty()).collect();
+            };
             if ready[0] {
                 drain(wake.as_fd());
             }
@@ -339,6 +342,7 @@ impl Shared {
                     dma: &self.dma,
                     slots: &self.slots,
                     features,
+                    tell: &|index| self.tell(&[index]),
                 };
                 let mut result = Ok(());
                 for (at, index) in queues.iter().enumerate() {
@@ -361,6 +365,51 @@ impl Shared {
             }
             self.gate.leave();
         }
+    }
+
+    /// Returns when there is something to serve: which of `waiting` are ready. The queues of a brisk device are watched for
+    /// a while first, during which their guest tells of nothing.
+    fn wait(
+        &self,
+        queues: &[usize],
+        waiting: &mut [PollFd<'_>],
+        watch: Option<&mut Watch>,
+    ) -> Result<Vec<bool>, rustix::io::Errno> {
+        let more = |index: &usize| {
+            // What the guest broke shows when it is served.
+            let queue = self.slots[*index].lock();
+            queue.has_more(&self.dma).unwrap_or(true)
+        };
+        let mut found = Vec::new();
+        if let Some(watch) = &watch {
+            let there = watch.look(|| queues.iter().any(more));
+            for index in queues {
+                let mut queue = self.slots[*index].lock();
+                let here = if there {
+                    queue.watched = true;
+                    queue.has_more(&self.dma)
+                } else {
+                    Ok(queue.watched && queue.unwatch(&self.dma).unwrap_or(true))
+                };
+                found.push(here.unwrap_or(true));
+            }
+        }
+        let any = found.contains(&true);
+        let now = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let begun = Instant::now();
+        poll(waiting, any.then_some(&now))?;
+        if let (Some(watch), false) = (watch, any) {
+            watch.slept(begun.elapsed());
+        }
+        let mut ready: Vec<bool> = waiting.iter().map(|fd| !fd.revents().is_empty()).collect();
+        // The first is no queue's.
+        for (ready, found) in ready.iter_mut().skip(1).zip(found) {
+            *ready |= found;
+        }
+        Ok(ready)
     }
 
     /// Lets the kernel answer notifications where BAR 0 is now, where the back end can.
@@ -449,6 +498,7 @@ impl Persist for Transport {
                 dma: &shared.dma,
                 slots: &shared.slots,
                 features,
+                tell: &|index| shared.tell(&[index]),
             };
             let drained = shared.backend.drain(&access);
             let all: Vec<usize> = (0..shared.slots.len()).collect();
