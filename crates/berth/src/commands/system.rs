@@ -210,7 +210,7 @@ async fn df(context: &Context, args: DfArgs) -> Result<ExitCode, Failure> {
             format_size_decimal(figure("promised")),
             format_size_decimal(figure("used")),
         ));
-        for place in list(machines, "/file_systems") {
+        for place in list(&machines, "/file_systems") {
             let figure = |key: &str| format_size_decimal(place[key].as_u64().unwrap_or(0));
             output::line(format!(
                 "On the file system of {}: {} still to grow; {} are free.",
