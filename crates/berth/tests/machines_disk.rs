@@ -300,7 +300,12 @@ fn a_running_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
     assert_eq!(&text, b"beyond-the-old-end");
     fsck(&raw);
     std::fs::remove_file(raw).unwrap();
-    boot(&host, "vm");
+    let text = logs(&host, "vm").len();
+    host.ok(&["machine", "start", "vm"]);
+    host.eventually("the guest is ready again", || {
+        logs(&host, "vm")[text..].contains("READY")
+    });
+    assert!(logs(&host, "vm")[text..].contains("STAMP-FOUND"));
     power_off(&host, "vm");
 }
 

@@ -265,6 +265,35 @@ fn a_completion_interrupts_by_its_vector() {
 }
 
 #[test]
+fn a_disk_that_grew_is_told_by_one_event_until_its_log_page_is_read() {
+    const EVENT: (u16, u32) = (0, 2 | 4 << 16);
+    let mut rig = rig();
+    rig.with_io();
+    assert_eq!(rig.admin(0x09, 0, 0, [0x0b, 1 << 8, 0, 0, 0, 0]).0, 0);
+    rig.submit(0, 0x0c, 0, [0; 2], [0; 6]);
+    rig.controller.grow(0, 8 << 20).unwrap();
+    assert_eq!(rig.completed(0), EVENT);
+    rig.submit(0, 0x0c, 0, [0; 2], [0; 6]);
+    rig.controller.grow(0, 9 << 20).unwrap();
+    let page = [4 | 0x3ff << 16, 0, 0, 0, 0, 0];
+    assert_eq!(
+        rig.admin(0x02, u32::MAX, DATA, page),
+        (0, 0),
+        "no second event"
+    );
+    assert_eq!(rig.dma.read_u32(DATA).unwrap(), 1);
+    assert_eq!(rig.dma.read_u32(DATA + 4).unwrap(), 0);
+    rig.controller.grow(0, 10 << 20).unwrap();
+    assert_eq!(rig.completed(0), EVENT);
+    assert_eq!(rig.admin(0x06, 1, DATA, [0; 6]).0, 0);
+    assert_eq!(rig.dma.read_u32(DATA).unwrap(), (10 << 20) / 512);
+    assert_eq!(rig.io(2, [DATA, 0], [9 << 11, 0, 7, 0, 0, 0]), 0);
+    let error = rig.controller.grow(0, 1 << 20).unwrap_err();
+    assert!(error.contains("cannot be made smaller"), "{error}");
+    assert!(rig.controller.grow(1, 1 << 30).is_err());
+}
+
+#[test]
 fn the_state_survives() {
     let mut used = rig();
     used.with_io();

@@ -290,9 +290,12 @@ impl Function {
         asking && command & COMMAND_NO_INTX == 0 && !self.msix.as_ref().is_some_and(Msix::enabled)
     }
 
+    /// Whoever changes the pin brings it to what is asked for now, one after another: a device and the guest's CPU do so at
+    /// once, and the line must not stay as the slower one meant it.
     fn update_pin(&self) {
+        let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         let level = self.pin_level();
-        if let Some(line) = &*self.line.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(line) = &*line {
             line.set(level);
         }
     }
@@ -336,5 +339,24 @@ impl Function {
             line.resume(level);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pin_is_as_it_was_asked_for_last_whoever_asks_at_once() {
+        let function = FunctionBuilder::new(1, 2, 0, 0).interrupt_pin().build();
+        for _ in 0..1000 {
+            std::thread::scope(|scope| {
+                scope.spawn(|| [true, false, true].map(|up| function.set_pin(up)));
+                [false, true, false].map(|up| function.set_pin(up));
+            });
+            let saved = function.save();
+            let shown = saved.config[STATUS] & STATUS_INTERRUPT != 0;
+            assert_eq!(shown, saved.asking);
+        }
     }
 }

@@ -6,7 +6,8 @@
 //!   BAR 4:  MSI-X
 //! ```
 //!
-//! Lock order: the gate, the common state, one queue, then (in the backend) the backend's own. A guest's reset
+//! Lock order: the gate, the common state, one queue, then (in the backend) the backend's own. The interrupt status is taken
+//! with none of them. A guest's reset
 //! takes each queue's lock and so waits for a thread that is serving it.
 
 mod gate;
@@ -14,7 +15,7 @@ mod registers;
 mod watch;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -97,7 +98,8 @@ struct Shared {
     backend: Arc<dyn Backend>,
     features: u64,
     common: Mutex<Common>,
-    isr: AtomicU8,
+    /// Interrupt status; held while the pin follows it, so that neither is left behind.
+    isr: Mutex<u8>,
     slots: Vec<QueueSlot>,
     gate: Gate,
     complaint: Complaint,
@@ -196,7 +198,7 @@ impl Transport {
                 config_vector: NO_VECTOR,
                 ..Common::default()
             }),
-            isr: AtomicU8::new(0),
+            isr: Mutex::new(0),
             slots,
             gate: Gate::default(),
             closed: AtomicBool::new(false),
@@ -247,6 +249,10 @@ impl Shared {
         self.common.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn isr(&self) -> MutexGuard<'_, u8> {
+        self.isr.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn running_features(&self) -> Option<u64> {
         let common = self.common();
         (common.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK)
@@ -261,7 +267,8 @@ impl Shared {
                 }
             }
             _ => {
-                self.isr.fetch_or(cause, Ordering::AcqRel);
+                let mut isr = self.isr();
+                *isr |= cause;
                 self.function.set_pin(true);
             }
         }
@@ -531,7 +538,7 @@ impl Persist for Transport {
         let saved = SavedTransport {
             function: self.shared.function.save(),
             common: self.shared.common().clone(),
-            isr: self.shared.isr.load(Ordering::Acquire),
+            isr: *self.shared.isr(),
             queues: self
                 .shared
                 .slots
@@ -569,7 +576,7 @@ impl Persist for Transport {
         for (slot, queue) in shared.slots.iter().zip(content.queues) {
             *slot.lock() = queue;
         }
-        shared.isr.store(content.isr, Ordering::Release);
+        *shared.isr() = content.isr;
         let features = content.common.driver_features;
         let started = agreed && content.common.status & STATUS_DRIVER_OK != 0;
         *shared.common() = content.common;

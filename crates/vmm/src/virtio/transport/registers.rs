@@ -8,8 +8,6 @@
 //!   32 descriptors            40 available ring   48 used ring
 //! ```
 
-use std::sync::atomic::Ordering;
-
 use super::{
     BAR_LEN, Common, DEVICE_AT, ISR_AT, NO_VECTOR, NOTIFY_AT, NOTIFY_STEP, QueueSlot,
     STATUS_DRIVER_OK, STATUS_FEATURES_OK, STATUS_NEEDS_RESET, Shared,
@@ -28,7 +26,8 @@ impl Shared {
             config_vector: NO_VECTOR,
             ..Common::default()
         };
-        self.isr.store(0, Ordering::Release);
+        let mut isr = self.isr();
+        *isr = 0;
         self.function.set_pin(false);
     }
 
@@ -196,7 +195,8 @@ impl Shared {
             ISR_AT..DEVICE_AT => {
                 data.fill(0);
                 if let (ISR_AT, Some(first)) = (offset, data.first_mut()) {
-                    *first = self.isr.swap(0, Ordering::AcqRel);
+                    let mut isr = self.isr();
+                    *first = std::mem::take(&mut *isr);
                     self.function.set_pin(false);
                 }
             }
