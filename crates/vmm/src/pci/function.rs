@@ -351,8 +351,14 @@ mod tests {
         let function = FunctionBuilder::new(1, 2, 0, 0).interrupt_pin().build();
         for _ in 0..1000 {
             std::thread::scope(|scope| {
-                scope.spawn(|| [true, false, true].map(|up| function.set_pin(up)));
-                [false, true, false].map(|up| function.set_pin(up));
+                scope.spawn(|| {
+                    for up in [true, false, true] {
+                        function.set_pin(up);
+                    }
+                });
+                for up in [false, true, false] {
+                    function.set_pin(up);
+                }
             });
             let saved = function.save();
             let shown = saved.config[STATUS] & STATUS_INTERRUPT != 0;
