@@ -7,7 +7,7 @@
 //!        └── where a keeper of an earlier daemon lives: setns(its namespaces)  ──────────▶  exec
 //! ```
 //!
-//! The network stays the host's: containers have that or none.
+//! The network stays the host's: containers have that or none. Limits need a cgroup handed to the user.
 
 use std::fs;
 use std::io::Write;
@@ -142,6 +142,39 @@ fn make(uid: u32) -> Result<(), Failure> {
     write("gid_map", format!("0 {gid} 1"))
 }
 
+/// The cgroup of the user's own service manager, below the root of the v2 tree, where this process is in it and the user may
+/// make cgroups there (systemd.resource-control(5), `Delegate=`). From a login's session there is no way into it: nobody
+/// but root may move a process out of there.
+pub fn delegated_cgroup(user: u32) -> Option<String> {
+    let root = Path::new("/sys/fs/cgroup");
+    if !root.join("cgroup.controllers").exists() {
+        return None;
+    }
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let parent = manager_of(&own, user)?;
+    let may = ["cgroup.procs", "cgroup.subtree_control"]
+        .iter()
+        .all(|file| {
+            let path = root.join(&parent).join(file);
+            rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok()
+        });
+    may.then_some(parent)
+}
+
+/// `user.slice/user-UID.slice/user@UID.service` in the text of /proc/PID/cgroup.
+fn manager_of(cgroups: &str, user: u32) -> Option<String> {
+    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let name = format!("user@{user}.service");
+    let mut parts = Vec::new();
+    for part in path.split('/') {
+        parts.push(part);
+        if part == name {
+            return Some(parts.join("/"));
+        }
+    }
+    None
+}
+
 fn installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -160,4 +193,23 @@ fn user_name(uid: u32) -> String {
             })
         })
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_manager_is_found_above_its_services() {
+        let own = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/berth.service\n";
+        assert_eq!(
+            manager_of(own, 1000).as_deref(),
+            Some("user.slice/user-1000.slice/user@1000.service")
+        );
+        assert_eq!(manager_of(own, 1001), None);
+        assert_eq!(
+            manager_of("0::/user.slice/user-1000.slice/session-3.scope\n", 1000),
+            None
+        );
+    }
 }

@@ -288,6 +288,10 @@ fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, 
     if settings.rootless {
         // The host's network belongs to root: nothing can be made ahead of it.
         settings.networks.sandboxes = 0;
+        match base::userns::owner().and_then(crate::rootless::delegated_cgroup) {
+            Some(parent) => settings.cgroup_parent = format!("{parent}/{}", settings.cgroup_parent),
+            None => settings.cgroups = false,
+        }
     }
     let containers = &config.containers;
     if let Some(driver) = &containers.log_driver {

@@ -27,6 +27,8 @@ pub struct EngineConfig {
     pub cgroup_parent: String,
     /// The daemon of an ordinary user, root of a user namespace only: no bridge networks.
     pub rootless: bool,
+    /// Whether containers can have cgroups, and so limits: an ordinary user's need one that is handed to that user.
+    pub cgroups: bool,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
     pub keeper_command: Vec<PathBuf>,
 }
@@ -47,6 +49,7 @@ impl EngineConfig {
             shm_size: 64 << 20,
             registries: Default::default(),
             rootless: false,
+            cgroups: true,
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
         }
     }

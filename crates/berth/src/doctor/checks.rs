@@ -82,10 +82,20 @@ fn virtualization() -> Check {
 fn privileges() -> Check {
     const NAME: &str = "privileges";
     if !rustix::process::geteuid().is_root() {
+        let user = rustix::process::geteuid().as_raw();
+        let (limits, fix) = match crate::rootless::delegated_cgroup(user) {
+            Some(_) => ("limits by the cgroup of the user's own systemd", ""),
+            None => (
+                "no limits",
+                "for limits, with cgroup v2 alone: systemd-run --user --unit berth -p Delegate=yes berth serve; ",
+            ),
+        };
         return Check::warn(
             NAME,
-            "not root: the daemon is root of a user namespace of its own; its containers have the networks host and none, and no limits",
-            "for bridge networks, published ports and limits: sudo berth serve",
+            format!(
+                "not root: the daemon is root of a user namespace of its own; its containers have the networks host and none (no bridges, no published ports), and {limits}"
+            ),
+            format!("{fix}for bridge networks and published ports: sudo berth serve"),
         );
     }
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -20,7 +20,7 @@ use crate::Engine;
 use crate::container::create::blocking;
 use crate::container::inspect::{Change, PathStat};
 use crate::container::record::{Container, Phase};
-use crate::container::{ArchivePutOptions, CommitOptions, TarStream, cgroup};
+use crate::container::{ArchivePutOptions, CommitOptions, TarStream, processes};
 use crate::error::{Error, Result};
 use crate::volume::VolumeSource;
 
@@ -385,16 +385,16 @@ impl Engine {
                 changes: options.changes,
                 created_by: record.arguments().join(" "),
             };
-            let group = (options.pause && record.phase == Phase::Running)
-                .then(|| engine.cgroup_of(&record));
+            let held = (options.pause && record.phase == Phase::Running)
+                .then(|| (record.clone(), engine.cgroup_of(&record)));
             let (images, id) = (engine.images.clone(), record.id.clone());
             let made = blocking(move || {
-                if let Some(group) = &group {
-                    cgroup::freeze(group, true)?;
+                if let Some((record, group)) = &held {
+                    processes::hold(record, group, true)?;
                 }
                 let made = images.commit(&id, &wanted).map_err(Error::room);
-                if let Some(group) = &group {
-                    cgroup::freeze(group, false)?;
+                if let Some((record, group)) = &held {
+                    processes::hold(record, group, false)?;
                 }
                 made
             })

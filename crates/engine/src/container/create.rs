@@ -138,6 +138,16 @@ impl Engine {
                 ),
             });
         }
+        if !self.config.cgroups && !limits::oci(&host.resources)?.is_empty() {
+            return Err(Error::Room {
+                message: "limits need a cgroup, and this daemon of an ordinary user has none that is its own".into(),
+                kind: base::Kind::Unsupported,
+                fix: Some(
+                    "on a host with cgroup v2 alone: systemd-run --user --unit berth -p Delegate=yes berth serve; elsewhere run the daemon as root: sudo berth serve"
+                        .into(),
+                ),
+            });
+        }
         let links = links::wanted(&host, &self.inventory)?;
         for reference in [&host.ipc_mode, &host.pid_mode, &host.network_mode] {
             if let Some(other) = reference.strip_prefix("container:") {

@@ -24,6 +24,7 @@ pub(crate) mod network;
 pub mod networking;
 mod power;
 mod probe;
+mod processes;
 pub(crate) mod record;
 mod remove;
 mod reopen;

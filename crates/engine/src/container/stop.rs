@@ -11,7 +11,7 @@ use crate::container::host_config::UpdateConfig;
 use crate::container::inspect::{Updated, WaitResult};
 use crate::container::record::{Container, Phase};
 use crate::container::start::detached;
-use crate::container::{Wait, WaitCondition, cgroup, limits, signal};
+use crate::container::{Wait, WaitCondition, cgroup, limits, processes, signal};
 use crate::error::{Error, Result};
 
 /// How long a killed container may take to be gone.
@@ -213,8 +213,9 @@ impl Engine {
             }
             _ => return Err(Error::NotRunning(container.id.clone())),
         }
-        let group = self.cgroup_of(&container.record());
-        blocking(move || cgroup::freeze(&group, true)).await?;
+        let record = container.record().clone();
+        let group = self.cgroup_of(&record);
+        blocking(move || processes::hold(&record, &group, true)).await?;
         container.note(|record| {
             if record.phase == Phase::Running {
                 record.phase = Phase::Paused;
@@ -240,8 +241,9 @@ impl Engine {
     }
 
     pub(crate) async fn thaw(&self, container: &Container) -> Result<()> {
-        let group = self.cgroup_of(&container.record());
-        blocking(move || cgroup::freeze(&group, false)).await?;
+        let record = container.record().clone();
+        let group = self.cgroup_of(&record);
+        blocking(move || processes::hold(&record, &group, false)).await?;
         container.note(|record| {
             if record.phase == Phase::Paused {
                 record.phase = Phase::Running;

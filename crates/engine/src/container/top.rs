@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::Engine;
-use crate::container::cgroup;
 use crate::container::create::blocking;
 use crate::container::inspect::Top;
+use crate::container::processes;
 use crate::error::{Error, Result};
 
 impl Engine {
@@ -25,7 +25,7 @@ impl Engine {
             .map(str::to_owned)
             .collect();
         let top = blocking(move || {
-            let pids = cgroup::processes(&group)?;
+            let pids = processes::of(&record, &group)?;
             if arguments.is_empty() || arguments == ["-ef"] {
                 Ok(full(&pids))
             } else {

@@ -224,12 +224,12 @@ impl Cgroup {
                 self.add_v1(controllers, root)?;
             }
         }
-        devices::apply(
-            self,
-            limits
-                .and_then(|limits| limits.devices().as_deref())
-                .unwrap_or_default(),
-        )?;
+        let given = limits.and_then(|limits| limits.devices().as_deref());
+        match devices::apply(self, given.unwrap_or_default()) {
+            // In a user namespace no program can be loaded, and no device be used that its user may not use anyway.
+            Err(error) if base::userns::inside() && error.errno() == libc::EPERM => {}
+            other => other?,
+        }
         if let Some(limits) = limits {
             resources::apply(self, limits)?;
         }
