@@ -8,7 +8,6 @@ mod daemon;
 mod compose;
 mod containers;
 mod images;
-mod limits;
 mod networks;
 mod python;
 mod remote;
@@ -51,7 +50,6 @@ fn main() -> ExitCode {
         python::TESTS,
         remote::TESTS,
         verbs::TESTS,
-        limits::TESTS,
         compose::TESTS,
     ];
     let chosen: Vec<Test> = all
