@@ -434,7 +434,9 @@ pub fn fuzz_dhcp6(data: &[u8]) {
     if let Some(request) = Request::parse(data) {
         let _ = request.mac();
         if let Some(reply) = request.reply(&lease, own) {
-            assert!(Request::parse(&reply).is_some());
+            // One who asked without a name is answered without: whole options, but no client's message.
+            assert!(options(&reply[4..]).all(|option| option.is_some()));
+            assert!(request.client.is_empty() || Request::parse(&reply).is_some());
         }
     }
 }
@@ -459,6 +461,16 @@ pub(crate) mod tests {
             router: true,
             mtu: Some(1400),
         }
+    }
+
+    #[test]
+    fn who_asks_for_information_without_a_name_is_answered_without_one() {
+        let asked = [INFORMATION, 0xff, 0, 1, 1, 0, 0, 1, 0xab];
+        fuzz_dhcp6(&asked);
+        let request = Request::parse(&asked).unwrap();
+        let reply = request.reply(&lease(), "fd00::1".parse().unwrap()).unwrap();
+        let codes: Vec<u16> = options(&reply[4..]).map(|o| o.unwrap().0).collect();
+        assert_eq!((reply[0], codes), (REPLY, vec![SERVER_ID, NAME_SERVERS]));
     }
 
     #[test]
