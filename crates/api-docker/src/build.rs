@@ -88,6 +88,10 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
         cpu_shares: params.number("cpushares")?.unwrap_or(0),
         cpuset_cpus: params.text("cpusetcpus"),
         shm_size: params.number("shmsize")?.unwrap_or(0),
+        ulimits: params
+            .json::<Option<Vec<_>>>("ulimits")?
+            .flatten()
+            .unwrap_or_default(),
         extra_hosts: params
             .all("extrahosts")
             .into_iter()

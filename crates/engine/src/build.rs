@@ -19,7 +19,7 @@ use crate::Engine;
 use crate::bridge::BlockingReader;
 use crate::container::{
     AttachOptions, AttachStream, ContainerConfig, HealthConfig, HostConfig, Mount, RemoveOptions,
-    TmpfsOptions, WaitCondition,
+    TmpfsOptions, Ulimit, WaitCondition,
 };
 use crate::error::{Error, Result};
 use crate::image::{ArchiveReader, Credentials};
@@ -59,6 +59,7 @@ pub struct BuildOptions {
     pub cpu_shares: i64,
     pub cpuset_cpus: String,
     pub shm_size: i64,
+    pub ulimits: Vec<Ulimit>,
     /// `name:address` lines for `/etc/hosts`.
     pub extra_hosts: Vec<String>,
     /// By registry.
@@ -305,6 +306,8 @@ impl Runner {
         };
         host.log_config.kind = "none".into();
         host.resources.memory = self.options.memory;
+        host.resources.ulimits =
+            (!self.options.ulimits.is_empty()).then(|| self.options.ulimits.clone());
         host.resources.cpu_quota = self.options.cpu_quota;
         host.resources.cpu_period = self.options.cpu_period;
         host.resources.cpu_shares = self.options.cpu_shares;

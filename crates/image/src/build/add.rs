@@ -114,7 +114,7 @@ impl Sources {
                         sources.web = Some(path);
                     } else if written.add && (path.contains("://") || path.starts_with("git@")) {
                         return Err(Error::Unsupported(format!(
-                            "ADD {path}: only http:// and https:// are fetched; RUN git clone instead"
+                            "ADD {path}: repositories are not fetched, only files by http:// and https://; RUN git clone instead"
                         )));
                     } else {
                         sources.paths.push(path);
