@@ -1,5 +1,5 @@
 // Work for several guest CPUs at once.
-//   smp check CPUS ROUNDS: each item checks its own result; prints `SMP name ok` or says what is wrong and ends with 1.
+//   smp check CPUS [ROUNDS [ITEM]]: each item checks its own result; prints `SMP name ok` or says what is wrong and ends with 1.
 //   smp bench THREADS: prints `RESULT name seconds check`, the same work in all whatever the number of threads.
 // Built with: cc -O2 -static -pthread -mcx16 -o smp smp.c
 #define _GNU_SOURCE
@@ -22,7 +22,7 @@
 
 enum { MOST = 16, PAGE = 4096 };
 static int cpus, rounds;
-static const char *item;
+static const char *item, *only;
 
 static double now(void) {
     struct timespec t;
@@ -392,6 +392,7 @@ static void rewrites(void) {
 
 static void item_of(const char *name, void (*work)(void)) {
     item = name;
+    if (only && strcmp(only, name)) return;
     double start = now();
     work();
     printf("SMP %s ok %.2f s\n", name, now() - start);
@@ -459,8 +460,9 @@ static void measure(const char *name, void (*work)(int)) {
 int main(int argc, char **argv) {
     cpus = argc > 2 ? atoi(argv[2]) : 2;
     rounds = argc > 3 ? atoi(argv[3]) : 20000;
+    only = argc > 4 ? argv[4] : 0;
     if (argc < 3 || cpus < 1 || cpus > MOST) {
-        fprintf(stderr, "usage: smp check CPUS [ROUNDS] | smp bench THREADS\n");
+        fprintf(stderr, "usage: smp check CPUS [ROUNDS [ITEM]] | smp bench THREADS\n");
         return 2;
     }
     if (!strcmp(argv[1], "bench")) {

@@ -27,6 +27,8 @@ pub struct Machine {
     /// By CPU number; set once when a CPU is made.
     pub(crate) mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     pub(crate) alone: Alone,
+    /// Held while marks are set and other CPUs told what follows from them.
+    marking: Mutex<()>,
     pub vcpus: u32,
     pub model: cpu::CpuModel,
 }
@@ -83,6 +85,7 @@ impl Machine {
             code: OnceLock::new(),
             mailboxes: Mutex::new(Vec::new()),
             alone: Alone::default(),
+            marking: Mutex::default(),
             vcpus,
             model,
         }
@@ -196,39 +199,45 @@ impl Machine {
         found
     }
 
-    /// A page came to hold translated code of CPU `by`: returns once no other CPU can write it without a look at its code
-    /// bits. The caller is not inside translated code itself, so two callers do not wait for each other.
-    pub(crate) fn forbid_writes(&self, host_page: u64, by: u32) {
+    /// Marks granules of a page as translated code of CPU `by`, which reads them only after this has returned: then no other CPU
+    /// can write them without a look at the marks any more, nor is it between that look and its store. True where the page
+    /// had no marks before. The caller is not inside translated code, so that two callers do not wait for each other.
+    pub(crate) fn mark(
+        &self,
+        bits: &AtomicU64,
+        mask: u64,
+        gpa: u64,
+        host_page: u64,
+        by: u32,
+    ) -> bool {
         if self.vcpus < 2 {
-            return;
+            return bits.fetch_or(mask, Ordering::SeqCst) == 0;
         }
         let others = self.others(by);
-        for mailbox in &others {
-            mailbox
-                .forbidden
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .push(host_page);
-            mailbox.forbids.store(true, Ordering::SeqCst);
-            if mailbox.inside.load(Ordering::SeqCst) {
-                mailbox.attention.raise();
+        let fresh = {
+            // Whoever finds marks of another CPU finds that CPU's demands too.
+            let _marking = self.marking.lock().unwrap_or_else(|e| e.into_inner());
+            let fresh = bits.fetch_or(mask, Ordering::SeqCst) == 0;
+            if fresh {
+                for mailbox in &others {
+                    mailbox
+                        .forbidden
+                        .lock()
+                        .unwrap_or_else(|e| e.into_inner())
+                        .push(host_page);
+                    mailbox.forbids.store(true, Ordering::SeqCst);
+                }
             }
-        }
-        for mailbox in &others {
-            await_exit(mailbox, || mailbox.forbids.load(Ordering::SeqCst));
-        }
-    }
-
-    /// Granules of the page `gpa`, which others had before, came to be those of translated code: returns once no other CPU
-    /// can be between its look at the code bits and its store. The caller is not inside translated code.
-    pub(crate) fn await_stores(&self, gpa: u64, by: u32) {
-        if self.vcpus < 2 {
-            return;
-        }
+            fresh
+        };
         let page = (gpa >> 12) + 1;
-        for mailbox in &self.others(by) {
-            await_exit(mailbox, || mailbox.storing.load(Ordering::SeqCst) == page);
+        for mailbox in &others {
+            await_exit(mailbox, || {
+                mailbox.forbids.load(Ordering::SeqCst)
+                    || mailbox.storing.load(Ordering::SeqCst) == page
+            });
         }
+        fresh
     }
 
     /// Keeps all other CPUs outside of translated code until [`Alone::give`]. The caller does not count as inside.

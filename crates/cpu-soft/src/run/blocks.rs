@@ -303,12 +303,8 @@ impl Cpu {
         let Some(bits) = machine.granules(page) else {
             return;
         };
-        let before = bits.fetch_or(mask, Ordering::SeqCst);
-        if before == 0 {
+        if machine.mark(bits, mask, page, host_page, self.id) {
             self.forbid_writes(host_page);
-            machine.forbid_writes(host_page, self.id);
-        } else if mask & !before != 0 {
-            machine.await_stores(page, self.id);
         }
     }
 
