@@ -196,6 +196,23 @@ fn a_machines_process_sees_its_own_files_and_no_other_process() {
 }
 
 #[test]
+fn a_machine_whose_process_hangs_is_shown_so_and_is_ended_all_the_same() {
+    let Some(host) = start_with_idle() else {
+        return;
+    };
+    create(&host, "vm", &[]);
+    host.ok(&["machine", "start", "vm"]);
+    let process = rustix::process::Pid::from_raw(pid(&host, "vm")).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+    assert_eq!(state(&host, "vm"), "unresponsive");
+    // Long before the time that a guest has to power off.
+    host.ok(&["machine", "stop", "--time", "600", "vm"]);
+    assert_eq!(state(&host, "vm"), "stopped");
+    host.ok(&["machine", "start", "vm"]);
+    assert_eq!(state(&host, "vm"), "running");
+}
+
+#[test]
 fn two_starts_at_once_never_get_the_same_memory() {
     let Some(mut host) = start_with_idle() else {
         return;

@@ -485,10 +485,11 @@ impl Machines {
         let (slot, key) = self.running(name)?;
         let end = Instant::now() + timeout;
         self.note_stop(&slot);
-        let _ = ask(&slot.folder, &Request::Resume);
+        // One that does not answer will not hear its button either.
+        let hears = ask(&slot.folder, &Request::Resume).is_ok();
         // A guest that is still booting does not hear the button: it is pressed again.
         let mut next_press = Instant::now();
-        while Instant::now() < end {
+        while hears && Instant::now() < end {
             if Self::is_over(&slot, key) {
                 return Ok(());
             }
