@@ -145,7 +145,10 @@ impl Classified for BootError {
             }
             BootError::NoRoom { .. } => Some("give --memory SIZE, larger than now".into()),
             BootError::Socket { path, source } if source.kind() == ErrorKind::AddrInUse => {
-                Some(format!("rm {}, or name another", path.display()))
+                Some(format!(
+                    "--vsock with another path; at {} there is something already",
+                    path.display()
+                ))
             }
             BootError::Tap { name, .. } => Some(format!(
                 "ip tuntap add {name} mode tap user $USER; ip link set {name} up"
