@@ -176,8 +176,8 @@ mod tests {
     fn blocks_are_found_by_place_address_and_mode_until_they_are_taken_out() {
         let mut index = Index::default();
         let key = |n: u64, view: u64, mode: u8| Key {
-            gpa: 0x5000 | n * 7,
-            rip: view << 12 | n * 7,
+            gpa: 0x5000 | (n * 7),
+            rip: (view << 12) | (n * 7),
             mode,
         };
         for n in 0..300 {

@@ -228,10 +228,8 @@ impl Cpu {
                 self.write_bounce();
             }
             self.end_alone();
-            if bounced {
-                if self.io().is_some_and(|io| io.stop_requested()) {
-                    return Ok(RunExit::Stopped);
-                }
+            if bounced && self.io().is_some_and(|io| io.stop_requested()) {
+                return Ok(RunExit::Stopped);
             }
             if done && shadow {
                 poll = true;

@@ -481,7 +481,7 @@ impl Translator<'_> {
     fn descriptor(&mut self, stub: u64, word: u32, payload: u32) {
         let lea = self.code.lea_r11_rip();
         self.code.jmp_to(stub);
-        self.to_stub();
+        self.stub_displacement();
         self.code.bind(lea);
         self.code.u32(word);
         self.code.u32(payload);
@@ -504,11 +504,11 @@ impl Translator<'_> {
             self.code.cmp_reg(R10, R11);
         }
         self.code.jcc_to(CC_NE, miss);
-        self.to_stub();
+        self.stub_displacement();
         self.code
             .cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, attention)), 0);
         self.code.jcc_to(CC_NE, miss);
-        self.to_stub();
+        self.stub_displacement();
         if flags_live {
             self.restore_flags_code();
         }
@@ -687,7 +687,7 @@ impl Translator<'_> {
             }
             let lea = self.code.lea_r11_rip();
             self.code.jmp_to(self.request.stubs.memory);
-            self.to_stub();
+            self.stub_displacement();
             self.code.bind(lea);
             let back = slow.back.wrapping_sub(self.code.here()) as u32;
             self.code.u32(slow.words);

@@ -52,7 +52,7 @@ impl Translator<'_> {
     }
 
     /// The displacement just emitted leads to a stub.
-    pub(super) fn to_stub(&mut self) {
+    pub(super) fn stub_displacement(&mut self) {
         self.note(4, What::Stub);
     }
 
