@@ -8,6 +8,7 @@ mod daemon;
 mod compose;
 mod containers;
 mod images;
+mod limits;
 mod networks;
 mod python;
 mod remote;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         python::TESTS,
         remote::TESTS,
         verbs::TESTS,
+        limits::TESTS,
         compose::TESTS,
     ];
     let chosen: Vec<Test> = all

@@ -14,8 +14,8 @@ use crate::container::start::detached;
 use crate::container::{Wait, WaitCondition, cgroup, limits, processes, signal};
 use crate::error::{Error, Result};
 
-/// How long a killed container may take to be gone.
-const KILL_WAIT: Duration = Duration::from_secs(20);
+/// How long a killed container may take to be gone and cleaned up: many at once on a busy host take their time.
+const KILL_WAIT: Duration = Duration::from_secs(60);
 
 impl Engine {
     /// Stops it: `signal` (its own stop signal), then after `timeout` seconds (its own; negative: never) SIGKILL.
