@@ -297,6 +297,10 @@ pub struct Level {
 
 /// Entries of each of the second look-aside buffers.
 pub const SECOND_TLB: usize = 4096;
+/// Entries of [`Second::writers`].
+pub const WRITERS: usize = 16384;
+/// Several entries, perhaps of several pages.
+pub const MANY_WRITERS: u16 = u16::MAX;
 /// Entries of the second table for indirect jumps.
 pub const SECOND_JUMPS: usize = 65536;
 
@@ -329,6 +333,9 @@ pub struct Second {
     pub contexts: [u16; 4096],
     /// The last number given.
     pub given: u16,
+    /// Where `tlb` lets a page of RAM be written, by [`crate::tlb::writer`] of the page: 0 nowhere, n in the entry n - 1
+    /// (of ring 3 from [`SECOND_TLB`] on), or [`MANY_WRITERS`].
+    pub writers: [u16; WRITERS],
 }
 
 /// What host GS points at.

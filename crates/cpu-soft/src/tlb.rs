@@ -7,7 +7,8 @@
 //! used again before the second stage was emptied.
 
 use crate::state::{
-    Cpu, Frame, JumpEntry, Level, SECOND_JUMPS, SECOND_TLB, Second, TLB_ENTRIES, TlbEntry,
+    Cpu, Frame, JumpEntry, Level, MANY_WRITERS, SECOND_JUMPS, SECOND_TLB, Second, TLB_ENTRIES,
+    TlbEntry, WRITERS,
 };
 use crate::system::cr;
 
@@ -51,6 +52,72 @@ pub(crate) const fn second_jump(rip: u64) -> usize {
 #[inline]
 const fn second_index(va: u64) -> usize {
     (va >> 12) as usize & (SECOND_TLB - 1)
+}
+
+/// Index in [`Second::writers`].
+#[inline]
+pub(crate) const fn writer(host_page: u64) -> usize {
+    (host_page >> 12) as usize & (WRITERS - 1)
+}
+
+impl Second {
+    fn written(&mut self, place: usize) -> &mut TlbEntry {
+        &mut self.tlb[1 + place / SECOND_TLB * 2][place % SECOND_TLB]
+    }
+
+    /// An entry for writing was filled at `place`. Whatever valid entries there are of pages with this index, `writers` leads
+    /// to them.
+    fn note_writer(&mut self, host_page: u64, place: usize) {
+        let index = writer(host_page);
+        let known = self.writers[index];
+        let here = place as u16 + 1;
+        self.writers[index] = match known {
+            0 => here,
+            MANY_WRITERS => MANY_WRITERS,
+            _ if known == here => here,
+            _ => {
+                let entry = *self.written(usize::from(known) - 1);
+                let lives = entry.tag != NO_ENTRY.tag && writer(entry.host) == index;
+                if lives { MANY_WRITERS } else { here }
+            }
+        };
+    }
+
+    /// Drops the entries for writing to a page.
+    fn drop_writers(&mut self, host_page: u64) {
+        let index = writer(host_page);
+        match self.writers[index] {
+            0 => {}
+            MANY_WRITERS => {
+                let mut left = 0;
+                for place in 0..2 * SECOND_TLB {
+                    let entry = self.written(place);
+                    if entry.host == host_page {
+                        *entry = NO_ENTRY;
+                    } else if entry.tag != NO_ENTRY.tag && writer(entry.host) == index {
+                        left = if left == 0 {
+                            place as u16 + 1
+                        } else {
+                            MANY_WRITERS
+                        };
+                    }
+                }
+                self.writers[index] = left;
+            }
+            known => {
+                let entry = self.written(usize::from(known) - 1);
+                if entry.host == host_page {
+                    *entry = NO_ENTRY;
+                    self.writers[index] = 0;
+                }
+            }
+        }
+    }
+
+    fn empty_tlb(&mut self) {
+        self.tlb.as_flattened_mut().fill(NO_ENTRY);
+        self.writers.fill(0);
+    }
 }
 
 const NO_ENTRY: TlbEntry = TlbEntry {
@@ -158,6 +225,9 @@ impl Cpu {
             tag: va & !0xfff | context,
             host: host_page,
         };
+        if write {
+            second.note_writer(host_page, usize::from(user) * SECOND_TLB + second_index(va));
+        }
     }
 
     /// The indirect entry for `rip` in the second stage.
@@ -210,7 +280,7 @@ impl Cpu {
             let nowhere = self.engine_mut().map_or(0, |e| e.nowhere());
             self.wipe_second_jumps(nowhere);
             let second = self.second();
-            second.tlb.as_flattened_mut().fill(NO_ENTRY);
+            second.empty_tlb();
             second.contexts.fill(0);
             second.given = 0;
             if let Some(engine) = self.engine_mut() {
@@ -273,7 +343,7 @@ impl Cpu {
         }
         let second = self.second();
         second.nonglobal = [[0; TLB_ENTRIES / 64]; 4];
-        second.tlb.as_flattened_mut().fill(NO_ENTRY);
+        second.empty_tlb();
         second.contexts.fill(0);
         if let Some(engine) = self.engine_mut() {
             engine.notes.fetch.fill(NO_FETCH);
@@ -342,10 +412,44 @@ impl Cpu {
                 }
             }
         }
-        let [_, supervisor, _, user] = &mut self.second().tlb;
-        for entry in supervisor.iter_mut().chain(user) {
-            if entry.host == host_page {
-                *entry = NO_ENTRY;
+        self.second().drop_writers(host_page);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_entry_for_writing_is_left_of_a_page_that_may_not_be_written() {
+        // SAFETY: plain integers, for which zero is a value.
+        let mut second: Box<Second> = unsafe { Box::<Second>::new_zeroed().assume_init() };
+        second.empty_tlb();
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = |below: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % below
+        };
+        for round in 0..20_000 {
+            // Few places and pages, half of which share an index with another.
+            let place = next(64) as usize * 128;
+            let page = 0x7f00_0000_0000 + (next(24) << 12) + (next(2) * WRITERS as u64 * 4096);
+            match next(4) {
+                0 => {
+                    second.drop_writers(page);
+                    let left = (0..2 * SECOND_TLB).any(|at| second.written(at).host == page);
+                    assert!(!left, "round {round}");
+                }
+                1 => *second.written(place) = NO_ENTRY,
+                _ => {
+                    *second.written(place) = TlbEntry {
+                        tag: (place as u64) << 12,
+                        host: page,
+                    };
+                    second.note_writer(page, place);
+                }
             }
         }
     }
