@@ -43,6 +43,24 @@ struct Registry {
     log: std::path::PathBuf,
 }
 
+/// An image `name` of what `script` changes in `base`.
+fn make_of(host: &Host, base: &str, script: &str, name: &str) {
+    let run = [
+        "run",
+        "--name",
+        "filler",
+        "--network",
+        "none",
+        base,
+        "sh",
+        "-c",
+        script,
+    ];
+    host.ok(&run);
+    host.ok(&["commit", "filler", name]);
+    host.ok(&["rm", "filler"]);
+}
+
 impl Registry {
     const ADDRESS: &str = "127.0.0.1:5000";
 
@@ -86,20 +104,7 @@ impl Registry {
             let script = format!(
                 "dd if=/dev/urandom of=/layer-{layer} bs=1M count=5 && sha256sum /layer-* > /sums"
             );
-            let run = [
-                "run",
-                "--name",
-                "filler",
-                "--network",
-                "none",
-                &name,
-                "sh",
-                "-c",
-                &script,
-            ];
-            host.ok(&run);
-            host.ok(&["commit", "filler", &name]);
-            host.ok(&["rm", "filler"]);
+            make_of(host, &name, &script, &name);
         }
         host.ok(&["push", "-q", &name]);
         host.ok(&["rmi", &name]);
@@ -185,20 +190,7 @@ fn a_daemon_killed_at_any_moment_leaves_nothing_half_made() {
         if registry.is_some() {
             // Nothing of it is in the registry yet.
             let script = format!("dd if=/dev/urandom of=/data bs=1M count=5; echo {round} > /n");
-            let run = [
-                "run",
-                "--name",
-                "filler",
-                "--network",
-                "none",
-                "busybox",
-                "sh",
-                "-c",
-                &script,
-            ];
-            host.ok(&run);
-            host.ok(&["commit", "filler", &pushed]);
-            host.ok(&["rm", "filler"]);
+            make_of(&host, "busybox", &script, &pushed);
         }
         let scripts: [&[&[&str]]; 3] = [
             &[

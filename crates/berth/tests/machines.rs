@@ -5,17 +5,16 @@
 mod guest;
 mod host;
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use guest::{file_like, import_tiny, kernel_package, root};
-use host::{BERTH, has, start};
+use guest::{boot, kernel_package, root, start_with_tiny};
+use host::{BERTH, has_all};
 
 fn boot_to_power_off(cpus: &str) {
     let Some(package) = kernel_package() else {
         return;
     };
-    if !has("busybox") || !has("python3") {
-        eprintln!("SKIPPED: needs busybox and python3");
+    if !has_all(&["busybox", "python3"]) {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -32,17 +31,8 @@ fn boot_to_power_off(cpus: &str) {
         .status()
         .unwrap();
     assert!(made.success());
-    let output = Command::new("timeout")
-        .args([
-            "300", BERTH, "machine", "boot", "--cpu", "soft", "--memory", "256M", "--cpus", cpus,
-            "--kernel",
-        ])
-        .arg(file_like(&package.join("boot"), "vmlinuz-"))
-        .arg("--initrd")
-        .arg(&initrd)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let words = ["--memory", "256M", "--cpus", cpus];
+    let output = boot(&package, &initrd, 300, &words);
     let text = String::from_utf8_lossy(&output.stdout);
     let tail: String = text
         .chars()
@@ -84,15 +74,9 @@ fn a_missing_kernel_is_named() {
 
 #[test]
 fn a_machine_meets_containers_on_its_network_and_loses_nothing_it_synced() {
-    let Some(package) = kernel_package() else {
+    let Some(mut host) = start_with_tiny(&[]) else {
         return;
     };
-    if !has("mke2fs") {
-        eprintln!("SKIPPED: needs mke2fs (e2fsprogs)");
-        return;
-    }
-    let Some(mut host) = start() else { return };
-    import_tiny(&host, &package);
     let (code, error) = host.fails(&[
         "machine", "create", "huge", "--image", "tiny", "--memory", "900T",
     ]);

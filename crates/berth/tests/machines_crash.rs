@@ -6,28 +6,17 @@ mod host;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use guest::{file_like, import_tiny, initrd, inspect, kernel_package, type_line};
-use host::{BERTH, has, start};
+use guest::{file_like, initrd, inspect, kernel_package, start_with_tiny, type_line};
+use host::{BERTH, has_all};
 
 fn boot(folder: &Path, script: &str, more: &[&str]) -> Option<Output> {
     let package = kernel_package()?;
-    if !has("busybox") || !has("python3") {
-        eprintln!("SKIPPED: needs busybox and python3");
+    if !has_all(&["busybox", "python3"]) {
         return None;
     }
     let initrd = initrd(folder, &package, script);
-    let output = Command::new("timeout")
-        .args([
-            "300", BERTH, "machine", "boot", "--cpu", "soft", "--memory", "256M", "--kernel",
-        ])
-        .arg(file_like(&package.join("boot"), "vmlinuz-"))
-        .arg("--initrd")
-        .arg(&initrd)
-        .args(more)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    Some(output)
+    let words = [&["--memory", "256M"], more].concat();
+    Some(guest::boot(&package, &initrd, 300, &words))
 }
 
 #[test]
@@ -64,16 +53,7 @@ fn a_broken_initial_ram_disk_is_a_crash_that_names_the_root_file_system() {
     let directory = tempfile::tempdir().unwrap();
     let broken = directory.path().join("initrd");
     std::fs::write(&broken, vec![0x5a; 70_000]).unwrap();
-    let output = Command::new("timeout")
-        .args([
-            "300", BERTH, "machine", "boot", "--cpu", "soft", "--memory", "256M", "--kernel",
-        ])
-        .arg(file_like(&package.join("boot"), "vmlinuz-"))
-        .arg("--initrd")
-        .arg(&broken)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let output = guest::boot(&package, &broken, 300, &["--memory", "256M"]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("Unable to mount root fs"), "{error}");
@@ -97,15 +77,9 @@ fn a_triple_fault_is_a_crash_and_a_reset_is_none() {
 
 #[test]
 fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
-    let Some(package) = kernel_package() else {
+    let Some(host) = start_with_tiny(&[]) else {
         return;
     };
-    if !has("mke2fs") || !has("debugfs") {
-        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
-        return;
-    }
-    let Some(host) = start() else { return };
-    import_tiny(&host, &package);
     for (name, policy) in [("ends", "stop"), ("returns", "restart")] {
         let words = [
             "machine",
@@ -169,15 +143,9 @@ fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
 
 #[test]
 fn a_guest_that_crashes_at_every_boot_can_be_stopped_between_two() {
-    let Some(package) = kernel_package() else {
+    let Some(host) = start_with_tiny(&[]) else {
         return;
     };
-    if !has("mke2fs") || !has("debugfs") {
-        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
-        return;
-    }
-    let Some(host) = start() else { return };
-    import_tiny(&host, &package);
     host.ok(&[
         "machine",
         "create",
@@ -276,11 +244,8 @@ fn a_user_without_rights_boots_a_guest_that_reaches_the_world_and_is_reached() {
         eprintln!("SKIPPED: needs root for a network namespace of the test's own");
         return;
     }
-    for program in ["busybox", "python3", "unshare", "setpriv", "ip"] {
-        if !has(program) {
-            eprintln!("SKIPPED: needs {program}");
-            return;
-        }
+    if !has_all(&["busybox", "python3", "unshare", "setpriv", "ip"]) {
+        return;
     }
     let directory = tempfile::tempdir().unwrap();
     let folder = directory.path();
@@ -331,15 +296,9 @@ fn a_user_without_rights_boots_a_guest_that_reaches_the_world_and_is_reached() {
 
 #[test]
 fn a_machine_on_the_user_network_publishes_its_port_by_itself() {
-    let Some(package) = kernel_package() else {
+    let Some(mut host) = start_with_tiny(&[]) else {
         return;
     };
-    if !has("mke2fs") || !has("debugfs") {
-        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
-        return;
-    }
-    let Some(mut host) = start() else { return };
-    import_tiny(&host, &package);
     let words = [
         "machine",
         "create",

@@ -7,21 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::{Small, import_tiny, inspect, kernel_package, type_line};
-use host::{Host, has, start};
+use guest::{Small, inspect, start_with_tiny, type_line};
+use host::Host;
 
-fn start_with_tiny() -> Option<Host> {
-    let package = kernel_package()?;
-    for program in ["mke2fs", "debugfs", "qemu-img", "e2fsck"] {
-        if !has(program) {
-            eprintln!("SKIPPED: needs {program} (scripts/setup installs it)");
-            return None;
-        }
-    }
-    let host = start()?;
-    import_tiny(&host, &package);
-    Some(host)
-}
+const PROGRAMS: [&str; 2] = ["qemu-img", "e2fsck"];
 
 fn create(host: &Host, name: &str, more: &[&str]) {
     let mut words = vec![
@@ -126,7 +115,7 @@ fn file_in(file_system: &Path, path: &str) -> String {
 
 #[test]
 fn machines_of_an_image_share_its_files_and_differ_in_their_own() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     let begun = std::time::Instant::now();
@@ -183,7 +172,7 @@ fn machines_of_an_image_share_its_files_and_differ_in_their_own() {
 
 #[test]
 fn a_disk_grows_gives_space_back_and_further_drives_are_seen() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     let extra = host.scratch().join("extra.img");
@@ -258,7 +247,7 @@ fn a_disk_grows_gives_space_back_and_further_drives_are_seen() {
 
 #[test]
 fn a_running_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     create(&host, "vm", &[]);
@@ -311,7 +300,7 @@ fn a_running_guest_is_told_that_its_disk_grew_and_uses_what_is_new() {
 
 #[test]
 fn a_disk_image_is_imported_as_a_copy() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     create(&host, "source", &[]);
@@ -377,7 +366,7 @@ fn a_disk_image_is_imported_as_a_copy() {
 
 #[test]
 fn a_full_host_disk_pauses_the_machine_and_loses_nothing() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     let small = Small::mount(host.scratch().join("small"), "12m");
@@ -417,7 +406,7 @@ fn a_full_host_disk_pauses_the_machine_and_loses_nothing() {
 
 #[test]
 fn what_the_guest_flushed_survives_its_process() {
-    let Some(host) = start_with_tiny() else {
+    let Some(host) = start_with_tiny(&PROGRAMS) else {
         return;
     };
     create(&host, "vm", &["--drive", "32M"]);

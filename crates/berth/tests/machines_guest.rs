@@ -9,18 +9,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use guest::{import_tiny, inspect, kernel_package, root, type_line};
-use host::{BERTH, Host, has, start};
+use guest::{inspect, root, start_with_tiny, type_line};
+use host::{BERTH, Host, has};
 
 /// A host with a machine `vm` of the tiny image that is ready.
 fn start_with_machine(more: &[&str]) -> Option<Host> {
-    let package = kernel_package()?;
-    if !has("mke2fs") || !has("debugfs") {
-        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
-        return None;
-    }
-    let host = start()?;
-    import_tiny(&host, &package);
+    let host = start_with_tiny(&[])?;
     let mut words = vec![
         "machine",
         "create",

@@ -8,11 +8,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use guest::{import_idle, inspect};
-use host::{Host, has, start};
+use host::{Host, has_all, start};
 
 fn start_with_idle() -> Option<Host> {
-    if !has("mke2fs") || !has("debugfs") {
-        eprintln!("SKIPPED: needs mke2fs and debugfs (e2fsprogs)");
+    if !has_all(&["mke2fs", "debugfs"]) {
         return None;
     }
     let host = start()?;

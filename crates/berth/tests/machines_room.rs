@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use guest::{Small, file_like, initrd, kernel_package};
-use host::{BERTH, has};
+use host::{BERTH, has, has_all};
 
 /// A guest that fills its first disk, and says what it wrote and what it reads back.
 const FILLS: &str = r#"#!/bin/sh
@@ -79,8 +79,7 @@ impl Boot {
 /// Kernel and initial RAM disk, where this host can have them.
 fn ready(folder: &Path) -> Option<(PathBuf, PathBuf)> {
     let package = kernel_package()?;
-    if !has("busybox") || !has("python3") {
-        eprintln!("SKIPPED: needs busybox and python3");
+    if !has_all(&["busybox", "python3"]) {
         return None;
     }
     let initrd = initrd(folder, &package, FILLS);

@@ -5,19 +5,16 @@ mod guest;
 mod host;
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use guest::{file_like, kernel_package, root};
-use host::{BERTH, has};
+use guest::{boot, kernel_package, root};
+use host::has_all;
 
 /// What a guest with that many CPUs printed whose init is this script, with the `smp` program in it.
 fn run(folder: &Path, cpus: u32, script: &str) -> Option<String> {
     let package = kernel_package()?;
-    for program in ["busybox", "python3", "gcc"] {
-        if !has(program) {
-            eprintln!("SKIPPED: needs {program}");
-            return None;
-        }
+    if !has_all(&["busybox", "python3", "gcc"]) {
+        return None;
     }
     let program = folder.join("smp");
     let built = Command::new("gcc")
@@ -38,19 +35,9 @@ fn run(folder: &Path, cpus: u32, script: &str) -> Option<String> {
         .status()
         .unwrap();
     assert!(made.success());
-    let output = Command::new("timeout")
-        .args([
-            "900", BERTH, "machine", "boot", "--cpu", "soft", "--memory", "256M", "--append",
-            "quiet", "--cpus",
-        ])
-        .arg(cpus.to_string())
-        .arg("--kernel")
-        .arg(file_like(&package.join("boot"), "vmlinuz-"))
-        .arg("--initrd")
-        .arg(&initrd)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let cpus = cpus.to_string();
+    let words = ["--memory", "256M", "--append", "quiet", "--cpus", &cpus];
+    let output = boot(&package, &initrd, 900, &words);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     eprintln!("{text}");
     assert!(

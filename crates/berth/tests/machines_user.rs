@@ -6,17 +6,14 @@ mod host;
 use std::path::{Path, PathBuf};
 
 use guest::{import_idle, import_tiny, inspect, kernel_package};
-use host::{Host, has, start_as};
+use host::{Host, has_all, start_as};
 
 /// An id that no account has.
 const USER: u32 = 54321;
 
 fn start_daemon() -> Option<Host> {
-    for program in ["mke2fs", "debugfs"] {
-        if !has(program) {
-            eprintln!("SKIPPED: needs {program} (e2fsprogs)");
-            return None;
-        }
+    if !has_all(&["mke2fs", "debugfs"]) {
+        return None;
     }
     let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
     if limit.trim() == "0" {

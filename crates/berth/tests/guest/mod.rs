@@ -4,9 +4,9 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 
-use crate::host::Host;
+use crate::host::{BERTH, Host, has_all, start};
 
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -35,6 +35,33 @@ pub fn file_like(folder: &Path, start: &str) -> PathBuf {
         .map(|e| e.unwrap().path())
         .find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(start))
         .unwrap()
+}
+
+/// The folder of the package's drivers.
+fn modules_of(package: &Path) -> PathBuf {
+    file_like(&package.join("lib/modules"), "").join("kernel")
+}
+
+/// Makes an image of an archive of files.
+fn import(host: &Host, name: &str, files: tar::Builder<Vec<u8>>) {
+    let archive = files.into_inner().unwrap();
+    let output = host.with_input(&["import", "-", name], &archive);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// A daemon with the image `tiny`, where this host has what that takes and these programs.
+pub fn start_with_tiny(programs: &[&str]) -> Option<Host> {
+    let package = kernel_package()?;
+    if !has_all(&["mke2fs", "debugfs"]) || !has_all(programs) {
+        return None;
+    }
+    let host = start()?;
+    import_tiny(&host, &package);
+    Some(host)
 }
 
 /// Drivers in the order in which they need each other.
@@ -81,13 +108,7 @@ pub fn import_tiny(host: &Host, package: &Path) {
             &std::fs::read(&file).unwrap(),
         );
     }
-    let modules = std::fs::read_dir(package.join("lib/modules"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path()
-        .join("kernel");
+    let modules = modules_of(package);
     let mut load = String::new();
     for module in MODULES.iter().chain(&MORE_MODULES) {
         let name = module.rsplit('/').next().unwrap();
@@ -118,13 +139,7 @@ pub fn import_tiny(host: &Host, package: &Path) {
          while true; do sh < /dev/ttyS0; done\n"
     );
     add("sbin/init", 0o755, init.as_bytes());
-    let archive = builder.into_inner().unwrap();
-    let output = host.with_input(&["import", "-", "tiny"], &archive);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    import(host, "tiny", builder);
 }
 
 /// An ELF kernel that halts its CPU for good.
@@ -166,13 +181,7 @@ pub fn import_idle(host: &Host) {
         header.set_mode(0o644);
         builder.append_data(&mut header, name, bytes).unwrap();
     }
-    let archive = builder.into_inner().unwrap();
-    let output = host.with_input(&["import", "-", "idle"], &archive);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    import(host, "idle", builder);
 }
 
 /// Types a line on the console of a machine and leaves it.
@@ -224,13 +233,7 @@ pub fn initrd(folder: &Path, package: &Path, script: &str) -> PathBuf {
     let init = folder.join("init");
     std::fs::write(&init, script).unwrap();
     let out = folder.join("initrd");
-    let modules = std::fs::read_dir(package.join("lib/modules"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path()
-        .join("kernel");
+    let modules = modules_of(package);
     let mut command = Command::new(root().join("scripts/guest-initrd"));
     command.arg(&out).arg(&init);
     for module in MODULES {
@@ -239,4 +242,18 @@ pub fn initrd(folder: &Path, package: &Path, script: &str) -> PathBuf {
     }
     assert!(command.status().unwrap().success());
     out
+}
+
+/// Boots the package's kernel with this initial RAM disk on the software CPU, for at most so many seconds.
+pub fn boot(package: &Path, initrd: &Path, seconds: u32, more: &[&str]) -> Output {
+    Command::new("timeout")
+        .arg(seconds.to_string())
+        .args([BERTH, "machine", "boot", "--cpu", "soft", "--kernel"])
+        .arg(file_like(&package.join("boot"), "vmlinuz-"))
+        .arg("--initrd")
+        .arg(initrd)
+        .args(more)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }

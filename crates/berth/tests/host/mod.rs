@@ -33,6 +33,15 @@ pub fn has(program: &str) -> bool {
         .any(|folder| folder.join(program).is_file())
 }
 
+/// Whether all of `programs` are installed; says which one is not.
+pub fn has_all(programs: &[&str]) -> bool {
+    let missing = programs.iter().find(|program| !has(program));
+    if let Some(missing) = missing {
+        eprintln!("SKIPPED: needs {missing} (scripts/setup installs it)");
+    }
+    missing.is_none()
+}
+
 /// Starts a daemon, or says why this machine cannot.
 pub fn start() -> Option<Host> {
     start_with(None)
