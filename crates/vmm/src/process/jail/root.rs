@@ -72,27 +72,22 @@ impl Carried {
 
     /// Mounts it below `root`, with the folders that lead to it.
     fn put(self, root: BorrowedFd<'_>) -> io::Result<()> {
-        let mut tree = Some(self.tree);
-        for place in &self.places {
+        let flags =
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let mut mount = self.tree;
+        for (number, place) in self.places.iter().enumerate() {
             let target = make_place(root, place, self.directory)?;
-            let flags =
-                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            // The last place gets the mount itself, those before it clones of it.
-            let clone = OpenTreeFlags::OPEN_TREE_CLONE
-                | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                | OpenTreeFlags::AT_EMPTY_PATH;
-            let last = Some(place) == self.places.last();
-            let mount = match (&tree, last) {
-                (Some(_), true) => tree.take(),
-                (Some(tree), false) => Some(rustix::mount::open_tree(tree, "", clone)?),
-                (None, _) => None,
-            };
-            if let Some(mount) = mount {
-                at(
-                    place,
-                    rustix::mount::move_mount(mount, "", target, "", flags),
-                )?;
+            if number > 0 {
+                // Of the one before, which is mounted by now: kernels before 6.15 clone no other.
+                mount = at(place, rustix::mount::open_tree(&mount, "", clone))?;
             }
+            at(
+                place,
+                rustix::mount::move_mount(&mount, "", target, "", flags),
+            )?;
         }
         Ok(())
     }
