@@ -57,15 +57,21 @@ fn look(
         .stack_size(64 * 1024)
         .spawn(move || {
             let there = ask(&asked);
+            let mut silent = silent();
             if sender.send(there).is_err() {
-                silent().remove(&asked);
+                silent.remove(&asked);
             }
         })
         .map_err(Error::io("starting a thread"))?;
     match receiver.recv_timeout(patience) {
         Ok(there) => Ok(there),
         Err(_) => {
-            silent().insert(path.to_owned());
+            // Given up under the lock, so that the answer either is here by now or finds nobody.
+            let mut silent = silent();
+            if let Ok(there) = receiver.try_recv() {
+                return Ok(there);
+            }
+            silent.insert(path.to_owned());
             drop(receiver);
             Err(refusal(path))
         }
