@@ -201,10 +201,11 @@ impl Cpu {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
             engine.tsc_offset = cpu_tsc;
-            let movable = movable && !engine.split.contains_key(&key.rip);
+            let splits = engine.split.get(&key.rip).copied().unwrap_or(0);
+            let movable = movable && splits == 0;
             let counted = engine.options.counts();
             let short = engine.options.short;
-            let groups = !engine.split.contains_key(&key.rip) || engine.split[&key.rip] < SPLIT;
+            let groups = splits < SPLIT;
             let Engine {
                 cache,
                 workshop,

@@ -67,6 +67,13 @@ pub(crate) struct Counters {
     pub mnemonics: HashMap<iced_x86::Mnemonic, (u64, u64)>,
 }
 
+impl Counters {
+    /// How often Rust ran such an instruction, and how often it did not go straight on from there.
+    pub(super) fn of(&mut self, instruction: &iced_x86::Instruction) -> &mut (u64, u64) {
+        self.mnemonics.entry(instruction.mnemonic()).or_default()
+    }
+}
+
 impl Engine {
     pub(crate) fn new(
         frame: &Frame,

@@ -94,12 +94,7 @@ pub(super) unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor
         cpu.flags_from_slot();
     }
     if cpu.engine().options.profile {
-        cpu.engine()
-            .counters
-            .mnemonics
-            .entry(instruction.mnemonic())
-            .or_default()
-            .0 += 1;
+        cpu.engine().counters.of(&instruction).0 += 1;
     }
     let generation = cpu.engine().cache.generation;
     let start = cpu.rip;
@@ -127,12 +122,7 @@ pub(super) unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor
         }
         Ok(flow) => {
             if cpu.engine().options.profile {
-                cpu.engine()
-                    .counters
-                    .mnemonics
-                    .entry(instruction.mnemonic())
-                    .or_default()
-                    .1 += 1;
+                cpu.engine().counters.of(&instruction).1 += 1;
             }
             Pending::Flow(flow)
         }

@@ -69,7 +69,7 @@ impl Translator<'_> {
         }
         let memory = self.at.mnemonic() != Mnemonic::Lea
             && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
-        if self.at.mnemonic() == Mnemonic::Lea && self.at.memory_base() == Register::RIP {
+        if self.at.mnemonic() == Mnemonic::Lea && self.at.is_ip_rel_memory_operand() {
             self.lea_rip();
         } else if memory {
             self.with_memory(k);
@@ -217,9 +217,11 @@ impl Translator<'_> {
             [Some(_), Some(_)] => {
                 // Both scratch registers are operands (BMI2 and the like, which only read memory): the value goes by the frame.
                 self.code.lea(R10, mem);
-                self.code.load(R11, Mem::base(R10, 0));
+                // No more than the operand: behind it the memory may end.
                 if size == 4 {
                     self.code.load32(R11, Mem::base(R10, 0));
+                } else {
+                    self.code.load(R11, Mem::base(R10, 0));
                 }
                 self.code.store(Mem::gs(SAVED_OPERAND), R11);
                 self.code.load(R10, gpr(10));

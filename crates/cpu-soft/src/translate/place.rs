@@ -2,7 +2,7 @@
 //! A copy of the block, with what depends on the guest's addresses and on its own place made right, costs a tenth of a
 //! translation.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Instruction, OpKind, Register};
 
 use super::{Exit, Lists, Site, Translator, level_offset};
 use crate::cache::{Block, Key};
@@ -98,7 +98,9 @@ fn moved(mut i: Instruction, by: u64) -> Instruction {
     let relative = i.is_ip_rel_memory_operand();
     i.set_ip(i.ip().wrapping_add(by));
     if relative {
-        i.set_memory_displacement64(target.wrapping_add(by));
+        let target = target.wrapping_add(by);
+        let wraps = i.memory_base() == Register::EIP;
+        i.set_memory_displacement64(if wraps { target & 0xffff_ffff } else { target });
     }
     if i.op0_kind() == OpKind::NearBranch64 {
         i.set_near_branch64(i.near_branch64().wrapping_add(by));

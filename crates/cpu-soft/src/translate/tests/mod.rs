@@ -197,6 +197,41 @@ fn translator_and_interpreter_do_what_the_host_does() {
     );
 }
 
+#[test]
+fn an_address_relative_to_eip_is_the_guests_and_has_32_bits() {
+    let Some(mut rig) = rig::rig() else { return };
+    let (frame, range, fault) = rig.vcpu.cpu().place_of_code();
+    let _guard = Guard::new(frame, range, fault).expect("guard");
+    let state = generate::state(&mut Random(1));
+    let start = CODE + 0x40;
+    for (code, length) in [(&[0x67, 0x8d, 0x05][..], 7), (&[0x67, 0x48, 0x8d, 0x05], 8)] {
+        for displacement in [0x123u32, 0x8000_0000, u32::MAX - 0x5f_ffff] {
+            let bytes = [code, &displacement.to_le_bytes()].concat();
+            let wanted = u64::from(
+                (start as u32)
+                    .wrapping_add(length)
+                    .wrapping_add(displacement),
+            );
+            for (name, (after, _)) in [
+                (
+                    "blocks",
+                    rig.translated(&bytes, start, &state, false, Page::Writable),
+                ),
+                (
+                    "single",
+                    rig.translated(&bytes, start, &state, true, Page::Writable),
+                ),
+                (
+                    "interpreter",
+                    rig.interpreted(&bytes, start, &state, Page::Writable),
+                ),
+            ] {
+                assert_eq!(after.gpr[0], wanted, "{name}: {bytes:02x?}");
+            }
+        }
+    }
+}
+
 fn round(
     rig: &mut rig::Rig,
     sequence: &Sequence,
