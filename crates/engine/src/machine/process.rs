@@ -99,8 +99,8 @@ const ANSWER_LIMIT: u64 = 256 << 10;
 
 pub fn exchange(stream: &UnixStream, request: &Request) -> std::io::Result<Answer> {
     let timeout = match request {
-        // It waits for what the disks are at.
-        Request::Pause => SLOW,
+        // They wait for what the disks are at.
+        Request::Pause | Request::GrowDisk { .. } => SLOW,
         _ => QUICK,
     };
     stream.set_write_timeout(Some(timeout))?;

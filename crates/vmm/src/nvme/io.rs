@@ -109,18 +109,19 @@ pub(super) fn carry(shared: &Arc<Shared>, queue: u16, command: Command) {
     };
     // What is wrong with it is said where it is run.
     let found = match disk(shared, &command) {
-        Ok(disk) if queue != 0 => transfer(shared, &**disk, &command)
-            .ok()
-            .filter(|(_, pieces)| slices(shared, pieces).is_ok())
-            .map(|(offset, pieces)| Transfer {
-                disk: disk.clone(),
-                way,
-                offset,
-                pieces: pieces
-                    .into_iter()
-                    .map(|(address, len)| (address, len as usize))
-                    .collect(),
-            }),
+        Ok(disk) if queue != 0 => {
+            transfer(shared, &**disk, &command)
+                .ok()
+                .map(|(offset, pieces)| Transfer {
+                    disk: disk.clone(),
+                    way,
+                    offset,
+                    pieces: pieces
+                        .into_iter()
+                        .map(|(address, len)| (address, len as usize))
+                        .collect(),
+                })
+        }
         _ => None,
     };
     match found {

@@ -407,7 +407,13 @@ impl Shared {
             tv_nsec: 0,
         };
         let begun = Instant::now();
-        poll(waiting, any.then_some(&now))?;
+        match poll(waiting, any.then_some(&now)) {
+            // What was found is served all the same: the guest was told to say no more of it.
+            Err(rustix::io::Errno::INTR) if any => {}
+            other => {
+                other?;
+            }
+        }
         if let (Some(watch), false) = (watch, any) {
             watch.slept(begun.elapsed());
         }
