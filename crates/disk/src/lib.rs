@@ -1,5 +1,6 @@
 //! Disks of machines: one trait, and the image formats behind it.
 
+mod bounce;
 mod place;
 pub mod qcow2;
 mod raw;
@@ -14,7 +15,7 @@ use base::error::kind_of_io;
 use base::{Classified, Kind};
 use vm_memory::VolatileSlice;
 
-pub use place::{Part, Place, Way};
+pub use place::{Part, Place, Way, total};
 pub use qcow2::{BackingFiles, Qcow2Disk};
 pub use raw::RawDisk;
 pub use ring::{Ring, Task};
@@ -64,15 +65,7 @@ pub trait Disk: Send + Sync {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        let mut data = vec![0; buffers.iter().map(VolatileSlice::len).sum()];
-        self.read_at(offset, &mut data)?;
-        let mut rest = &data[..];
-        for buffer in buffers {
-            let (now, later) = rest.split_at(buffer.len());
-            buffer.copy_from(now);
-            rest = later;
-        }
-        Ok(())
+        bounce::read(buffers, |data| self.read_at(offset, data))
     }
     /// As [`Disk::read_volatile_at`] where that needs no wait for the disk; false, with any content, where it does.
     fn try_read_volatile_at(
@@ -88,14 +81,7 @@ pub trait Disk: Send + Sync {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        let mut data = vec![0; buffers.iter().map(VolatileSlice::len).sum()];
-        let mut rest = &mut data[..];
-        for buffer in buffers {
-            let (now, later) = rest.split_at_mut(buffer.len());
-            buffer.copy_to(now);
-            rest = later;
-        }
-        self.write_at(offset, &data)
+        bounce::write(buffers, |data| self.write_at(offset, data))
     }
     /// As [`Disk::write_volatile_at`] where that is a copy into the host's cache and nothing else; false, with nothing
     /// written, where it is more: the disk has to be looked at, room to be found.

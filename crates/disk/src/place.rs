@@ -108,3 +108,15 @@ pub(crate) fn split(
     }
     current.is_none().then_some((vectors, counts))
 }
+
+/// How many bytes `buffers` hold together.
+pub fn total(buffers: &[VolatileSlice<'_>]) -> u64 {
+    buffers.iter().map(|buffer| buffer.len() as u64).sum()
+}
+
+/// Fills a vector of [`split`] with zeros.
+pub(crate) fn zero(vector: &libc::iovec) {
+    // SAFETY: the vector is memory that a volatile slice lends to the caller for longer than this call; a guest may write
+    // it too, which is what volatile slices are for.
+    unsafe { std::ptr::write_bytes(vector.iov_base.cast::<u8>(), 0, vector.iov_len) };
+}

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::VolatileSlice;
 
-use crate::place::{Part, Place, VECTORS, Way};
+use crate::place::{Part, Place, VECTORS, Way, total};
 use crate::{Disk, DiskError};
 
 fn vectors(buffers: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
@@ -221,7 +221,7 @@ impl Disk for RawDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        let len = total(buffers);
         self.check("reading", offset, len, false)?;
         transfer(&self.file, Way::FromFile, offset, buffers).map_err(|source| DiskError::Io {
             what: "reading",
@@ -236,7 +236,7 @@ impl Disk for RawDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<bool, DiskError> {
-        let len: u64 = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        let len = total(buffers);
         self.check("reading", offset, len, false)?;
         let vectors = vectors(buffers);
         if vectors.len() > VECTORS {
@@ -250,7 +250,7 @@ impl Disk for RawDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        let len = total(buffers);
         self.check("writing", offset, len, true)?;
         transfer(&self.file, Way::ToFile, offset, buffers).map_err(|source| DiskError::Io {
             what: "writing",

@@ -21,7 +21,7 @@ use io_uring::{IoUring, opcode, squeue};
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::VolatileSlice;
 
-use crate::place::{Part, Place, Way, split};
+use crate::place::{Part, Place, Way, split, zero};
 
 /// Requests that wait to be submitted, at most.
 const ENTRIES: u32 = 256;
@@ -74,6 +74,8 @@ struct Inner<T> {
     broken: bool,
     /// Tasks that ended without the kernel.
     stranded: Vec<Slot<T>>,
+    /// What the kernel makes readable with each task that ends; of the stranded it does not know.
+    event: Option<OwnedFd>,
 }
 
 /// See the module. `T` comes back when a task has ended. Its lock is a leaf.
@@ -117,6 +119,9 @@ impl<T> Ring<T> {
         // SAFETY: the ring, whose descriptor this is, outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
         let readable = rustix::io::fcntl_dupfd_cloexec(fd, 0)?;
+        let event = event
+            .map(|event| rustix::io::fcntl_dupfd_cloexec(event, 0))
+            .transpose()?;
         Ok(Ring {
             limit: ring.params().cq_entries() as usize,
             readable,
@@ -128,6 +133,7 @@ impl<T> Ring<T> {
                 in_flight: 0,
                 broken: false,
                 stranded: Vec::new(),
+                event,
             }),
         })
     }
@@ -163,11 +169,7 @@ impl<T> Ring<T> {
                     let (list, later) = rest.split_at(count);
                     rest = later;
                     let Part::File { file, offset, len } = part else {
-                        // SAFETY: the vectors are memory that the buffers lend; a guest may write it too, which is
-                        // what volatile slices are for.
-                        list.iter().for_each(|one| unsafe {
-                            std::ptr::write_bytes(one.iov_base.cast::<u8>(), 0, one.iov_len);
-                        });
+                        list.iter().for_each(zero);
                         continue;
                     };
                     let (fd, count) = (Fd(file.as_raw_fd()), count as u32);
@@ -334,6 +336,9 @@ impl<T> Inner<T> {
                     self.stranded.extend(self.slots[index].take());
                 }
             }
+        }
+        if let Some(event) = &self.event {
+            let _ = rustix::io::write(event, &1u64.to_ne_bytes());
         }
     }
 }

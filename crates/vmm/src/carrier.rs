@@ -10,7 +10,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use disk::{Disk, Ring, Task, Way};
@@ -87,9 +87,12 @@ impl<T, R> Landed<T, R> {
     }
 }
 
-/// See the module. `T` names a request, `R` is what it came to. Locks are leaves.
+/// See the module. `T` names a request, `R` is what it came to. Locks are leaves, but for `reaping`.
 pub struct Carrier<T, R> {
     ring: Option<Ring<Load<T, R>>>,
+    /// Held by who reaps the ring, until what it could not do is with the pool: else another waits for what was taken
+    /// already, or finds nothing under way too early. Taken before the ring's lock and the list's.
+    reaping: Mutex<()>,
     pool: Arc<Pool>,
     landed: Arc<Landed<T, R>>,
 }
@@ -113,6 +116,7 @@ impl<T: Send + 'static, R: Send + 'static> Carrier<T, R> {
         };
         Ok(Carrier {
             ring,
+            reaping: Mutex::default(),
             pool,
             landed: Arc::new(Landed {
                 list: Mutex::default(),
@@ -141,7 +145,7 @@ impl<T: Send + 'static, R: Send + 'static> Carrier<T, R> {
         retry: impl FnOnce() -> R + Send + 'static,
     ) -> Result<(), MemoryError> {
         let buffers = dma.slices(&transfer.pieces)?;
-        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        let len = disk::total(&buffers);
         let (way, offset) = (transfer.way, transfer.offset);
         let place = match &self.ring {
             Some(_) => transfer.disk.place(way, offset, len),
@@ -211,7 +215,10 @@ impl<T: Send + 'static, R: Send + 'static> Carrier<T, R> {
     pub fn landed(&self) -> Vec<(T, R)> {
         let _ = rustix::io::read(&self.landed.event, &mut [0; 8]);
         let mut list = Vec::new();
-        self.reap(&mut list);
+        {
+            let _alone = self.alone();
+            self.reap(&mut list);
+        }
         let mut more = self
             .landed
             .list
@@ -221,6 +228,11 @@ impl<T: Send + 'static, R: Send + 'static> Carrier<T, R> {
         list
     }
 
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        self.reaping.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called with `reaping` held.
     fn reap(&self, list: &mut Vec<(T, R)>) {
         let Some(ring) = &self.ring else { return };
         ring.reap(|load, done| {
@@ -243,6 +255,7 @@ impl<T: Send + 'static, R: Send + 'static> Carrier<T, R> {
     /// Returns once nothing is under way; all of it is in [`Carrier::landed`] then.
     pub fn drain(&self) {
         if let Some(ring) = &self.ring {
+            let _alone = self.alone();
             while ring.is_busy() {
                 ring.wait();
                 let mut list = Vec::new();

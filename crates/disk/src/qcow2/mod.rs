@@ -24,11 +24,10 @@ use vm_memory::VolatileSlice;
 pub use create::CreateOptions;
 pub use header::{Backing, Compression, Header, MAGIC, fuzz_header};
 use metadata::{COMPRESSED, COPIED, Metadata, OFFSET, ZERO};
-use transfer::{total, zero};
 
-use crate::place::{Part, Place, Way, split};
+use crate::place::{Part, Place, Way, split, total, zero};
 use crate::raw::try_read;
-use crate::{Disk, DiskError};
+use crate::{Disk, DiskError, bounce};
 
 /// A chain of backing files longer than this is a loop or a mistake.
 const CHAIN_LIMIT: usize = 64;
@@ -562,15 +561,7 @@ impl Disk for Qcow2Disk {
         if moved {
             return Ok(());
         }
-        let mut data = vec![0; len as usize];
-        self.read_at(offset, &mut data)?;
-        let mut rest = &data[..];
-        for buffer in buffers {
-            let (now, later) = rest.split_at(buffer.len());
-            buffer.copy_from(now);
-            rest = later;
-        }
-        Ok(())
+        bounce::read(buffers, |data| self.read_at(offset, data))
     }
 
     fn try_read_volatile_at(
@@ -610,14 +601,7 @@ impl Disk for Qcow2Disk {
         if self.try_write_volatile_at(offset, buffers)? {
             return Ok(());
         }
-        let mut data = vec![0; total(buffers) as usize];
-        let mut rest = &mut data[..];
-        for buffer in buffers {
-            let (now, later) = rest.split_at_mut(buffer.len());
-            buffer.copy_to(now);
-            rest = later;
-        }
-        self.write_at(offset, &data)
+        bounce::write(buffers, |data| self.write_at(offset, data))
     }
 
     fn try_write_volatile_at(

@@ -6,17 +6,8 @@ use vm_memory::VolatileSlice;
 
 use super::metadata::{COMPRESSED, Metadata, OFFSET, ZERO};
 use super::{Qcow2Disk, in_place};
-use crate::place::{Part, Place, Way, split};
+use crate::place::{Part, Place, Way, split, zero};
 use crate::raw::transfer_vectors;
-
-pub(super) fn total(buffers: &[VolatileSlice<'_>]) -> u64 {
-    buffers.iter().map(|buffer| buffer.len() as u64).sum()
-}
-
-pub(super) fn zero(vector: &libc::iovec) {
-    // SAFETY: the vector is memory that a volatile slice lends to the caller for longer than this call.
-    unsafe { std::ptr::write_bytes(vector.iov_base.cast::<u8>(), 0, vector.iov_len) };
-}
 
 impl Qcow2Disk {
     /// Where `len` bytes within one cluster lie.

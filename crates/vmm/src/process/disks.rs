@@ -54,10 +54,6 @@ pub struct DiskCounts {
     pub written_bytes: u64,
 }
 
-fn sum(buffers: &[VolatileSlice<'_>]) -> u64 {
-    buffers.iter().map(|buffer| buffer.len() as u64).sum()
-}
-
 impl Counters {
     fn note(&self, way: Way, len: u64) {
         let (count, bytes) = match way {
@@ -295,7 +291,7 @@ impl Disk for GuardedDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        self.counters.note(Way::FromFile, sum(buffers));
+        self.counters.note(Way::FromFile, disk::total(buffers));
         self.room
             .make(&self.path, || self.disk.read_volatile_at(offset, buffers))
     }
@@ -306,7 +302,7 @@ impl Disk for GuardedDisk {
     ) -> Result<bool, DiskError> {
         let done = self.disk.try_read_volatile_at(offset, buffers)?;
         if done {
-            self.counters.note(Way::FromFile, sum(buffers));
+            self.counters.note(Way::FromFile, disk::total(buffers));
         }
         Ok(done)
     }
@@ -315,7 +311,7 @@ impl Disk for GuardedDisk {
         offset: u64,
         buffers: &[VolatileSlice<'_>],
     ) -> Result<(), DiskError> {
-        self.counters.note(Way::ToFile, sum(buffers));
+        self.counters.note(Way::ToFile, disk::total(buffers));
         self.room
             .make(&self.path, || self.disk.write_volatile_at(offset, buffers))
     }
@@ -326,7 +322,7 @@ impl Disk for GuardedDisk {
     ) -> Result<bool, DiskError> {
         let done = self.disk.try_write_volatile_at(offset, buffers)?;
         if done {
-            self.moved(Way::ToFile, sum(buffers));
+            self.moved(Way::ToFile, disk::total(buffers));
         }
         Ok(done)
     }
