@@ -1,7 +1,7 @@
 //! What `RUN --mount` asks for.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::copy::{self, Choice};
@@ -21,10 +21,22 @@ pub(super) struct Mounts {
     pub env: Vec<String>,
     /// What of them counts for the cache.
     pub identity: String,
+    copies: Vec<Copy>,
     /// Copies of what other images hold.
     scratches: Vec<Scratch>,
     /// Locks of caches that one step at a time may use.
     locks: Vec<Arc<tokio::sync::Mutex<()>>>,
+}
+
+/// A bind mount that is a copy, made once it is known that the step runs: [`Build::make_copies`].
+struct Copy {
+    /// Its place in [`Mounts::mounts`].
+    mount: usize,
+    /// The stage or image, or none for the context.
+    from: Option<String>,
+    source: String,
+    /// The option, for errors.
+    text: String,
 }
 
 impl Mounts {
@@ -35,6 +47,10 @@ impl Mounts {
             .map(|lock| lock.clone().blocking_lock_owned())
             .collect()
     }
+}
+
+fn bad(text: &str, why: &str) -> Error {
+    Error::Dockerfile(format!("--mount={text}: {why}"))
 }
 
 struct Fields<'a> {
@@ -53,15 +69,15 @@ impl<'a> Fields<'a> {
     }
 
     fn bad(&self, why: &str) -> Error {
-        Error::Dockerfile(format!("--mount={}: {why}", self.text))
+        bad(self.text, why)
     }
 
     /// Refuses keys that mean nothing here, so that none is silently without effect.
-    fn only(&self, known: &[&str]) -> Result<()> {
+    fn only(&self, known: &[&[&str]]) -> Result<()> {
         match self
             .fields
             .keys()
-            .find(|key| **key != "type" && !known.contains(key))
+            .find(|key| **key != "type" && !known.iter().any(|keys| keys.contains(key)))
         {
             None => Ok(()),
             Some(key) => Err(self.bad(&format!("unexpected key {key:?}"))),
@@ -101,6 +117,8 @@ impl<'a> Fields<'a> {
 const TARGET: [&str; 3] = ["target", "dst", "destination"];
 const READ_ONLY: [&str; 2] = ["ro", "readonly"];
 const WRITABLE: [&str; 2] = ["rw", "readwrite"];
+const SOURCE: [&str; 2] = ["source", "src"];
+const OWNERSHIP: [&str; 3] = ["mode", "uid", "gid"];
 
 impl Build<'_> {
     /// Takes up one `--mount`.
@@ -110,7 +128,7 @@ impl Build<'_> {
         mounts.identity.push('\n');
         match fields.fields.get("type").copied().unwrap_or("bind") {
             "tmpfs" => {
-                fields.only(&["target", "dst", "destination", "size"])?;
+                fields.only(&[&TARGET, &["size"]])?;
                 let size = fields
                     .first(&["size"])
                     .map_or(Ok(0), base::units::parse_size)
@@ -135,23 +153,8 @@ impl Build<'_> {
     }
 
     fn cache_mount(&self, fields: &Fields<'_>, run: &RunConfig, mounts: &mut Mounts) -> Result<()> {
-        fields.only(&[
-            "id",
-            "target",
-            "dst",
-            "destination",
-            "ro",
-            "readonly",
-            "rw",
-            "readwrite",
-            "sharing",
-            "from",
-            "source",
-            "src",
-            "mode",
-            "uid",
-            "gid",
-        ])?;
+        let own = ["id", "sharing", "from"];
+        fields.only(&[&TARGET, &READ_ONLY, &WRITABLE, &SOURCE, &OWNERSHIP, &own])?;
         let target = fields.target(run)?;
         let id = fields.first(&["id"]).unwrap_or(&target);
         let key = Digest::of(id.as_bytes());
@@ -167,17 +170,7 @@ impl Build<'_> {
             other => return Err(fields.bad(&format!("unknown sharing {other:?}"))),
         }
         if !folder.exists() {
-            std::fs::create_dir_all(&folder).at(&folder)?;
-            if let Some(from) = fields.first(&["from"]) {
-                let source = fields.first(&["source", "src"]).unwrap_or("/");
-                self.copy_out(fields, from, source, &folder)?;
-            }
-            let mode = fields.number("mode", 8)?.unwrap_or(0o755);
-            rustix::fs::chmod(&folder, rustix::fs::Mode::from_raw_mode(mode)).at(&folder)?;
-            let (uid, gid) = (fields.number("uid", 10)?, fields.number("gid", 10)?);
-            if uid.is_some() || gid.is_some() {
-                std::os::unix::fs::chown(&folder, uid, gid).at(&folder)?;
-            }
+            self.make_cache(fields, &folder)?;
         }
         mounts.mounts.push(StepMount {
             kind: StepMountKind::Cache(folder),
@@ -187,52 +180,84 @@ impl Build<'_> {
         Ok(())
     }
 
+    /// A new cache, which is there whole or not at all.
+    fn make_cache(&self, fields: &Fields<'_>, folder: &Path) -> Result<()> {
+        let mode = fields.number("mode", 8)?.unwrap_or(0o755);
+        let (uid, gid) = (fields.number("uid", 10)?, fields.number("gid", 10)?);
+        let scratch = self.scratch("cache")?;
+        let path = scratch.path();
+        if let Some(from) = fields.first(&["from"]) {
+            let source = fields.first(&SOURCE).unwrap_or("/");
+            self.copy_out(fields.text, from, source, path)?;
+        }
+        rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(mode)).at(path)?;
+        if uid.is_some() || gid.is_some() {
+            std::os::unix::fs::chown(path, uid, gid).at(path)?;
+        }
+        if let Some(above) = folder.parent() {
+            std::fs::create_dir_all(above).at(above)?;
+        }
+        match scratch.keep_as(folder) {
+            // Another build was first: its cache it is.
+            Err(_) if folder.exists() => Ok(()),
+            kept => kept.at(folder),
+        }
+    }
+
+    /// A fresh folder beside what the store keeps.
+    fn scratch(&self, what: &str) -> Result<Scratch> {
+        let path = self.store.content().scratch_path(what);
+        Scratch::create(path.clone()).at(&path)
+    }
+
     fn bind_mount(&self, fields: &Fields<'_>, run: &RunConfig, mounts: &mut Mounts) -> Result<()> {
-        fields.only(&[
-            "target",
-            "dst",
-            "destination",
-            "source",
-            "src",
-            "from",
-            "ro",
-            "readonly",
-            "rw",
-            "readwrite",
-        ])?;
+        fields.only(&[&TARGET, &READ_ONLY, &WRITABLE, &SOURCE, &["from"]])?;
         let target = fields.target(run)?;
-        let source = fields.first(&["source", "src"]).unwrap_or("/");
+        let source = fields.first(&SOURCE).unwrap_or("/");
         let writable = fields.on(&WRITABLE)?.unwrap_or(false)
             || fields.on(&READ_ONLY)?.is_some_and(|read_only| !read_only);
-        let path = match fields.first(&["from"]) {
-            None if !writable => self.in_context(fields, source, mounts)?,
-            from => {
-                // What a step writes there is lost with it, so it works on a copy.
-                let copy = self.store.content().scratch_path("mount");
-                let scratch = Scratch::create(copy.clone()).at(&copy)?;
-                rustix::fs::chmod(&copy, rustix::fs::Mode::from_raw_mode(0o755)).at(&copy)?;
-                let path = match from {
-                    Some(from) => self.copy_out(fields, from, source, &copy)?,
-                    None => {
-                        let root = tree::open_root(self.context.path()).at(self.context.path())?;
-                        let (path, hash) = copy_tree(&root, source, &self.ignore, &copy)?;
-                        mounts.identity.push_str(&format!("{hash}\n"));
-                        path
-                    }
-                };
-                mounts.scratches.push(scratch);
-                path
+        let from = fields.first(&["from"]);
+        let path = match from {
+            None => self.in_context(fields, source, mounts)?,
+            Some(from) => {
+                let id = self.named_image(from)?;
+                mounts.identity.push_str(&format!("{id}\n"));
+                PathBuf::new()
             }
         };
-        if let Some(from) = fields.first(&["from"]) {
-            let id = self.named_image(from)?;
-            mounts.identity.push_str(&format!("{id}\n"));
+        // What a step writes there is lost with it, so it works on a copy.
+        if from.is_some() || writable {
+            mounts.copies.push(Copy {
+                mount: mounts.mounts.len(),
+                from: from.map(str::to_owned),
+                source: source.to_owned(),
+                text: fields.text.to_owned(),
+            });
         }
         mounts.mounts.push(StepMount {
             kind: StepMountKind::Bind(path),
             target,
             read_only: !writable,
         });
+        Ok(())
+    }
+
+    /// Makes the copies that the step's mounts are of.
+    pub(super) fn make_copies(&self, mounts: &mut Mounts) -> Result<()> {
+        for wanted in std::mem::take(&mut mounts.copies) {
+            let scratch = self.scratch("mount")?;
+            let copy = scratch.path();
+            rustix::fs::chmod(copy, rustix::fs::Mode::from_raw_mode(0o755)).at(copy)?;
+            let path = match &wanted.from {
+                Some(from) => self.copy_out(&wanted.text, from, &wanted.source, copy)?,
+                None => {
+                    let root = tree::open_root(self.context.path()).at(self.context.path())?;
+                    copy_tree(&root, &wanted.source, &self.ignore, copy)?
+                }
+            };
+            mounts.mounts[wanted.mount].kind = StepMountKind::Bind(path);
+            mounts.scratches.push(scratch);
+        }
         Ok(())
     }
 
@@ -261,23 +286,15 @@ impl Build<'_> {
     }
 
     /// Copies `source` of a stage or image into the folder `into`; says where it is then.
-    fn copy_out(
-        &self,
-        fields: &Fields<'_>,
-        from: &str,
-        source: &str,
-        into: &std::path::Path,
-    ) -> Result<PathBuf> {
+    fn copy_out(&self, text: &str, from: &str, source: &str, into: &Path) -> Result<PathBuf> {
         let id = self.named_image(from)?;
         let (_snapshot, layers) =
             self.temporary(&Stage::of(&self.store.inspect(&id.to_string())?))?;
         let root = mount_detached(&layers, false)?;
-        copy_tree(&root, source, &Ignore::default(), into)
-            .map(|(path, _)| path)
-            .map_err(|error| match error {
-                Error::Dockerfile(_) => fields.bad(&format!("there is no {source} in {from}")),
-                other => other,
-            })
+        copy_tree(&root, source, &Ignore::default(), into).map_err(|error| match error {
+            Error::Dockerfile(_) => bad(text, &format!("there is no {source} in {from}")),
+            other => other,
+        })
     }
 
     fn secret_mount(
@@ -286,17 +303,7 @@ impl Build<'_> {
         run: &RunConfig,
         mounts: &mut Mounts,
     ) -> Result<()> {
-        fields.only(&[
-            "id",
-            "target",
-            "dst",
-            "destination",
-            "required",
-            "mode",
-            "uid",
-            "gid",
-            "env",
-        ])?;
+        fields.only(&[&TARGET, &OWNERSHIP, &["id", "required", "env"]])?;
         let target = fields.target(run).ok();
         let id = match (fields.first(&["id"]), &target) {
             (Some(id), _) => id,
@@ -346,16 +353,14 @@ fn choice(ignore: &Ignore) -> Choice<'_> {
     }
 }
 
-/// Copies `source` of the tree `root` into the folder `into`, owners and modes as they are; says what was made of it,
-/// and its hash.
+/// Copies `source` of the tree `root` into the folder `into`, owners and modes as they are; says what was made of it.
 fn copy_tree(
     root: &std::os::fd::OwnedFd,
     source: &str,
     ignore: &Ignore,
-    into: &std::path::Path,
-) -> Result<(PathBuf, Digest)> {
+    into: &Path,
+) -> Result<PathBuf> {
     let items = copy::find(root, &[source.to_owned()], &choice(ignore))?;
-    let hash = copy::hash(root, &items, false)?;
     let target = tree::open_root(into).at(into)?;
     let single = items
         .first()
@@ -374,5 +379,5 @@ fn copy_tree(
         let folder = tree::open_in(root, &top.from, flags).doing(|| source.to_owned())?;
         crate::store::copy_description(&folder, &target).at(into)?;
     }
-    Ok((single.unwrap_or_else(|| into.to_owned()), hash))
+    Ok(single.unwrap_or_else(|| into.to_owned()))
 }

@@ -94,6 +94,7 @@ impl Build<'_> {
         if self.reuse(stage, &key)? {
             return Ok(());
         }
+        self.make_copies(&mut mounts)?;
         let mut env = run.env.clone();
         for name in PROXIES {
             if let Some(Some(value)) = self.options.args.get(name) {
