@@ -30,6 +30,17 @@ pub(super) fn router() -> Router<Arc<Engine>> {
         .route("/containers/{name}/stats", get(stats))
 }
 
+fn wanted(params: &Params) -> AttachOptions {
+    AttachOptions {
+        stdin: params.flag("stdin"),
+        stdout: params.flag("stdout"),
+        stderr: params.flag("stderr"),
+        logs: params.flag("logs"),
+        stream: params.flag("stream"),
+        detach_keys: params.text("detachKeys"),
+    }
+}
+
 async fn attach(
     State(engine): State<Arc<Engine>>,
     Extension(version): Extension<ApiVersion>,
@@ -37,15 +48,7 @@ async fn attach(
     params: Params,
     request: Request<Body>,
 ) -> Answer {
-    let options = AttachOptions {
-        stdin: params.flag("stdin"),
-        stdout: params.flag("stdout"),
-        stderr: params.flag("stderr"),
-        logs: params.flag("logs"),
-        stream: params.flag("stream"),
-        detach_keys: params.text("detachKeys"),
-    };
-    let stream = engine.attach(&name, options).await?;
+    let stream = engine.attach(&name, wanted(&params)).await?;
     let kind = hijack::media_type(stream.tty, version);
     Ok(hijack::join(request, kind, stream))
 }
@@ -67,15 +70,7 @@ async fn attach_ws(
             ),
         )
     })?;
-    let options = AttachOptions {
-        stdin: params.flag("stdin"),
-        stdout: params.flag("stdout"),
-        stderr: params.flag("stderr"),
-        logs: params.flag("logs"),
-        stream: params.flag("stream"),
-        detach_keys: params.text("detachKeys"),
-    };
-    let stream = engine.attach(&name, options).await?;
+    let stream = engine.attach(&name, wanted(&params)).await?;
     Ok(upgrade.on_upgrade(move |socket| converse(socket, stream)))
 }
 

@@ -1,6 +1,8 @@
 //! Legacy links (`--link`): another container's name and address in `/etc/hosts` and, on the default bridge, its ports
 //! and environment in variables, as dockerd's `daemon/links` gives them.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::Engine;
@@ -156,18 +158,24 @@ impl Engine {
     pub(crate) fn refresh_links_to(&self, target: &Container) {
         let name = target.name();
         for container in self.inventory.all() {
-            let record = container.record().clone();
-            let leads_here = record.links.iter().any(|link| link.to == target.id)
-                || record
-                    .networks
-                    .values()
-                    .flat_map(|settings: &networking::EndpointSettings| settings.links.iter())
-                    .flatten()
-                    .filter_map(|text| parse(text).ok())
-                    .any(|(to, _)| to == name || target.id.starts_with(to));
-            if !leads_here || !record.phase.lives() || container.id == target.id {
-                continue;
-            }
+            let leads_here = |record: &Record| {
+                record.links.iter().any(|link| link.to == target.id)
+                    || record
+                        .networks
+                        .values()
+                        .flat_map(|settings: &networking::EndpointSettings| settings.links.iter())
+                        .flatten()
+                        .filter_map(|text| parse(text).ok())
+                        .any(|(to, _)| to == name || target.id.starts_with(to))
+            };
+            // Copied only where it is wanted: this looks at all containers at each start.
+            let record = {
+                let record = container.record();
+                if container.id == target.id || !record.phase.lives() || !leads_here(&record) {
+                    continue;
+                }
+                record.clone()
+            };
             let linked = self.linked_hosts(&record);
             let written =
                 network::write_hosts(&container, &record.endpoints, &self.networks, &linked);
@@ -207,13 +215,15 @@ impl Engine {
         Ok(())
     }
 
-    /// The names by which links of others lead to a container, `/own/alias`.
-    pub(crate) fn links_to(&self, id: &str) -> Vec<String> {
-        let mut names = Vec::new();
+    /// By id of a container, the names by which links of others lead to it, `/own/alias`.
+    pub(crate) fn links_by_target(&self) -> HashMap<String, Vec<String>> {
+        let mut names: HashMap<String, Vec<String>> = HashMap::new();
         for other in self.inventory.all() {
             let other = other.record();
-            let leading = other.links.iter().filter(|link| link.to == id);
-            names.extend(leading.map(|link| format!("/{}/{}", other.name, link.alias)));
+            for link in &other.links {
+                let name = format!("/{}/{}", other.name, link.alias);
+                names.entry(link.to.clone()).or_default().push(name);
+            }
         }
         names
     }

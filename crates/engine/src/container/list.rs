@@ -171,6 +171,7 @@ impl Engine {
             || ["status", "exited", "before", "since"]
                 .iter()
                 .any(|name| filters.has(name));
+        let links = self.links_by_target();
         let mut rows = Vec::new();
         for container in self.inventory.all() {
             let record = container.record().clone();
@@ -183,7 +184,8 @@ impl Engine {
             if !fits {
                 continue;
             }
-            rows.push(self.row(&record, options.size));
+            let links = links.get(&record.id).map_or(&[][..], Vec::as_slice);
+            rows.push(self.row(&record, links, options.size));
             if options
                 .limit
                 .is_some_and(|limit| limit > 0 && rows.len() == limit)
@@ -194,7 +196,8 @@ impl Engine {
         Ok(rows)
     }
 
-    fn row(&self, record: &Record, size: bool) -> ContainerSummary {
+    /// `links`: the names by which links of others lead to it.
+    fn row(&self, record: &Record, links: &[String], size: bool) -> ContainerSummary {
         let (size_rw, size_root_fs) = if size {
             self.sizes(record)
         } else {
@@ -206,7 +209,7 @@ impl Engine {
             .resolve(&record.config.image)
             .is_ok_and(|id| id.to_string() == record.image);
         let mut names = vec![format!("/{}", record.name)];
-        names.extend(self.links_to(&record.id));
+        names.extend_from_slice(links);
         ContainerSummary {
             id: record.id.clone(),
             names,

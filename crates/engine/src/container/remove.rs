@@ -104,7 +104,9 @@ impl Engine {
         self.images
             .remove_snapshot(&container.id)
             .map_err(Error::room)?;
-        super::mounts::release_images(&container.id, &self.images)?;
+        if record.mounts.iter().any(|mount| !mount.snapshot.is_empty()) {
+            super::mounts::release_images(&container.id, &self.images)?;
+        }
         self.volumes.release(&container.id);
         if volumes {
             for mount in record.mounts.iter().filter(|mount| mount.anonymous) {
