@@ -10,6 +10,17 @@ pub fn rfc3339(timestamp: jiff::Timestamp) -> String {
     format!("{timestamp:.9}")
 }
 
+/// Now, as [`rfc3339_nano`] writes it.
+pub fn now_rfc3339_nano() -> String {
+    rfc3339_nano(jiff::Timestamp::now())
+}
+
+/// `timestamp` without the zeros that end its fraction (`time.RFC3339Nano` of Go). Image configurations take this form: tools in
+/// Go that read and write one come to the same bytes then, and so to the same digest.
+pub fn rfc3339_nano(timestamp: jiff::Timestamp) -> String {
+    timestamp.to_string()
+}
+
 /// The point "never", as Docker writes it.
 pub const ZERO: &str = "0001-01-01T00:00:00Z";
 
@@ -82,6 +93,19 @@ mod tests {
         #[test]
         fn no_text_panics(text in ".{0,40}") {
             let _ = parse_moment(&text);
+        }
+    }
+
+    #[test]
+    fn the_form_of_go_ends_with_no_zero() {
+        for (nanoseconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (500_000_000, "1970-01-01T00:00:00.5Z"),
+            (123_456_780, "1970-01-01T00:00:00.12345678Z"),
+            (1, "1970-01-01T00:00:00.000000001Z"),
+        ] {
+            let t = jiff::Timestamp::new(0, nanoseconds).unwrap();
+            assert_eq!(super::rfc3339_nano(t), text);
         }
     }
 

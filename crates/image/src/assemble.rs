@@ -86,7 +86,7 @@ impl Store {
         let mut run = options.config.clone().unwrap_or_else(|| config.run());
         crate::build::apply_changes(&mut run, &options.changes)?;
         config.config = Some(run);
-        let now = base::time::now_rfc3339();
+        let now = base::time::now_rfc3339_nano();
         config.created = Some(now.clone());
         config.author.clone_from(&options.author);
         config.rootfs.diff_ids.push(layer.diff_id);
@@ -136,7 +136,7 @@ impl Store {
         let mut run = RunConfig::default();
         crate::build::apply_changes(&mut run, &options.changes)?;
         config.config = Some(run);
-        let now = base::time::now_rfc3339();
+        let now = base::time::now_rfc3339_nano();
         config.created = Some(now.clone());
         let comment = if options.message.is_empty() {
             "Imported from -".to_owned()

@@ -297,7 +297,7 @@ fn import(
     cancel: &Cancel,
 ) -> Result<ImageId> {
     let created = jiff::Timestamp::from_second(epoch)
-        .map(base::time::rfc3339)
+        .map(base::time::rfc3339_nano)
         .ok();
     let mut config = ImageConfig::blank(&Platform::linux(architecture));
     config.created.clone_from(&created);

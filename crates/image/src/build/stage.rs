@@ -330,7 +330,7 @@ impl Build<'_> {
 
     /// Makes the image after a step.
     pub(super) fn finish(&mut self, stage: &mut Stage, made: Made<'_>) -> Result<()> {
-        let now = base::time::now_rfc3339();
+        let now = base::time::now_rfc3339_nano();
         stage.config.created = Some(now.clone());
         stage.config.history.push(History {
             created: Some(now),
