@@ -353,8 +353,7 @@ fn images_are_what_buildah_makes_of_the_same_dockerfiles() {
         fs::write(&file, text).unwrap();
         let file = file.to_str().unwrap();
         let tag = format!("built-{}", name.replace(' ', "-"));
-        host.ok(&[
-            "build",
+        let words = [
             "-q",
             "-t",
             &tag,
@@ -363,21 +362,9 @@ fn images_are_what_buildah_makes_of_the_same_dockerfiles() {
             "-f",
             file,
             shown,
-        ]);
-        buildah.run(&[
-            "bud",
-            "--format",
-            "docker",
-            "--pull-never",
-            "-q",
-            "-t",
-            &tag,
-            "--build-arg",
-            "WHO=you",
-            "-f",
-            file,
-            shown,
-        ]);
+        ];
+        host.ok(&[&["build"][..], &words].concat());
+        buildah.run(&[&["bud", "--format", "docker", "--pull-never"][..], &words].concat());
         let (tree, config) = look_here(&host, &tag);
         let (peer_tree, peer_config) = buildah.look(&format!("localhost/{tag}"));
         assert!(tree.len() > 100, "{name}: {} files", tree.len());

@@ -124,22 +124,7 @@ fn files_go_in_and_out_and_changes_become_an_image() {
 fn networks_have_names_ports_and_an_end() {
     let Some(host) = start() else { return };
     host.ok(&["network", "create", "front"]);
-    host.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "web",
-        "--network",
-        "front",
-        "--network-alias",
-        "site",
-        "-p",
-        "127.0.0.1:8080:80",
-        "busybox",
-        "sh",
-        "-c",
-        "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www",
-    ]);
+    host.serve_page("front", "127.0.0.1:8080:80", &["--network-alias", "site"]);
     host.eventually("the page by name", || {
         host.berth(&[
             "run",

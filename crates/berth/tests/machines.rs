@@ -7,7 +7,7 @@ mod host;
 
 use std::process::Command;
 
-use guest::{boot, kernel_package, root, start_with_tiny};
+use guest::{boot, initrd_of, kernel_package, logs, ready, start_tiny, start_with_tiny};
 use host::{BERTH, has_all};
 
 fn boot_to_power_off(cpus: &str) {
@@ -18,19 +18,8 @@ fn boot_to_power_off(cpus: &str) {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let init = directory.path().join("init");
-    std::fs::write(
-        &init,
-        "#!/bin/sh\n/bin/busybox mount -t proc none /proc\necho CPUS $(grep -c ^processor /proc/cpuinfo)\necho BOOT-OK\npoweroff -f\n",
-    )
-    .unwrap();
-    let initrd = directory.path().join("initrd");
-    let made = Command::new(root().join("scripts/guest-initrd"))
-        .arg(&initrd)
-        .arg(&init)
-        .status()
-        .unwrap();
-    assert!(made.success());
+    let script = "#!/bin/sh\n/bin/busybox mount -t proc none /proc\necho CPUS $(grep -c ^processor /proc/cpuinfo)\necho BOOT-OK\npoweroff -f\n";
+    let initrd = initrd_of(directory.path(), script, &[]);
     let words = ["--memory", "256M", "--cpus", cpus];
     let output = boot(&package, &initrd, 300, &words);
     let text = String::from_utf8_lossy(&output.stdout);
@@ -85,24 +74,15 @@ fn a_machine_meets_containers_on_its_network_and_loses_nothing_it_synced() {
     let (code, error) = host.fails(&["machine", "create", "none", "--image", "busybox"]);
     assert_eq!(code, 2, "{error}");
     assert!(error.contains("kernel"), "{error}");
-    host.ok(&[
-        "machine",
-        "create",
+    start_tiny(
+        &host,
         "vm",
-        "--image",
-        "tiny",
-        "--memory",
         "256M",
-        "--disk",
         "512M",
-        "--cpu",
-        "soft",
-        "--append",
-        "init=/sbin/init",
-    ]);
-    host.ok(&["machine", "start", "vm"]);
-    let logs = |host: &host::Host| host.ok(&["machine", "logs", "vm"]);
-    host.eventually("the guest is ready", || logs(&host).contains("READY"));
+        &["--append", "init=/sbin/init"],
+    );
+    ready(&host, "vm", 1);
+    let logs = |host: &host::Host| logs(host, "vm");
     assert!(logs(&host).contains("STAMP-WRITTEN"), "{}", logs(&host));
     assert!(logs(&host).contains("LEASE"), "{}", logs(&host));
     let fetch = ["run", "--rm", "busybox", "wget", "-qO-", "http://vm/"];
@@ -132,9 +112,7 @@ fn a_machine_meets_containers_on_its_network_and_loses_nothing_it_synced() {
         host.ok(&["machine", "list"]).contains("stopped")
     });
     host.ok(&["machine", "start", "vm"]);
-    host.eventually("the guest is ready again", || {
-        logs(&host).matches("READY").count() == 2
-    });
+    ready(&host, "vm", 2);
     assert!(
         logs(&host).contains("STAMP-FOUND precious"),
         "{}",

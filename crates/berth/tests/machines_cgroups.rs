@@ -9,7 +9,7 @@ mod host;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use guest::{boot, kernel_package, root};
+use guest::{boot, kernel_package, modules_of, root};
 use host::{BERTH, has_all};
 
 /// The files a program needs to run, as `ldd` names them: the linker's own path, and the libraries.
@@ -49,11 +49,7 @@ fn under_cgroup_v2_limits_hold_and_a_reboot_restarts_what_its_policy_says() {
         .args(["--strip-debug", "-o"])
         .arg(path("berth"))
         .arg(BERTH));
-    let overlay = std::fs::read_dir(package.join("lib/modules"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path().join("kernel/fs/overlayfs/overlay.ko"))
-        .find(|path| path.exists())
-        .expect("the kernel's package has overlayfs");
+    let overlay = modules_of(&package).join("fs/overlayfs/overlay.ko");
     let mut command = Command::new(root().join("scripts/guest-initrd"));
     command
         .arg(path("initrd"))

@@ -6,7 +6,10 @@ mod host;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use guest::{file_like, initrd, inspect, kernel_package, start_with_tiny, type_line};
+use guest::{
+    file_like, initrd, inspect, kernel_package, logs, machine_of_tiny, ready, start_tiny,
+    start_with_tiny, type_line,
+};
 use host::{BERTH, has_all};
 
 fn boot(folder: &Path, script: &str, more: &[&str]) -> Option<Output> {
@@ -81,27 +84,10 @@ fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
         return;
     };
     for (name, policy) in [("ends", "stop"), ("returns", "restart")] {
-        let words = [
-            "machine",
-            "create",
-            name,
-            "--image",
-            "tiny",
-            "--memory",
-            "256M",
-            "--disk",
-            "256M",
-            "--cpu",
-            "soft",
-            "--on-crash",
-            policy,
-        ];
-        host.ok(&words);
-        host.ok(&["machine", "start", name]);
+        start_tiny(&host, name, "256M", "256M", &["--on-crash", policy]);
     }
-    let logs = |name: &str| host.ok(&["machine", "logs", name]);
     for name in ["ends", "returns"] {
-        host.eventually("the guest is ready", || logs(name).contains("READY"));
+        ready(&host, name, 1);
         type_line(&host, name, "echo c > /proc/sysrq-trigger");
     }
     host.eventually("the crash ends the machine", || {
@@ -114,9 +100,7 @@ fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
         message.contains("kernel panic: sysrq triggered crash"),
         "{message}"
     );
-    host.eventually("the guest is ready a second time", || {
-        logs("returns").matches("READY").count() == 2
-    });
+    ready(&host, "returns", 2);
     let shown = inspect(&host, "returns");
     assert_eq!(shown["resets"], 1, "{shown}");
     assert!(
@@ -125,9 +109,7 @@ fn a_machines_crash_stops_it_or_starts_its_guest_again_as_its_policy_says() {
     );
     // A restart that the guest asked for is no crash.
     type_line(&host, "returns", "reboot -f");
-    host.eventually("the guest is ready a third time", || {
-        logs("returns").matches("READY").count() == 3
-    });
+    ready(&host, "returns", 3);
     assert_eq!(inspect(&host, "returns")["resets"], 2);
     let followed = host
         .command(&["machine", "logs", "-f", "--tail", "0", "returns"])
@@ -146,24 +128,8 @@ fn a_guest_that_crashes_at_every_boot_can_be_stopped_between_two() {
     let Some(host) = start_with_tiny(&[]) else {
         return;
     };
-    host.ok(&[
-        "machine",
-        "create",
-        "vm",
-        "--image",
-        "tiny",
-        "--memory",
-        "256M",
-        "--disk",
-        "256M",
-        "--cpu",
-        "soft",
-        "--on-crash",
-        "restart",
-        "--append",
-        "init=/none",
-    ]);
-    host.ok(&["machine", "start", "vm"]);
+    let more = ["--on-crash", "restart", "--append", "init=/none"];
+    start_tiny(&host, "vm", "256M", "256M", &more);
     host.eventually("it crashed twice", || {
         inspect(&host, "vm")["resets"].as_u64() >= Some(2)
     });
@@ -300,29 +266,16 @@ fn a_machine_on_the_user_network_publishes_its_port_by_itself() {
         return;
     };
     let words = [
-        "machine",
-        "create",
-        "vm",
-        "--image",
-        "tiny",
-        "--memory",
-        "256M",
-        "--disk",
-        "256M",
-        "--cpu",
-        "soft",
-        "--network",
-        "user",
-        "-p",
-    ];
+        &machine_of_tiny("vm", "256M", "256M")[..],
+        &["--network", "user", "-p"],
+    ]
+    .concat();
     let (code, error) = host.fails(&[&words[..], &["80"]].concat());
     assert_eq!(code, 2, "{error}");
     host.ok(&[&words[..], &["127.0.0.1:8088:80"]].concat());
     host.ok(&["machine", "start", "vm"]);
-    let logs = host.ok(&["machine", "logs", "vm"]);
-    host.eventually("the guest is ready", || {
-        host.ok(&["machine", "logs", "vm"]).contains("READY")
-    });
+    let logs = logs(&host, "vm");
+    ready(&host, "vm", 1);
     assert!(!logs.contains("keeps"), "{logs}");
     let fetch = |host: &host::Host| {
         let words = ["busybox", "wget", "-qO-", "http://127.0.0.1:8088/"];

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use guest::{Small, inspect, start_with_tiny, type_line};
+use guest::{Small, inspect, logs, start_with_tiny, type_line};
 use host::Host;
 
 const PROGRAMS: [&str; 2] = ["qemu-img", "e2fsck"];
@@ -26,10 +26,6 @@ fn create(host: &Host, name: &str, more: &[&str]) {
 fn boot(host: &Host, name: &str) {
     host.ok(&["machine", "start", name]);
     wait_for(host, name, "READY");
-}
-
-fn logs(host: &Host, name: &str) -> String {
-    host.ok(&["machine", "logs", name])
 }
 
 fn wait_for(host: &Host, name: &str, text: &str) {

@@ -9,36 +9,16 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use guest::{inspect, root, start_with_tiny, type_line};
+use guest::{inspect, logs, ready, root, start_tiny, start_with_tiny, type_line};
 use host::{BERTH, Host, has};
 
 /// A host with a machine `vm` of the tiny image that is ready.
 fn start_with_machine(more: &[&str]) -> Option<Host> {
     let host = start_with_tiny(&[])?;
-    let mut words = vec![
-        "machine",
-        "create",
-        "vm",
-        "--image",
-        "tiny",
-        "--memory",
-        "384M",
-        "--disk",
-        "512M",
-        "--cpu",
-        "soft",
-        "--append",
-        "init=/sbin/init",
-    ];
-    words.extend(more);
-    host.ok(&words);
-    host.ok(&["machine", "start", "vm"]);
-    host.eventually("the guest is ready", || logs(&host).contains("READY"));
+    let more = [&["--append", "init=/sbin/init"], more].concat();
+    start_tiny(&host, "vm", "384M", "512M", &more);
+    ready(&host, "vm", 1);
     Some(host)
-}
-
-fn logs(host: &Host) -> String {
-    host.ok(&["machine", "logs", "vm"])
 }
 
 fn stats(host: &Host) -> serde_json::Value {
@@ -69,7 +49,7 @@ fn memory_that_a_machine_frees_is_the_hosts_again_and_more_can_be_asked_back() {
         "dd if=/dev/zero of=/big/file bs=1M count=180 && echo FIL''LED",
     );
     host.eventually("the guest filled its memory", || {
-        logs(&host).contains("FILLED")
+        logs(&host, "vm").contains("FILLED")
     });
     let full = stats(&host)["memory_used"].as_u64().unwrap();
     assert!(full > 180 << 20, "{full}");
@@ -150,7 +130,9 @@ fn programs_of_host_and_guest_reach_each_other_by_vsock() {
         "vm",
         &format!("head -c {size} /dev/nvme0n2 > /tool; chmod 755 /tool; /tool listen 77 &"),
     );
-    host.eventually("the guest listens", || logs(&host).contains("LISTENING"));
+    host.eventually("the guest listens", || {
+        logs(&host, "vm").contains("LISTENING")
+    });
     // More than the windows of either side hold.
     let sent: Vec<u8> = (0..1_000_000u32).map(|n| b'a' + (n % 26) as u8).collect();
     let output = host.with_input(&["machine", "vsock", "vm", "77"], &sent);
@@ -182,13 +164,11 @@ fn programs_of_host_and_guest_reach_each_other_by_vsock() {
         .unwrap();
     drop(accepted);
     host.eventually("the guest has the answer", || {
-        logs(&host).contains("ANSWER from the host: word")
+        logs(&host, "vm").contains("ANSWER from the host: word")
     });
     // A reset makes the device anew, at the same place.
     host.ok(&["machine", "reset", "vm"]);
-    host.eventually("the guest is ready again", || {
-        logs(&host).matches("READY").count() == 2
-    });
+    ready(&host, "vm", 2);
     let (code, error) = host.fails(&["machine", "vsock", "vm", "77"]);
     assert_eq!(code, 3, "{error}");
 }
@@ -208,7 +188,7 @@ fn the_virtio_console_is_a_terminal_with_the_size_of_the_window() {
         "vm",
         "(while true; do sh < /dev/hvc0 > /dev/hvc0 2>&1; done) & echo HV''C",
     );
-    host.eventually("a shell is on hvc0", || logs(&host).contains("HVC"));
+    host.eventually("a shell is on hvc0", || logs(&host, "vm").contains("HVC"));
     // A terminal of 33 rows and 101 columns.
     let socket = host.socket();
     let command = format!(
@@ -247,19 +227,19 @@ fn the_virtio_console_is_a_terminal_with_the_size_of_the_window() {
     assert!(child.wait().unwrap().success());
     reading.join().unwrap();
     // The serial line's log has nothing of it.
-    assert!(!logs(&host).contains("33 101"));
+    assert!(!logs(&host, "vm").contains("33 101"));
 }
 
 /// Runs a line in the guest until `word` is on the console more often than before.
 fn guest_says(host: &Host, line: &str, word: &str) {
-    let before = logs(host).matches(word).count();
+    let before = logs(host, "vm").matches(word).count();
     let mut tries = 0;
     host.eventually(&format!("{word} by {line}"), || {
         if tries % 100 == 0 {
             type_line(host, "vm", line);
         }
         tries += 1;
-        logs(host).matches(word).count() > before
+        logs(host, "vm").matches(word).count() > before
     });
 }
 

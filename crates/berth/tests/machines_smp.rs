@@ -7,7 +7,7 @@ mod host;
 use std::path::Path;
 use std::process::Command;
 
-use guest::{boot, kernel_package, root};
+use guest::{boot, initrd_of, kernel_package, root};
 use host::has_all;
 
 /// What a guest with that many CPUs printed whose init is this script, with the `smp` program in it.
@@ -24,17 +24,9 @@ fn run(folder: &Path, cpus: u32, script: &str) -> Option<String> {
         .status()
         .unwrap();
     assert!(built.success());
-    let init = folder.join("init");
     let mounts = "/bin/busybox mount -t proc none /proc\nmount -t sysfs none /sys\nmount -t devtmpfs none /dev\n";
-    std::fs::write(&init, format!("#!/bin/sh\n{mounts}{script}\npoweroff -f\n")).unwrap();
-    let initrd = folder.join("initrd");
-    let made = Command::new(root().join("scripts/guest-initrd"))
-        .arg(&initrd)
-        .arg(&init)
-        .arg(format!("smp={}", program.display()))
-        .status()
-        .unwrap();
-    assert!(made.success());
+    let script = format!("#!/bin/sh\n{mounts}{script}\npoweroff -f\n");
+    let initrd = initrd_of(folder, &script, &[format!("smp={}", program.display())]);
     let cpus = cpus.to_string();
     let words = ["--memory", "256M", "--append", "quiet", "--cpus", &cpus];
     let output = boot(&package, &initrd, 900, &words);

@@ -5,7 +5,7 @@ mod host;
 
 use std::path::{Path, PathBuf};
 
-use guest::{import_idle, import_tiny, inspect, kernel_package};
+use guest::{import_idle, import_tiny, inspect, kernel_package, logs, ready};
 use host::{Host, has_all, start_as};
 
 /// An id that no account has.
@@ -120,13 +120,8 @@ fn the_guest_of_an_ordinary_user_is_reached_by_a_published_port() {
         ],
     );
     host.ok(&["machine", "start", "vm"]);
-    host.eventually("the guest is ready", || {
-        host.ok(&["machine", "logs", "vm"]).contains("READY")
-    });
-    assert!(
-        host.ok(&["machine", "logs", "vm"])
-            .contains("LEASE 10.0.2.15")
-    );
+    ready(&host, "vm", 1);
+    assert!(logs(&host, "vm").contains("LEASE 10.0.2.15"));
     let words = ["busybox", "wget", "-qO-", "http://127.0.0.1:18081/"];
     assert_eq!(host.in_network(&words).stdout, b"page of a machine\n");
 }

@@ -111,20 +111,7 @@ fn containers_in_a_loop_leave_nothing_behind_and_the_daemon_does_not_grow() {
 fn rules_that_another_program_flushes_come_back() {
     let Some(host) = start() else { return };
     host.ok(&["network", "create", "guarded"]);
-    host.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "web",
-        "--network",
-        "guarded",
-        "-p",
-        "127.0.0.1:8099:80",
-        "busybox",
-        "sh",
-        "-c",
-        "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www",
-    ]);
+    host.serve_page("guarded", "127.0.0.1:8099:80", &[]);
     let fetch = || {
         host.in_network(&["busybox", "wget", "-qO-", "http://127.0.0.1:8099/"])
             .stdout

@@ -247,6 +247,12 @@ fn counts_interrupts_after(
     (code, decoded[handler_at])
 }
 
+/// What the guest has counted to.
+fn counted(machine: &Machine) -> u32 {
+    let counter = machine.memory.read_obj(GuestAddress(COUNTER));
+    counter.unwrap()
+}
+
 fn set_gate(machine: &Machine, vector: u64, handler: u64) {
     let gate = handler & 0xffff | 0x10 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
     machine
@@ -324,12 +330,6 @@ fn a_line_of_the_hosts_kernel_interrupts_without_a_call_and_sends_what_it_was_to
         set_gate(&machine, 0x41, handler);
         machine.start().unwrap();
         sink.wait_for(b'r');
-        let counted = |machine: &Machine| {
-            machine
-                .memory
-                .read_obj::<u32>(GuestAddress(COUNTER))
-                .unwrap()
-        };
         for count in 1..=2 {
             rustix::io::write(line.event(), &1u64.to_ne_bytes()).unwrap();
             until("the interrupt", || counted(&machine) == count);
@@ -490,12 +490,6 @@ fn a_machine_goes_on_in_another_on_either_cpu_after_save_and_restore() {
         let code = program(!emulated);
         let (mut first, _) = machine(from, 1, &code);
         first.start().unwrap();
-        let counted = |machine: &Machine| {
-            machine
-                .memory
-                .read_obj::<u32>(GuestAddress(COUNTER))
-                .unwrap()
-        };
         until("the guest to count", || counted(&first) > 100);
         assert!(first.pause());
         // It must have counted at least as far as it had when saved.
@@ -573,12 +567,6 @@ fn a_halted_machine_with_a_timer_wakes_in_another_on_either_cpu() {
         set_gate(&first, 0x41, handler);
         first.start().unwrap();
         sink.wait_for(b'r');
-        let counted = |machine: &Machine| {
-            machine
-                .memory
-                .read_obj::<u32>(GuestAddress(COUNTER))
-                .unwrap()
-        };
         until("the timer", || counted(&first) == 1);
         assert!(first.pause());
         let (mut second, _) = moved(&first, to, &code);

@@ -38,7 +38,7 @@ pub fn file_like(folder: &Path, start: &str) -> PathBuf {
 }
 
 /// The folder of the package's drivers.
-fn modules_of(package: &Path) -> PathBuf {
+pub fn modules_of(package: &Path) -> PathBuf {
     file_like(&package.join("lib/modules"), "").join("kernel")
 }
 
@@ -230,18 +230,50 @@ impl Drop for Small {
 
 /// An initial RAM disk with this script as init, and the drivers of a virtio card.
 pub fn initrd(folder: &Path, package: &Path, script: &str) -> PathBuf {
-    let init = folder.join("init");
-    std::fs::write(&init, script).unwrap();
-    let out = folder.join("initrd");
     let modules = modules_of(package);
-    let mut command = Command::new(root().join("scripts/guest-initrd"));
-    command.arg(&out).arg(&init);
-    for module in MODULES {
+    let files = MODULES.map(|module| {
         let name = module.rsplit('/').next().unwrap();
-        command.arg(format!("{name}={}", modules.join(module).display()));
-    }
-    assert!(command.status().unwrap().success());
+        format!("{name}={}", modules.join(module).display())
+    });
+    initrd_of(folder, script, &files)
+}
+
+/// An initial RAM disk with this script as init, and further files as `place=file`.
+pub fn initrd_of(folder: &Path, script: &str, files: &[String]) -> PathBuf {
+    let (init, out) = (folder.join("init"), folder.join("initrd"));
+    std::fs::write(&init, script).unwrap();
+    let made = Command::new(root().join("scripts/guest-initrd"))
+        .arg(&out)
+        .arg(&init)
+        .args(files)
+        .status();
+    assert!(made.unwrap().success());
     out
+}
+
+/// The words that create a machine of the image `tiny` on the software CPU.
+pub fn machine_of_tiny<'a>(name: &'a str, memory: &'a str, disk: &'a str) -> [&'a str; 11] {
+    [
+        "machine", "create", name, "--image", "tiny", "--memory", memory, "--disk", disk, "--cpu",
+        "soft",
+    ]
+}
+
+/// Creates and starts it; `more` are further options.
+pub fn start_tiny(host: &Host, name: &str, memory: &str, disk: &str, more: &[&str]) {
+    host.ok(&[&machine_of_tiny(name, memory, disk), more].concat());
+    host.ok(&["machine", "start", name]);
+}
+
+pub fn logs(host: &Host, machine: &str) -> String {
+    host.ok(&["machine", "logs", machine])
+}
+
+/// Waits until the guest of `tiny` has come up so many times.
+pub fn ready(host: &Host, machine: &str, times: usize) {
+    host.eventually("the guest is ready", || {
+        logs(host, machine).matches("READY").count() == times
+    });
 }
 
 /// Boots the package's kernel with this initial RAM disk on the software CPU, for at most so many seconds.

@@ -171,6 +171,23 @@ impl Host {
         Some(command)
     }
 
+    /// A container `web` in `network` that answers with a page at its published port; `more` are further options.
+    pub fn serve_page(&self, network: &str, port: &str, more: &[&str]) {
+        let script = "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www";
+        let words = [
+            "run",
+            "-d",
+            "--name",
+            "web",
+            "--network",
+            network,
+            "-p",
+            port,
+        ];
+        let program = ["busybox", "sh", "-c", script];
+        self.ok(&[&words[..], more, &program].concat());
+    }
+
     fn wait_for_socket(&self) {
         let end = Instant::now() + Duration::from_secs(60);
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {

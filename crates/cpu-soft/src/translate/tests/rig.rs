@@ -8,7 +8,7 @@ use iced_x86::Instruction;
 use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
 use crate::host;
-use crate::state::{CS, Fault, flag};
+use crate::state::{CS, Cpu, Fault, flag};
 use crate::stubs;
 use crate::system;
 use crate::translate::emit::{Code, Mem};
@@ -305,6 +305,16 @@ impl Rig {
         cpu.note_store(start + bytes.len() as u64 + 5, 0);
     }
 
+    /// The CPU before the first instruction of `bytes`.
+    fn begin(&mut self, bytes: &[u8], start: u64, state: &State, page: Page) -> &mut Cpu {
+        self.set(state);
+        self.load(bytes, start);
+        self.protect(page, false);
+        let cpu = self.vcpu.cpu();
+        cpu.rip = start;
+        cpu
+    }
+
     /// Runs the bytes in translated blocks, of one instruction each where `single`.
     pub fn translated(
         &mut self,
@@ -314,11 +324,7 @@ impl Rig {
         single: bool,
         page: Page,
     ) -> (State, End) {
-        self.set(state);
-        self.load(bytes, start);
-        self.protect(page, false);
-        let cpu = self.vcpu.cpu();
-        cpu.rip = start;
+        let cpu = self.begin(bytes, start, state, page);
         let end = match cpu.run_to(END, single) {
             Some(fault) => ended(fault, cpu.rip.wrapping_sub(start)),
             None => End::Through,
@@ -335,11 +341,7 @@ impl Rig {
         state: &State,
         page: Page,
     ) -> (State, End) {
-        self.set(state);
-        self.load(bytes, start);
-        self.protect(page, false);
-        let cpu = self.vcpu.cpu();
-        cpu.rip = start;
+        let cpu = self.begin(bytes, start, state, page);
         let mut end = End::Through;
         while cpu.rip != END {
             if let Err(fault) = system::interpret(cpu) {
