@@ -59,7 +59,7 @@ impl Cpu {
         match self.machine.ram_at(gpa) {
             Some(host) => {
                 if access == Access::Write {
-                    self.note_store(gpa, va);
+                    self.note_store(gpa);
                 }
                 Ok(Place::Ram(host))
             }
@@ -198,7 +198,7 @@ impl Cpu {
         // Whoever translates sets the bits before it reads the bytes.
         std::sync::atomic::fence(Ordering::SeqCst);
         if let Some(gpa) = self.machine.gpa_of(at) {
-            self.note_store(gpa, u64::MAX);
+            self.note_store(gpa);
         }
     }
 
@@ -221,7 +221,7 @@ impl Cpu {
         value.to_bytes(&mut bytes);
         match self.machine.ram_at(gpa) {
             Some(at) if gpa % PAGE + T::SIZE as u64 <= PAGE => {
-                self.note_store(gpa, u64::MAX);
+                self.note_store(gpa);
                 // SAFETY: as in `physical_read`.
                 unsafe { store(at, &bytes[..T::SIZE]) };
                 self.stored(at);

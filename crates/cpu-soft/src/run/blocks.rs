@@ -53,7 +53,7 @@ impl Cpu {
     }
 
     /// A store to guest RAM by Rust code somewhere in the page of `gpa`: drops the page's translated code.
-    pub(crate) fn note_store(&mut self, gpa: u64, _va: u64) {
+    pub(crate) fn note_store(&mut self, gpa: u64) {
         let dirty = self
             .machine
             .granules(gpa)
@@ -138,7 +138,7 @@ impl Cpu {
 
     /// A copy of the block that was made of the same bytes as another address space sees them.
     fn copy_block(&mut self, key: &Key) -> Option<u32> {
-        if !self.movable(key) || self.engine().split.contains_key(&key.rip) {
+        if !self.movable(key) || self.engine().split.contains_key(&key.gpa) {
             return None;
         }
         let page = key.gpa & !0xfff;
@@ -201,7 +201,7 @@ impl Cpu {
             let cpu_tsc = self.tsc_offset;
             let engine = self.engine();
             engine.tsc_offset = cpu_tsc;
-            let splits = engine.split.get(&key.rip).copied().unwrap_or(0);
+            let splits = engine.split.get(&key.gpa).copied().unwrap_or(0);
             let movable = movable && splits == 0;
             let counted = engine.options.counts();
             let short = engine.options.short;
@@ -317,6 +317,7 @@ impl Cpu {
         engine.lists.instructions.clear();
         engine.lists.sites.clear();
         engine.lists.places.clear();
+        engine.split.clear();
         engine.counters.flushes += 1;
         self.flush_jumps(true);
     }

@@ -34,7 +34,8 @@ pub struct Engine {
     pub(super) single: bool,
     pub(super) tsc_offset: u64,
     pub(crate) options: Options,
-    /// How often a block's group of accesses could not be had whole, by rip: from [`SPLIT`] on it is made without groups.
+    /// How often a block's group of accesses could not be had whole, by the guest-physical address of the block: from [`SPLIT`] on
+    /// it is made without groups.
     pub(super) split: HashMap<u64, u8>,
     pub(crate) counters: Counters,
 }

@@ -235,11 +235,8 @@ impl Cpu {
     pub(super) fn split(&mut self, descriptor: u64) -> Pending {
         let engine = self.engine();
         if let Some(n) = engine.cache.block_at(descriptor) {
-            let (rip, gpa) = {
-                let key = engine.cache.blocks[n as usize].key;
-                (key.rip, key.gpa)
-            };
-            let times = engine.split.entry(rip).or_default();
+            let gpa = engine.cache.blocks[n as usize].key.gpa;
+            let times = engine.split.entry(gpa).or_default();
             *times = times.saturating_add(1);
             if *times == SPLIT {
                 let miss = engine.stubs.jump_gone;

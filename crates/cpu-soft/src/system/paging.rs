@@ -198,7 +198,7 @@ fn mark64(cpu: &mut Cpu, gpa: u64, old: u64, bits: u64) -> bool {
     let Some(at) = cpu.machine.ram_at(gpa) else {
         return true;
     };
-    cpu.note_store(gpa, u64::MAX);
+    cpu.note_store(gpa);
     // SAFETY: as in `load64`.
     unsafe { AtomicU64::from_ptr(at.cast()) }
         .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)
@@ -212,7 +212,7 @@ fn mark32(cpu: &mut Cpu, gpa: u64, old: u32, bits: u32) -> bool {
     let Some(at) = cpu.machine.ram_at(gpa) else {
         return true;
     };
-    cpu.note_store(gpa, u64::MAX);
+    cpu.note_store(gpa);
     // SAFETY: as in `load32`.
     unsafe { AtomicU32::from_ptr(at.cast()) }
         .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)

@@ -11,6 +11,9 @@ pub const RDI: u8 = 7;
 pub const R10: u8 = 10;
 pub const R11: u8 = 11;
 
+/// The short jump where rcx is zero.
+pub const JRCXZ: u8 = 0xe3;
+
 /// Condition codes of Jcc.
 pub const CC_E: u8 = 4;
 pub const CC_NE: u8 = 5;
@@ -63,6 +66,11 @@ impl Mem {
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct Patch(pub usize);
+
+/// The same for a displacement of 8 bits.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub struct Short(usize);
 
 /// Code under construction: bytes, and the host address its first byte will have.
 pub struct Code {
@@ -262,6 +270,21 @@ impl Code {
         self.u32(0);
         Patch(self.bytes.len() - 4)
     }
+    /// A short jump by its opcode.
+    pub fn short(&mut self, opcode: u8) -> Short {
+        self.raw(&[opcode, 0]);
+        Short(self.bytes.len() - 1)
+    }
+    /// The short form of Jcc.
+    pub fn jcc_short(&mut self, condition: u8) -> Short {
+        self.short(0x70 | condition)
+    }
+    /// Makes `short` lead here, at most 127 bytes behind it.
+    pub fn bind_short(&mut self, short: Short) {
+        let distance = self.bytes.len() - short.0 - 1;
+        debug_assert!(distance < 128);
+        self.bytes[short.0] = distance as u8;
+    }
     /// Makes `patch` lead here.
     pub fn bind(&mut self, patch: Patch) {
         let here = self.here();
@@ -271,6 +294,16 @@ impl Code {
         let end = self.origin + patch.0 as u64 + 4;
         let delta = target.wrapping_sub(end) as i64 as i32;
         self.bytes[patch.0..patch.0 + 4].copy_from_slice(&delta.to_le_bytes());
+    }
+    /// The displacement as it is now.
+    pub fn displacement(&self, patch: Patch) -> u32 {
+        let at = patch.0;
+        u32::from_le_bytes([
+            self.bytes[at],
+            self.bytes[at + 1],
+            self.bytes[at + 2],
+            self.bytes[at + 3],
+        ])
     }
     /// The host address of the displacement itself.
     pub fn address_of(&self, patch: Patch) -> u64 {

@@ -46,10 +46,10 @@ struct Planner<'a> {
 }
 
 /// The base register of an access that may lead a group.
-fn base_of(request: &Request<'_>, i: &Instruction) -> Option<Register> {
+fn base_of(i: &Instruction, way: Way) -> Option<Register> {
     match i.code() {
         C::Push_r64 | C::Pushq_imm8 | C::Pushq_imm32 | C::Pop_r64 => Some(Register::RSP),
-        _ if request.way(i, false) == Way::Native && plain(i) => Some(i.memory_base()),
+        _ if way == Way::Native && plain(i) => Some(i.memory_base()),
         _ => None,
     }
 }
@@ -73,8 +73,7 @@ fn names_scratch(i: &Instruction) -> bool {
 }
 
 impl Planner<'_> {
-    fn role(&mut self, i: &Instruction, last: bool) -> Role {
-        let way = self.request.way(i, last);
+    fn role(&mut self, i: &Instruction, way: Way) -> Role {
         if way == Way::Nothing {
             return Role::Neutral;
         }
@@ -152,12 +151,17 @@ impl Planner<'_> {
 }
 
 /// Finds the groups of a block: `parts[n]` is the part of instruction n.
-pub fn plan(request: &Request<'_>, decoded: &[Instruction], parts: &mut Vec<Option<Part>>) {
+pub fn plan(
+    request: &Request<'_>,
+    decoded: &[Instruction],
+    ways: &[Way],
+    parts: &mut Vec<Option<Part>>,
+) {
     parts.clear();
     parts.resize(decoded.len(), None);
     let mut first = 0;
     while first < decoded.len() {
-        first = group(request, decoded, parts, first);
+        first = group(request, decoded, ways, parts, first);
     }
 }
 
@@ -165,13 +169,14 @@ pub fn plan(request: &Request<'_>, decoded: &[Instruction], parts: &mut Vec<Opti
 fn group(
     request: &Request<'_>,
     decoded: &[Instruction],
+    ways: &[Way],
     parts: &mut [Option<Part>],
     first: usize,
 ) -> usize {
     if names_scratch(&decoded[first]) {
         return first + 1;
     }
-    let Some(base) = base_of(request, &decoded[first]) else {
+    let Some(base) = base_of(&decoded[first], ways[first]) else {
         return first + 1;
     };
     let mut planner = Planner {
@@ -185,7 +190,7 @@ fn group(
     let mut count = 0;
     let mut next = first + 1;
     for (n, i) in decoded.iter().enumerate().skip(first) {
-        match planner.role(i, n + 1 == decoded.len()) {
+        match planner.role(i, ways[n]) {
             Role::Access {
                 offset,
                 size,

@@ -6,7 +6,7 @@ use iced_x86::{Code as C, Instruction, Mnemonic, OpKind, Register};
 
 use super::emit::*;
 use super::kind::{self, Way};
-use super::{FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Site, Translator};
+use super::{FLAGS_SLOT, GPR, SAVED_LOW, SAVED_OPERAND, Side, Site, Translator};
 use crate::state::{Cpu, GS, Level, flag};
 
 /// A register the guest's code names but which lives in memory.
@@ -67,11 +67,9 @@ impl Translator<'_> {
             self.repeat();
             return true;
         }
-        let memory = self.at.mnemonic() != Mnemonic::Lea
-            && (0..self.at.op_count()).any(|n| self.at.op_kind(n) == OpKind::Memory);
         if self.at.mnemonic() == Mnemonic::Lea && self.at.is_ip_rel_memory_operand() {
             self.lea_rip();
-        } else if memory {
+        } else if kind::touches(&self.at) {
             self.with_memory(k);
         } else {
             self.registers_only(k);
@@ -166,11 +164,7 @@ impl Translator<'_> {
     }
 
     fn with_memory(&mut self, k: kind::Kind) {
-        let bit_form = matches!(
-            self.at.mnemonic(),
-            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
-        );
-        if bit_form && self.at.op1_kind() == OpKind::Register {
+        if kind::bit_string(&self.at) {
             return self.bit_string(k);
         }
         let size = self.at.memory_size().size();
@@ -462,14 +456,12 @@ impl Translator<'_> {
                 self.code
                     .cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, interrupt_waits)), 0);
                 self.flags_destroyed();
-                let calm = self.code.bytes.len();
-                self.code.raw(&[0x74, 0]);
+                let calm = self.code.jcc_short(CC_E);
                 // An interrupt waits for this: Rust sets the flag, and the run loop minds the shadow.
                 let before = self.flags;
                 self.call_rust();
                 self.flags = before;
-                let end = self.code.bytes.len();
-                self.code.bytes[calm + 1] = (end - calm - 2) as u8;
+                self.code.bind_short(calm);
                 self.code
                     .with_mem(None, false, &[0x81], 1, Mem::gs(offset_of!(Cpu, rflags)));
                 self.code.u32(flag::IF as u32);
@@ -532,32 +524,47 @@ impl Translator<'_> {
                 }
             }
             _ => {
-                self.conditional();
-                return false;
+                return self.conditional();
             }
         }
         true
     }
 
-    fn conditional(&mut self) {
+    /// A conditional branch; true where what follows it is behind it.
+    fn conditional(&mut self) -> bool {
         let i = self.at;
+        if i.is_jcc_short_or_near() {
+            self.want_flags();
+            let condition = (i.condition_code() as u8) - 1;
+            let (target, live) = (i.near_branch_target(), self.live_taken);
+            if !self.chainable(target) {
+                let branch = self.code.jcc(condition);
+                self.sides.push(Side {
+                    branch,
+                    at: i,
+                    flags: self.flags,
+                    live,
+                });
+            } else if target > i.ip() {
+                let exit = self.exit(target);
+                let branch = self.code.jcc(condition);
+                self.chained(branch, exit);
+            } else {
+                let over = self.code.jcc_short(condition ^ 1);
+                let before = self.flags;
+                self.exit_to(target, live);
+                self.flags = before;
+                self.code.bind_short(over);
+            }
+            return true;
+        }
+        let live = self.live_after != 0;
         let counting = matches!(
             i.mnemonic(),
             Mnemonic::Loop | Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz
         );
         if !counting {
             self.want_flags();
-        }
-        let live = self.live_after != 0;
-        if i.is_jcc_short_or_near() {
-            let condition = (i.condition_code() as u8) - 1;
-            let taken = self.code.jcc(condition);
-            let before = self.flags;
-            self.exit_to(i.next_ip(), live);
-            self.flags = before;
-            self.code.bind(taken);
-            self.exit_to(i.near_branch_target(), live);
-            return;
         }
         // LOOP and JRCXZ only have short forms: over a jump.
         let mut bytes: Vec<u8> = Vec::with_capacity(6);
@@ -573,6 +580,7 @@ impl Translator<'_> {
         self.flags = before;
         self.code.bind(not_taken);
         self.exit_to(i.next_ip(), live);
+        false
     }
 }
 

@@ -133,17 +133,7 @@ impl Translator<'_> {
             self.code.cmp_imm(R11, 64 - size as i32);
             self.code.jcc(CC_A)
         });
-        if self.bmi2 {
-            self.code.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xda, 8]); // rorx r11d, r10d, 8
-        } else {
-            self.code.mov32(R11, R10);
-            self.code.shr32(R11, 8);
-        }
-        self.code.and32(R11, (tlb::index(u64::MAX) as u32) << 4);
-        self.code.xor_load(R10, Mem::gs_at(R11, table));
-        self.code.cmp_imm(R10, 4096 - size as i32);
-        let branch = self.code.jcc(CC_A);
-        self.code.load(R11, Mem::gs_at(R11, table + 8));
+        let branch = self.probe(table, size);
         let back = self.code.here();
         if let Some(branch) = split {
             self.slow.push(Slow {
@@ -160,6 +150,23 @@ impl Translator<'_> {
             back,
         });
         self.flags_destroyed();
+    }
+
+    /// The look itself: r10 as above and r11 the page's host address, or away where the buffer does not know the page or the
+    /// access leaves it.
+    pub(super) fn probe(&mut self, table: usize, size: usize) -> Patch {
+        if self.bmi2 {
+            self.code.raw(&[0xc4, 0x43, 0x7b, 0xf0, 0xda, 8]); // rorx r11d, r10d, 8
+        } else {
+            self.code.mov32(R11, R10);
+            self.code.shr32(R11, 8);
+        }
+        self.code.and32(R11, (tlb::index(u64::MAX) as u32) << 4);
+        self.code.xor_load(R10, Mem::gs_at(R11, table));
+        self.code.cmp_imm(R10, 4096 - size as i32);
+        let branch = self.code.jcc(CC_A);
+        self.code.load(R11, Mem::gs_at(R11, table + 8));
+        branch
     }
 
     pub(super) fn memory_words(&self, size: usize, write: bool, modify: bool) -> u32 {

@@ -145,8 +145,10 @@ pub const CHECKPOINT: u32 = u32::MAX;
 #[derive(Debug, Clone, Copy)]
 pub struct Exit {
     pub target: u64,
-    /// Host address of the displacement to patch; 0: never chained.
+    /// Host address of the displacement to patch, of a jump or a conditional one; 0: never chained.
     pub site: u64,
+    /// What the displacement is before that: it leads to the way out through the run loop.
+    pub unchained: u32,
     /// Number of the block it belongs to.
     pub block: u32,
 }
@@ -186,6 +188,8 @@ pub struct Lists {
 
 /// Instructions in a block at most.
 const BLOCK_LIMIT: usize = 48;
+/// Conditional jumps that a block goes on behind, at most.
+const SIDES: usize = 4;
 
 /// Where the guest's flags are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,6 +216,21 @@ enum Address {
     Same,
 }
 
+/// A way out through the run loop, behind the block.
+struct Out {
+    branch: Patch,
+    word: u32,
+    exit: u32,
+}
+
+/// A conditional jump that cannot be chained: how it goes on, behind the block.
+struct Side {
+    branch: Patch,
+    at: Instruction,
+    flags: Flags,
+    live: bool,
+}
+
 struct Translator<'a> {
     request: &'a Request<'a>,
     /// Something in it cannot be moved.
@@ -220,6 +239,8 @@ struct Translator<'a> {
     lists: &'a mut Lists,
     encoder: Encoder,
     slow: Vec<Slow>,
+    outs: Vec<Out>,
+    sides: Vec<Side>,
     detours: Vec<repeat::Detour>,
     part: Option<group::Part>,
     bmi2: bool,
@@ -230,12 +251,18 @@ struct Translator<'a> {
     at: Instruction,
     live_before: u32,
     live_after: u32,
+    /// Whether flags may be needed where it branches to.
+    live_taken: bool,
 }
 
 /// The reusable parts of a translator.
 pub struct Workshop {
     decoded: Vec<Instruction>,
+    /// How each is carried out.
+    ways: Vec<Way>,
     live: Vec<u32>,
+    /// Whether flags may be needed where it branches to.
+    taken: Vec<bool>,
     parts: Vec<Option<group::Part>>,
 }
 
@@ -243,7 +270,9 @@ impl Workshop {
     pub fn new() -> Workshop {
         Workshop {
             decoded: Vec::with_capacity(64),
+            ways: Vec::with_capacity(64),
             live: Vec::with_capacity(64),
+            taken: Vec::with_capacity(64),
             parts: Vec::with_capacity(64),
         }
     }
@@ -263,6 +292,8 @@ impl Workshop {
             BLOCK_LIMIT
         };
         self.decoded.clear();
+        self.ways.clear();
+        let mut sides = 0;
         let mut decoder =
             Decoder::with_ip(64, request.bytes, request.key.rip, DecoderOptions::NONE);
         let mut crossing = false;
@@ -288,8 +319,14 @@ impl Workshop {
                 ended = true;
             }
             let way = request.way(&instruction, false);
+            // Behind a conditional jump the block goes on, unless there is one already.
+            let side = way == Way::Own
+                && instruction.is_jcc_short_or_near()
+                && sides < SIDES
+                && (request.known)(instruction.next_ip()).is_none();
+            sides += usize::from(side);
             ended |= match way {
-                Way::Own => instruction.flow_control() != iced_x86::FlowControl::Next,
+                Way::Own => instruction.flow_control() != iced_x86::FlowControl::Next && !side,
                 Way::Rust => {
                     instruction.is_invalid()
                         || instruction.flow_control() != iced_x86::FlowControl::Next
@@ -297,46 +334,18 @@ impl Workshop {
                 _ => false,
             };
             self.decoded.push(instruction);
+            self.ways.push(way);
+        }
+        if let (Some(last), Some(way)) = (self.decoded.last(), self.ways.last_mut()) {
+            *way = request.way(last, true);
         }
         let len = self.decoded.iter().map(Instruction::len).sum::<usize>();
         let next = request.key.rip.wrapping_add(len as u64);
 
-        // Liveness, backwards.
-        self.live.clear();
-        self.live.resize(self.decoded.len() + 1, 0);
-        let mut live = ALL_FLAGS;
-        if let Some(last) = self.decoded.last()
-            && !single
-            && !crossing
-        {
-            // Both ways out known and of this page: what they need.
-            let falls = last.flow_control() != iced_x86::FlowControl::UnconditionalBranch;
-            let branches = matches!(
-                last.flow_control(),
-                iced_x86::FlowControl::UnconditionalBranch
-                    | iced_x86::FlowControl::ConditionalBranch
-            ) && kind::kind(last).way == Way::Own;
-            let plain = last.flow_control() == iced_x86::FlowControl::Next
-                && kind::kind(last).way != Way::Rust;
-            if branches || plain {
-                let a = branches && needs_flags(request, last.near_branch_target());
-                let b = falls && needs_flags(request, next);
-                live = if a || b { ALL_FLAGS } else { 0 };
-            }
-        }
-        self.live[self.decoded.len()] = live;
-        for (n, instruction) in self.decoded.iter().enumerate().rev() {
-            if request.way(instruction, n + 1 == self.decoded.len()) == Way::Rust {
-                live = ALL_FLAGS;
-            } else {
-                let (reads, kills) = kind::flags(instruction);
-                live = (live & !kills) | reads;
-            }
-            self.live[n] = live;
-        }
+        self.liveness(request, next, single || crossing);
         let flags_live = self.live[0] != 0;
         if request.groups {
-            group::plan(request, &self.decoded, &mut self.parts);
+            group::plan(request, &self.decoded, &self.ways, &mut self.parts);
         } else {
             self.parts.clear();
         }
@@ -349,6 +358,8 @@ impl Workshop {
             lists,
             encoder: Encoder::new(64),
             slow: Vec::new(),
+            outs: Vec::new(),
+            sides: Vec::new(),
             detours: Vec::new(),
             part: None,
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
@@ -358,6 +369,7 @@ impl Workshop {
             at: Instruction::default(),
             live_before: 0,
             live_after: 0,
+            live_taken: true,
         };
         // The way out at the start, for polls and for blocks that died.
         let leave = t.code.here();
@@ -371,10 +383,11 @@ impl Workshop {
             t.live_before = self.live[n];
             t.part = self.parts.get(n).copied().flatten();
             t.live_after = self.live[n + 1];
+            t.live_taken = self.taken[n];
             if request.counted && !instruction.is_invalid() {
                 t.count();
             }
-            open = t.instruction(request.way(instruction, n + 1 == self.decoded.len()));
+            open = t.instruction(self.ways[n]);
         }
         if open {
             t.exit_to(next, self.live[self.decoded.len()] != 0);
@@ -401,6 +414,52 @@ impl Workshop {
             flags_live,
             instructions,
         })
+    }
+
+    /// Which flags are needed before each instruction; `blind`: what comes behind the last is not looked at.
+    fn liveness(&mut self, request: &Request<'_>, next: u64, blind: bool) {
+        use iced_x86::FlowControl;
+        let count = self.decoded.len();
+        self.live.clear();
+        self.live.resize(count + 1, 0);
+        self.taken.clear();
+        self.taken.resize(count, true);
+        let needed = |target| {
+            if blind || needs_flags(request, target) {
+                ALL_FLAGS
+            } else {
+                0
+            }
+        };
+        let mut live = match (self.decoded.last(), self.ways.last()) {
+            (Some(last), Some(way)) => match last.flow_control() {
+                FlowControl::UnconditionalBranch if *way == Way::Own => {
+                    needed(last.near_branch_target())
+                }
+                FlowControl::ConditionalBranch if last.is_jcc_short_or_near() => needed(next),
+                FlowControl::ConditionalBranch if *way == Way::Own => {
+                    needed(next) | needed(last.near_branch_target())
+                }
+                FlowControl::Next if *way != Way::Rust => needed(next),
+                _ => ALL_FLAGS,
+            },
+            _ => ALL_FLAGS,
+        };
+        self.live[count] = live;
+        for (n, instruction) in self.decoded.iter().enumerate().rev() {
+            if self.ways[n] == Way::Rust {
+                live = ALL_FLAGS;
+            } else {
+                if instruction.is_jcc_short_or_near() {
+                    let taken = needed(instruction.near_branch_target());
+                    self.taken[n] = taken != 0;
+                    live |= taken;
+                }
+                let (reads, kills) = kind::flags(instruction);
+                live = (live & !kills) | reads;
+            }
+            self.live[n] = live;
+        }
     }
 }
 
@@ -582,17 +641,11 @@ impl Translator<'_> {
     /// Goes to a known guest address: chained inside the page, by the table else. `live`: flags may be needed there.
     fn exit_to(&mut self, target: u64, live: bool) {
         if self.single {
-            let exit = self.lists.exits.len() as u32;
-            self.lists.exits.push(Exit {
-                target,
-                site: 0,
-                block: self.request.number,
-            });
+            let exit = self.exit(target);
             self.leave(leave::TARGET, exit);
             return;
         }
-        let here = self.request.key.rip;
-        if (target ^ here) >> 12 != 0 || self.crosses(target) {
+        if !self.chainable(target) {
             self.spare_flags(true);
             self.guest_address(R10, target);
             let slot = self.level() + offset_of!(Level, jump) + jump_index(target) * 8;
@@ -603,39 +656,55 @@ impl Translator<'_> {
         if live {
             self.want_flags();
         }
-        let exit = self.lists.exits.len() as u32;
+        let exit = self.exit(target);
+        if target <= self.at.ip() {
+            self.poll(exit, live);
+        }
+        let jump = self.code.jmp();
+        self.chained(jump, exit);
+    }
+
+    /// A new exit of this block, not chained.
+    fn exit(&mut self, target: u64) -> u32 {
         self.lists.exits.push(Exit {
             target,
             site: 0,
+            unchained: 0,
             block: self.request.number,
         });
-        if target <= self.at.ip() {
-            // A back edge polls.
-            let attention = Mem::gs(offset_of!(Cpu, attention));
-            if live {
-                self.code.mov(R10, RCX);
-                self.code.load32(RCX, attention);
-                let mut out = Code::new(0);
-                out.mov(RCX, R10);
-                let skip = out.bytes.len() + 7 + 5 + 8;
-                self.code.raw(&[0xe3, skip as u8]);
-                self.code.mov(RCX, R10);
-                self.leave(leave::TARGET, exit);
-                self.code.mov(RCX, R10);
-            } else {
-                self.code.cmp32_mem_imm8(attention, 0);
-                let calm = self.code.bytes.len();
-                self.code.raw(&[0x74, 0]);
-                self.leave(leave::TARGET, exit);
-                let end = self.code.bytes.len();
-                self.code.bytes[calm + 1] = (end - calm - 2) as u8;
-            }
-        }
-        let jump = self.code.jmp();
-        self.lists.exits[exit as usize].site = self.code.address_of(jump);
-        // Until it is chained: right behind.
-        self.code.bind(jump);
-        self.leave(leave::CHAIN, exit);
+        self.lists.exits.len() as u32 - 1
+    }
+
+    /// Back edges poll: leaves for the run loop where that is wanted. Keeps EFLAGS where `live`.
+    fn poll(&mut self, exit: u32, live: bool) {
+        let attention = Mem::gs(offset_of!(Cpu, attention));
+        let word = self.word(leave::TARGET);
+        let branch = if live {
+            self.code.mov(R10, RCX);
+            self.code.load32(RCX, attention);
+            let calm = self.code.short(JRCXZ);
+            self.code.mov(RCX, R10);
+            let branch = self.code.jmp();
+            self.code.bind_short(calm);
+            self.code.mov(RCX, R10);
+            branch
+        } else {
+            self.code.cmp32_mem_imm8(attention, 0);
+            self.code.jcc(CC_NE)
+        };
+        self.outs.push(Out { branch, word, exit });
+    }
+
+    /// The jump at `branch`, conditional or not, is the exit's, and will be chained.
+    fn chained(&mut self, branch: Patch, exit: u32) {
+        self.lists.exits[exit as usize].site = self.code.address_of(branch);
+        let word = self.word(leave::CHAIN);
+        self.outs.push(Out { branch, word, exit });
+    }
+
+    /// Whether a block at `target` can be chained to this one: of the same page, and all in it.
+    fn chainable(&self, target: u64) -> bool {
+        !self.single && (target ^ self.request.key.rip) >> 12 == 0 && !self.crosses(target)
     }
 
     /// Whether the instruction at `target`, in this page, goes on in the next: a block of its own, reached by the table.
@@ -676,6 +745,19 @@ impl Translator<'_> {
 
     /// The slow ways, behind the block.
     fn finish(&mut self) {
+        for side in std::mem::take(&mut self.sides) {
+            self.code.bind(side.branch);
+            (self.at, self.flags) = (side.at, side.flags);
+            self.exit_to(side.at.near_branch_target(), side.live);
+        }
+        for out in std::mem::take(&mut self.outs) {
+            self.code.bind(out.branch);
+            let exit = &mut self.lists.exits[out.exit as usize];
+            if out.word & 7 == leave::CHAIN {
+                exit.unchained = self.code.displacement(out.branch);
+            }
+            self.descriptor(self.request.stubs.exit, out.word, out.exit);
+        }
         self.finish_detours();
         for slow in std::mem::take(&mut self.slow) {
             self.code.bind(slow.branch);

@@ -147,12 +147,13 @@ pub fn copy(
         } else {
             // Whatever it was chained to.
             let jump = (exit.site - donor.leave) as usize;
-            bytes[jump..jump + 4].fill(0);
+            bytes[jump..jump + 4].copy_from_slice(&exit.unchained.to_le_bytes());
             exit.site.wrapping_add(shift)
         };
         lists.exits.push(Exit {
             target: exit.target.wrapping_add(by),
             site,
+            unchained: exit.unchained,
             block: number,
         });
     }

@@ -7,7 +7,6 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::emit::*;
 use super::{Flags, SAVED_LOW, SAVED_OPERAND, SAVED_RAX, Translator, leave};
 use crate::state::Cpu;
-use crate::tlb;
 
 /// log2 of the element's size, where the instruction has a form in place.
 pub(super) fn element(i: &Instruction) -> Option<u8> {
@@ -95,13 +94,7 @@ impl Translator<'_> {
     fn stretch(&mut self, register: u8, write: bool, log: u8, branches: &mut Vec<Patch>) {
         let table = self.table(write);
         self.code.mov(R10, register);
-        self.code.mov32(R11, R10);
-        self.code.shr32(R11, 8);
-        self.code.and32(R11, (tlb::index(u64::MAX) as u32) << 4);
-        self.code.xor_load(R10, Mem::gs_at(R11, table));
-        self.code.cmp_imm(R10, 4095);
-        branches.push(self.code.jcc(CC_A));
-        self.code.load(R11, Mem::gs_at(R11, table + 8));
+        branches.push(self.probe(table, 1));
         self.code.lea(R11, Mem::sum(R11, R10));
         // Elements left in the page: (4096 - r10) >> log.
         self.code.with_reg(false, &[0xf7], 3, R10);

@@ -301,8 +301,8 @@ impl Rig {
             at.add(1).cast::<u32>().write_unaligned(jump);
         }
         let cpu = self.vcpu.cpu();
-        cpu.note_store(start, 0);
-        cpu.note_store(start + bytes.len() as u64 + 5, 0);
+        cpu.note_store(start);
+        cpu.note_store(start + bytes.len() as u64 + 5);
     }
 
     /// The CPU before the first instruction of `bytes`.
