@@ -1,5 +1,5 @@
 //! Release builds carry the OCI runtime a second time, as a small static program of its own, which `berth oci run`
-//! executes (src/stage.rs): containers are started by a process of a few hundred KiB instead of this whole binary.
+//! executes (src/stage): containers are started by a process of a few hundred KiB instead of this whole binary.
 
 use std::env;
 use std::hash::Hasher;
@@ -13,7 +13,7 @@ fn main() {
         return;
     }
     let target = env::var("TARGET").unwrap_or_default();
-    if !target.ends_with("-linux-gnu") {
+    if !["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"].contains(&target.as_str()) {
         return;
     }
     // Start-up is relocations before all else: packed, they are a fraction to read.
@@ -21,6 +21,10 @@ fn main() {
     match build(&target) {
         Ok(stage) => {
             println!("cargo:rustc-cfg=stage");
+            if target.starts_with("x86_64") {
+                // Entered before the dynamic linker (src/stage/entry.rs), which loads it where it is wanted.
+                println!("cargo:rustc-link-arg-bins=-Wl,--no-dynamic-linker,-e,berth_entry");
+            }
             println!("cargo:rustc-env=BERTH_STAGE={}", stage.display());
             println!("cargo:rustc-env=BERTH_STAGE_HASH={:016x}", hash(&stage));
         }

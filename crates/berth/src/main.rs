@@ -14,6 +14,8 @@ mod rootless;
 mod serve;
 #[cfg(stage)]
 mod stage;
+#[cfg(any(stage, test))]
+mod sweep;
 mod template;
 mod terminal;
 mod user_network;

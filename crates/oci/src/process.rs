@@ -142,7 +142,7 @@ impl CapabilitySets {
 
 /// Becomes the container's user with the container's capabilities. The calling process must be privileged in its
 /// user namespace.
-pub(crate) fn become_user(process: &Process, deny_groups: bool) -> Result<()> {
+pub(crate) fn become_user(process: &Process) -> Result<()> {
     let user = process.user();
     let sets = process.capabilities().as_ref().map(CapabilitySets::of);
     let held = syscall::effective_capabilities().during(|| "capget".into())?;
@@ -163,12 +163,19 @@ pub(crate) fn become_user(process: &Process, deny_groups: bool) -> Result<()> {
     syscall::prctl(libc::PR_SET_KEEPCAPS, 1, 0)
         .during(|| "keep capabilities over the change of user".into())?;
     let groups = user.additional_gids().as_deref().unwrap_or_default();
-    if !deny_groups {
-        syscall::set_groups(groups).during(|| "setgroups".into())?;
-    } else if !groups.is_empty() {
-        return Err(Error::invalid(
-            "config.json: process.user.additionalGids cannot be set: setgroups(2) is denied in this user namespace",
-        ));
+    match syscall::set_groups(groups) {
+        Ok(()) => {}
+        // Given up for this user namespace; the initial one never does (user_namespaces(7)).
+        Err(error)
+            if error.raw_os_error() == Some(libc::EPERM) && !base::userns::may_set_groups() =>
+        {
+            if !groups.is_empty() {
+                return Err(Error::invalid(
+                    "config.json: process.user.additionalGids cannot be set: setgroups(2) is denied in this user namespace",
+                ));
+            }
+        }
+        Err(error) => return Err(error).during(|| "setgroups".into()),
     }
     syscall::set_ids(user.uid(), user.gid()).during(|| {
         format!(

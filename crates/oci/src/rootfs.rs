@@ -7,7 +7,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, mkdirat, readlinkat};
 use rustix::io::Errno;
@@ -71,6 +71,18 @@ impl Root {
     /// Opens a path of the container as a place (`O_PATH`).
     pub fn place(&self, path: &Path) -> io::Result<OwnedFd> {
         place(self.mount.as_fd(), path)
+    }
+
+    /// What `path` is where no link is on the way, and nothing is to be made: then its true path is known as well.
+    pub fn plain(&self, path: &Path, is_directory: bool) -> Option<(OwnedFd, PathBuf)> {
+        let flags = if is_directory {
+            libc::O_PATH | libc::O_DIRECTORY
+        } else {
+            libc::O_PATH
+        };
+        let how = resolve::IN_ROOT | resolve::NO_SYMLINKS;
+        let found = syscall::openat2(self.mount.as_fd(), relative(path), flags, 0, how).ok()?;
+        Some((found, self.path.join(clean(path))))
     }
 
     /// The directory `path`, made with its parents where it is missing.
@@ -150,8 +162,8 @@ fn clean(path: &Path) -> PathBuf {
     let mut clean = PathBuf::new();
     for part in path.components() {
         match part {
-            std::path::Component::Normal(name) => clean.push(name),
-            std::path::Component::ParentDir => {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => {
                 clean.pop();
             }
             _ => {}
@@ -386,6 +398,24 @@ mod tests {
 
     fn open(path: &Path) -> OwnedFd {
         rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn a_plain_path_has_no_link_on_its_way_and_is_known_without_asking() {
+        let scratch = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(scratch.path().join("a/b")).unwrap();
+        std::os::unix::fs::symlink("a", scratch.path().join("link")).unwrap();
+        let root = Root {
+            mount: open(scratch.path()),
+            path: scratch.path().to_owned(),
+        };
+        for path in ["/a/b", "a/../../a/./b/", "/a", "/"] {
+            let (found, known) = root.plain(Path::new(path), true).unwrap();
+            assert_eq!(root.true_path(found.as_fd()).unwrap(), known, "{path}");
+        }
+        for path in ["/link/b", "/link", "/a/missing"] {
+            assert!(root.plain(Path::new(path), true).is_none(), "{path}");
+        }
     }
 
     #[test]

@@ -200,69 +200,154 @@ const fn instruction(
     }
 }
 
+/// Where a jump leads, until the program is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    NextRule,
+    NextGroup,
+    Answer(bool),
+}
+
+/// A program under way: its instructions, and the jumps that still lack their offset.
+#[derive(Default)]
+struct Assembly {
+    code: Vec<Instruction>,
+    open: Vec<(usize, Target)>,
+}
+
+impl Assembly {
+    fn add(&mut self, opcode: u8, destination: u8, source: u8, offset: i16, immediate: u32) {
+        self.code.push(instruction(
+            opcode,
+            destination,
+            source,
+            offset,
+            immediate as i32,
+        ));
+    }
+
+    /// A jump if register `register` and the number compare as `opcode` says.
+    fn jump(&mut self, opcode: u8, register: u8, number: u32, target: Target) {
+        self.open.push((self.code.len(), target));
+        self.add(opcode, register, 0, 0, number);
+    }
+
+    /// Jumps to `target` lead to what comes next. Returns whether there was one.
+    fn here(&mut self, target: Target) -> bool {
+        let next = self.code.len();
+        let before = self.open.len();
+        let code = &mut self.code;
+        self.open.retain(|(at, wanted)| {
+            if *wanted == target {
+                code[*at].offset = (next - at - 1) as i16;
+            }
+            *wanted != target
+        });
+        self.open.len() < before
+    }
+}
+
 /// The program: the last rule that matches decides, and where none does, no.
 ///
 /// The context (`struct bpf_cgroup_dev_ctx`) holds `access << 16 | type`, major, minor; type is 1 for a block device
-/// and 2 for a character device.
+/// and 2 for a character device. A device's two numbers are compared as one (12 and 20 bits, as the kernel keeps them),
+/// and neighbours of one type share its test: the kernel goes through every way a program can take before it has it.
 fn program(rules: &[Rule]) -> Vec<Instruction> {
     const LOAD_WORD: u8 = 0x61;
     const AND: u8 = 0x54;
+    const OR: u8 = 0x4c;
+    const SHIFT_LEFT: u8 = 0x64;
     const SHIFT_RIGHT: u8 = 0x74;
     const MOVE: u8 = 0xbf;
     const MOVE_NUMBER: u8 = 0xb7;
-    const JUMP_UNLESS_EQUAL_NUMBER: u8 = 0x55;
-    const JUMP_UNLESS_EQUAL: u8 = 0x5d;
-    const JUMP_IF_EQUAL_NUMBER: u8 = 0x15;
+    const JUMP: u8 = 0x05;
+    const JUMP_IF_EQUAL: u8 = 0x16;
+    const JUMP_UNLESS_EQUAL: u8 = 0x56;
+    const JUMP_IF_ANY_BIT: u8 = 0x46;
     const EXIT: u8 = 0x95;
-    let mut code = vec![
-        instruction(LOAD_WORD, 2, 1, 0, 0),
-        instruction(MOVE, 3, 2, 0, 0),
-        instruction(AND, 2, 0, 0, 0xffff),
-        instruction(SHIFT_RIGHT, 3, 0, 0, 16),
-        instruction(LOAD_WORD, 4, 1, 4, 0),
-        instruction(LOAD_WORD, 5, 1, 8, 0),
-    ];
-    for rule in rules.iter().rev() {
-        let mut tests = Vec::with_capacity(5);
-        match rule.kind {
-            'b' => tests.push(instruction(JUMP_UNLESS_EQUAL_NUMBER, 2, 0, 0, 1)),
-            'c' => tests.push(instruction(JUMP_UNLESS_EQUAL_NUMBER, 2, 0, 0, 2)),
+    const TYPE: u8 = 2;
+    const ACCESS: u8 = 3;
+    const MAJOR: u8 = 4;
+    const MINOR: u8 = 5;
+    const BOTH: u8 = 6;
+    const MAJORS: u32 = 1 << 12;
+    const MINORS: u32 = 1 << 20;
+    let mut program = Assembly::default();
+    program.add(LOAD_WORD, TYPE, 1, 0, 0);
+    program.add(MOVE, ACCESS, TYPE, 0, 0);
+    program.add(AND, TYPE, 0, 0, 0xffff);
+    program.add(SHIFT_RIGHT, ACCESS, 0, 0, 16);
+    program.add(LOAD_WORD, MAJOR, 1, 4, 0);
+    program.add(LOAD_WORD, MINOR, 1, 8, 0);
+    program.add(MOVE, BOTH, MAJOR, 0, 0);
+    program.add(SHIFT_LEFT, BOTH, 0, 0, 20);
+    program.add(OR, BOTH, MINOR, 0, 0);
+    let possible: Vec<&Rule> = rules
+        .iter()
+        .rev()
+        .filter(|rule| {
+            rule.major.is_none_or(|major| major < MAJORS)
+                && rule.minor.is_none_or(|minor| minor < MINORS)
+        })
+        .collect();
+    let mut otherwise = false;
+    'all: for group in possible.chunk_by(|one, next| one.kind == next.kind) {
+        match group[0].kind {
+            'b' => program.jump(JUMP_UNLESS_EQUAL, TYPE, 1, Target::NextGroup),
+            'c' => program.jump(JUMP_UNLESS_EQUAL, TYPE, 2, Target::NextGroup),
             _ => {}
         }
-        if rule.access != ALL {
-            tests.push(instruction(MOVE, 1, 3, 0, 0));
-            tests.push(instruction(AND, 1, 0, 0, rule.access as i32));
-            // An allowance must cover all that is asked; a denial holds as soon as it touches any of it.
-            tests.push(if rule.allow {
-                instruction(JUMP_UNLESS_EQUAL, 1, 3, 0, 0)
-            } else {
-                instruction(JUMP_IF_EQUAL_NUMBER, 1, 0, 0, 0)
-            });
-        }
-        if let Some(major) = rule.major {
-            tests.push(instruction(JUMP_UNLESS_EQUAL_NUMBER, 4, 0, 0, major as i32));
-        }
-        if let Some(minor) = rule.minor {
-            tests.push(instruction(JUMP_UNLESS_EQUAL_NUMBER, 5, 0, 0, minor as i32));
-        }
-        let length = tests.len();
-        for (index, test) in tests.iter_mut().enumerate() {
-            if test.opcode & 0x07 == 0x05 {
-                test.offset = (length - index - 1 + 2) as i16;
+        for rule in group {
+            let answer = Target::Answer(rule.allow);
+            if rule.access != ALL {
+                // An allowance must cover all that is asked; a denial holds as soon as it touches any of it.
+                if rule.allow {
+                    let beyond = !rule.access & 0xffff;
+                    program.jump(JUMP_IF_ANY_BIT, ACCESS, beyond, Target::NextRule);
+                } else {
+                    program.add(MOVE, 1, ACCESS, 0, 0);
+                    program.add(AND, 1, 0, 0, rule.access);
+                    program.jump(JUMP_IF_EQUAL, 1, 0, Target::NextRule);
+                }
+            }
+            let always = match (rule.major, rule.minor) {
+                (Some(major), Some(minor)) => {
+                    program.jump(JUMP_IF_EQUAL, BOTH, major << 20 | minor, answer);
+                    false
+                }
+                (Some(major), None) => {
+                    program.jump(JUMP_IF_EQUAL, MAJOR, major, answer);
+                    false
+                }
+                (None, Some(minor)) => {
+                    program.jump(JUMP_IF_EQUAL, MINOR, minor, answer);
+                    false
+                }
+                (None, None) if rule.kind == 'a' && rule.access == ALL => {
+                    otherwise = rule.allow;
+                    break 'all;
+                }
+                (None, None) => {
+                    program.jump(JUMP, 0, 0, answer);
+                    true
+                }
+            };
+            // The verifier refuses what can never be reached.
+            if !program.here(Target::NextRule) && always {
+                break;
             }
         }
-        let unconditional = tests.is_empty();
-        code.extend(tests);
-        code.push(instruction(MOVE_NUMBER, 0, 0, 0, i32::from(rule.allow)));
-        code.push(instruction(EXIT, 0, 0, 0, 0));
-        if unconditional {
-            // The verifier refuses what can never be reached.
-            return code;
-        }
+        program.here(Target::NextGroup);
     }
-    code.push(instruction(MOVE_NUMBER, 0, 0, 0, 0));
-    code.push(instruction(EXIT, 0, 0, 0, 0));
-    code
+    program.here(Target::NextGroup);
+    program.here(Target::Answer(otherwise));
+    program.add(MOVE_NUMBER, 0, 0, 0, otherwise.into());
+    program.add(EXIT, 0, 0, 0, 0);
+    if program.here(Target::Answer(!otherwise)) {
+        program.add(MOVE_NUMBER, 0, 0, 0, (!otherwise).into());
+        program.add(EXIT, 0, 0, 0, 0);
+    }
+    program.code
 }
 
 fn bpf(command: libc::c_int, attributes: &[u64; 16]) -> io::Result<i32> {
@@ -356,7 +441,7 @@ mod tests {
     /// Runs a program as the kernel would.
     fn run(code: &[Instruction], kind: u32, access: u32, major: u32, minor: u32) -> bool {
         let context = [access << 16 | kind, major, minor];
-        let mut r = [0u64; 6];
+        let mut r = [0u64; 7];
         let mut at = 0usize;
         for _ in 0..10_000 {
             let i = code[at];
@@ -369,9 +454,12 @@ mod tests {
                 0xb7 => r[d] = i.immediate as u64,
                 0x54 => r[d] = u64::from(r[d] as u32 & i.immediate as u32),
                 0x74 => r[d] = u64::from(r[d] as u32 >> i.immediate),
-                0x55 => at = jump(r[d] != i64::from(i.immediate) as u64, at),
-                0x5d => at = jump(r[d] != r[s], at),
-                0x15 => at = jump(r[d] == i64::from(i.immediate) as u64, at),
+                0x4c => r[d] = u64::from(r[d] as u32 | r[s] as u32),
+                0x64 => r[d] = u64::from((r[d] as u32) << i.immediate),
+                0x05 => at = jump(true, at),
+                0x16 => at = jump(r[d] as u32 == i.immediate as u32, at),
+                0x56 => at = jump(r[d] as u32 != i.immediate as u32, at),
+                0x46 => at = jump(r[d] as u32 & i.immediate as u32 != 0, at),
                 0x95 => return r[0] != 0,
                 other => panic!("opcode {other:#x}"),
             }
@@ -426,13 +514,83 @@ mod tests {
         assert_eq!(line_v1(&rule), "c 10:* rm");
     }
 
+    /// What the rules say, without a program.
+    fn allowed(rules: &[Rule], kind: u32, access: u32, major: u32, minor: u32) -> bool {
+        let matches = |rule: &&Rule| {
+            (rule.kind == 'a' || rule.kind == ['b', 'c'][kind as usize - 1])
+                && rule.major.is_none_or(|wanted| wanted == major)
+                && rule.minor.is_none_or(|wanted| wanted == minor)
+                && if rule.allow {
+                    access & !rule.access == 0
+                } else {
+                    access & rule.access != 0
+                }
+        };
+        rules
+            .iter()
+            .rev()
+            .find(matches)
+            .is_some_and(|rule| rule.allow)
+    }
+
+    /// Every instruction can be reached, as the kernel's verifier wants it.
+    fn all_reached(code: &[Instruction]) -> bool {
+        let mut reached = vec![false; code.len()];
+        let mut ways = vec![0usize];
+        while let Some(at) = ways.pop() {
+            if std::mem::replace(&mut reached[at], true) {
+                continue;
+            }
+            let jump = at + 1 + code[at].offset as usize;
+            match code[at].opcode {
+                0x95 => {}
+                0x05 => ways.push(jump),
+                0x16 | 0x46 | 0x56 => ways.extend([at + 1, jump]),
+                _ => ways.push(at + 1),
+            }
+        }
+        reached.iter().all(|reached| *reached)
+    }
+
+    fn any_rule() -> impl Strategy<Value = Rule> {
+        let number = || {
+            prop_oneof![
+                2 => Just(None),
+                4 => (0..4u32).prop_map(Some),
+                1 => prop::sample::select(vec![2048, 4095, 4096, 1 << 19, 1 << 20]).prop_map(Some),
+            ]
+        };
+        let kind = prop::sample::select(vec!['a', 'b', 'c']);
+        (
+            any::<bool>(),
+            kind,
+            number(),
+            number(),
+            prop_oneof![Just(ALL), 1..8u32],
+        )
+            .prop_map(|(allow, kind, major, minor, access)| Rule {
+                allow,
+                kind,
+                major,
+                minor,
+                access,
+            })
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
         #[test]
-        fn every_program_ends(allow in any::<bool>(), kind in 0..3usize, major in proptest::option::of(0..300u32), access in 0..8u32) {
-            let rule = Rule { allow, kind: ['a', 'b', 'c'][kind], major, minor: None, access };
-            let code = program(&[rule, Rule { allow: !allow, ..rule }]);
-            for kind in [1, 2] {
-                let _ = run(&code, kind, READ, 8, 0);
+        fn the_program_says_what_the_rules_say(rules in prop::collection::vec(any_rule(), 0..9)) {
+            let code = program(&rules);
+            prop_assert!(all_reached(&code), "{code:?}");
+            for (major, minor) in [(0, 0), (1, 3), (3, 1), (2, 2), (2048, 0), (4095, 1 << 19)] {
+                for (kind, access) in (1..3).flat_map(|kind| (1..8).map(move |access| (kind, access))) {
+                    prop_assert_eq!(
+                        run(&code, kind, access, major, minor),
+                        allowed(&rules, kind, access, major, minor),
+                        "{} {} {}:{}", kind, access, major, minor
+                    );
+                }
             }
         }
     }

@@ -200,6 +200,11 @@ pub(crate) struct Context {
 /// Runs the command line `arguments` (the first is the program's name) and returns its exit code: the container's for
 /// `run` and `exec` in the foreground, 255 for a failed `exec`, else 1 for a failure.
 pub fn main<I: IntoIterator<Item = OsString>>(arguments: I) -> ExitCode {
+    ExitCode::from(exit_code(arguments))
+}
+
+/// [`main`] for who has no use for an [`ExitCode`].
+pub fn exit_code<I: IntoIterator<Item = OsString>>(arguments: I) -> u8 {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let parsed = match quick::parse(&arguments) {
         Some(cli) => Ok(cli),
@@ -209,11 +214,7 @@ pub fn main<I: IntoIterator<Item = OsString>>(arguments: I) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::FAILURE
-            } else {
-                ExitCode::SUCCESS
-            };
+            return error.use_stderr().into();
         }
     };
     let failure = if matches!(cli.command, Command::Exec(_)) {
@@ -224,10 +225,10 @@ pub fn main<I: IntoIterator<Item = OsString>>(arguments: I) -> ExitCode {
     let log = cli.log.clone();
     let format = cli.log_format;
     match dispatch(cli) {
-        Ok(code) => ExitCode::from(code),
+        Ok(code) => code,
         Err(error) => {
             complain(log, format, &error);
-            ExitCode::from(failure)
+            failure
         }
     }
 }

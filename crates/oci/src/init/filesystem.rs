@@ -9,11 +9,11 @@ use rustix::fs::{FileType, Mode, OFlags};
 
 use super::Init;
 use crate::device;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::launch::Stdio;
 use crate::mount::{self, Options};
 use crate::rootfs::{self, Masks, Root};
-use crate::syscall::{self, MountAttr, attr, resolve};
+use crate::syscall::{self, MountAttr, attr};
 
 impl Init<'_, '_> {
     pub(super) fn enter_root(&mut self) -> Result<()> {
@@ -145,34 +145,46 @@ impl Init<'_, '_> {
             };
             let stat = rustix::fs::fstat(&tree).during(what)?;
             let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            let target = root.target(destination, directory).during(what)?;
+            let (target, true_path) = match root.plain(destination, directory) {
+                Some(found) => found,
+                None => {
+                    let target = root.target(destination, directory).during(what)?;
+                    let true_path = root.true_path(target.as_fd()).during(what)?;
+                    (target, true_path)
+                }
+            };
             let is_proc = syscall::is_filesystem(&tree, mount::PROC_SUPER_MAGIC).during(what)?;
-            self.check_proc(root, target.as_fd(), is_proc, destination)?;
+            mount::check_proc_target(&true_path, &root.path, is_proc, destination)?;
             syscall::attach(tree.as_fd(), target.as_fd()).during(what)?;
             mount::set_propagation(tree.as_fd(), options).during(what)?;
             return Ok(None);
         }
-        let target = root.directory(destination).during(what)?;
-        let mut extra = Vec::new();
-        if kind == "proc" || kind == "sysfs" {
-            // A link here would put the kernel's files where the image wants them (CVE-2019-16884).
-            let inside = destination.strip_prefix("/").unwrap_or(destination);
-            syscall::openat2(
-                root.mount.as_fd(),
-                inside,
-                libc::O_PATH,
-                0,
-                resolve::IN_ROOT | resolve::NO_SYMLINKS,
-            )
-            .during(|| {
-                format!(
+        let kernels = kind == "proc" || kind == "sysfs";
+        let mut found = root.plain(destination, true);
+        if kernels && found.is_none() {
+            // It may have to be made. A link here would put the kernel's files where the image wants them
+            // (CVE-2019-16884).
+            root.directory(destination).during(what)?;
+            found = root.plain(destination, true);
+            if found.is_none() {
+                return Err(Error::invalid(format!(
                     "mount {kind} at {}: it must be an ordinary directory",
                     destination.display()
-                )
-            })?;
-        } else {
-            self.check_proc(root, target.as_fd(), false, destination)?;
+                )));
+            }
         }
+        let (target, true_path) = match found {
+            Some(found) => found,
+            None => {
+                let target = root.directory(destination).during(what)?;
+                let true_path = root.true_path(target.as_fd()).during(what)?;
+                (target, true_path)
+            }
+        };
+        if !kernels {
+            mount::check_proc_target(&true_path, &root.path, false, destination)?;
+        }
+        let mut extra = Vec::new();
         if kind == "tmpfs"
             && !options
                 .data
@@ -224,19 +236,6 @@ impl Init<'_, '_> {
         syscall::attach(tree.as_fd(), target.as_fd()).during(what)?;
         mount::set_propagation(tree.as_fd(), options).during(what)?;
         Ok(dev_read_only.then_some(tree))
-    }
-
-    fn check_proc(
-        &self,
-        root: &Root,
-        target: BorrowedFd<'_>,
-        is_proc: bool,
-        destination: &Path,
-    ) -> Result<()> {
-        let true_path = root
-            .true_path(target)
-            .during(|| format!("resolve {}", destination.display()))?;
-        mount::check_proc_target(&true_path, &root.path, is_proc, destination)
     }
 }
 

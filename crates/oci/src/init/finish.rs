@@ -1,7 +1,6 @@
 //! The last steps to execve(2), which init and a joined process share.
 
 use std::convert::Infallible;
-use std::fs;
 use std::os::fd::AsRawFd;
 
 use oci_spec::runtime::{Hook, Process};
@@ -67,14 +66,13 @@ impl Finish<'_> {
                 .during(|| format!("take the security label {label:?}"))?;
         }
         syscall::cloexec_from(3 + self.preserve_fds).during(|| "close_range".into())?;
-        let deny_groups = groups_denied();
         let no_new_privileges = process.no_new_privileges().unwrap_or(false);
         self.channel.write(b'X', &[])?;
         // Without no_new_privs, loading a filter takes CAP_SYS_ADMIN, which goes next.
         if !no_new_privileges {
             self.load_seccomp()?;
         }
-        process::become_user(process, deny_groups)?;
+        process::become_user(process)?;
         rustix::process::umask(Mode::from_raw_mode(process.user().umask().unwrap_or(0o022)));
         if no_new_privileges {
             syscall::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).during(|| "set no_new_privs".into())?;
@@ -145,9 +143,4 @@ impl Finish<'_> {
         }
         Ok(())
     }
-}
-
-/// Whether setgroups(2) has been given up in this user namespace. The initial one never does.
-fn groups_denied() -> bool {
-    fs::read_to_string("/proc/self/setgroups").is_ok_and(|text| text.trim() == "deny")
 }
