@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod file;
+pub mod host;
 pub mod id;
 pub mod overlay;
 pub mod paths;

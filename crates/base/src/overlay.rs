@@ -126,17 +126,7 @@ fn set(context: &OwnedFd, option: &str) -> Result<(), Errno> {
 
 /// Whether this kernel says to know `lowerdir+`.
 fn takes_one_by_one() -> bool {
-    let system = rustix::system::uname();
-    let release = system.release().to_string_lossy().into_owned();
-    is_since(&release, (6, 8))
-}
-
-/// Whether a release, as `6.1.0-13-amd64`, is a version or a later one.
-fn is_since(release: &str, version: (u32, u32)) -> bool {
-    let mut numbers = release
-        .split(|letter: char| !letter.is_ascii_digit())
-        .map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= version
+    crate::host::kernel_version() >= (6, 8)
 }
 
 /// Gives the lower directories one by one; false where the kernel does not know how.
@@ -190,14 +180,6 @@ pub fn explain(context: &OwnedFd, errno: Errno) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn releases_are_compared_by_number() {
-        assert!(!is_since("6.1.0-13-cloud-amd64", (6, 8)));
-        assert!(is_since("6.10.3", (6, 8)));
-        assert!(is_since("7.0", (6, 8)));
-        assert!(!is_since("", (6, 8)));
-    }
 
     #[test]
     fn many_layers_have_short_names_where_they_must() {

@@ -13,6 +13,11 @@ pub fn inside() -> bool {
     })
 }
 
+/// Whether this is the process of somebody who is not the host's root.
+pub fn is_rootless() -> bool {
+    !rustix::process::geteuid().is_root() || inside()
+}
+
 /// Whether a group's number means anything here: a file system cannot be given to one that is not mapped.
 pub fn maps_group(gid: u32) -> bool {
     std::fs::read_to_string("/proc/self/gid_map").map_or(true, |map| mapped(&map, gid))

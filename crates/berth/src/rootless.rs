@@ -89,7 +89,7 @@ fn make(uid: u32) -> Result<(), Failure> {
     let ranges = range("/etc/subuid").zip(range("/etc/subgid"));
     // The helpers are set-user-id programs, which must be started outside: this one waits until the namespace is there.
     let helper = ranges
-        .filter(|_| installed("newuidmap"))
+        .filter(|_| base::host::program("newuidmap").is_some())
         .map(|((uids, uid_count), (gids, gid_count))| {
             let pid = std::process::id();
             Command::new("sh")
@@ -173,13 +173,6 @@ fn manager_of(cgroups: &str, user: u32) -> Option<String> {
         }
     }
     None
-}
-
-fn installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/bin".into()])
-        .any(|folder| folder.join(program).is_file())
 }
 
 fn user_name(uid: u32) -> String {

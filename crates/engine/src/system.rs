@@ -155,10 +155,7 @@ impl Engine {
     /// Which daemon this is and what it speaks.
     pub fn version(&self) -> Version {
         let version = env!("CARGO_PKG_VERSION");
-        let kernel = rustix::system::uname()
-            .release()
-            .to_string_lossy()
-            .into_owned();
+        let kernel = base::host::kernel_release();
         let details = BTreeMap::from([
             ("ApiVersion".to_owned(), API_VERSION.to_owned()),
             ("MinAPIVersion".to_owned(), MIN_API_VERSION.to_owned()),

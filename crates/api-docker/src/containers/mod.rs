@@ -121,7 +121,7 @@ async fn create(
     let body = CreateBody::try_from(body)?;
     let platform = crate::images::platform(&params)?;
     let created = engine
-        .create_container_on(
+        .create_container(
             params.get("name"),
             &platform,
             body.config,

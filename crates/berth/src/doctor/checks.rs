@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use base::host::{kernel_release, kernel_version, program};
 use base::units::format_size;
 
 use super::Check;
@@ -192,8 +193,7 @@ fn filesystem_known(name: &str) -> bool {
 
 /// Whether this kernel can load a module when it is needed.
 fn has_module(name: &str) -> bool {
-    let system = rustix::system::uname();
-    let release = system.release().to_string_lossy().into_owned();
+    let release = kernel_release();
     let list = fs::read_to_string(format!("/lib/modules/{release}/modules.dep"));
     let needle = format!("/{name}.ko");
     list.is_ok_and(|text| {
@@ -285,14 +285,6 @@ fn subordinate_ids() -> Check {
             format!("sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"),
         )
     }
-}
-
-fn program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .map(|folder| folder.join(name))
-        .find(|file| file.is_file())
 }
 
 fn nftables() -> Check {
@@ -590,14 +582,7 @@ fn bootstrap() -> Check {
 
 fn kernel() -> Check {
     const NAME: &str = "kernel";
-    let release = rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned();
-    let mut parts = release
-        .split(['.', '-'])
-        .filter_map(|p| p.parse::<u32>().ok());
-    let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    let (release, version) = (kernel_release(), kernel_version());
     if version < (5, 12) {
         Check::fail(
             NAME,

@@ -94,11 +94,7 @@ pub fn import_tiny(host: &Host, package: &Path) {
         header.set_mode(mode);
         builder.append_data(&mut header, name, bytes).unwrap();
     };
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let busybox = std::env::split_paths(&path)
-        .map(|f| f.join("busybox"))
-        .find(|f| f.is_file())
-        .unwrap();
+    let busybox = base::host::program("busybox").unwrap();
     add("bin/busybox", 0o755, &std::fs::read(busybox).unwrap());
     for name in ["vmlinuz-", "config-"] {
         let file = file_like(&package.join("boot"), name);

@@ -27,10 +27,7 @@ pub struct Host {
 
 /// Whether `program` is installed.
 pub fn has(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin".into()])
-        .any(|folder| folder.join(program).is_file())
+    base::host::program(program).is_some()
 }
 
 /// Whether all of `programs` are installed; says which one is not.
@@ -311,11 +308,7 @@ impl Host {
 
 /// The host's static busybox with its links, as a file system in a tar archive.
 pub fn busybox_archive() -> Vec<u8> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let busybox = std::env::split_paths(&path)
-        .map(|f| f.join("busybox"))
-        .find(|f| f.is_file())
-        .unwrap();
+    let busybox = base::host::program("busybox").unwrap();
     let mut builder = tar::Builder::new(Vec::new());
     let program = std::fs::read(&busybox).unwrap();
     let mut header = tar::Header::new_gnu();

@@ -18,26 +18,13 @@ use crate::error::{Error, Result};
 use crate::wire::Words;
 
 impl Engine {
-    /// Makes a container; it is `created` then. `name` without a slash; `None` invents one.
+    /// Makes a container; it is `created` then. `name` without a slash; `None` invents one. The image must be for
+    /// `platform` (`linux/arm64/v8`); empty takes any.
     ///
     /// # Errors
-    /// [`Error::NoSuchImage`], [`Error::NameInUse`], [`Error::Invalid`] for what cannot be.
+    /// [`Error::NoSuchImage`], [`Error::NameInUse`], [`Error::Invalid`] for what cannot be, and [`Error::NotFound`] where
+    /// the image is for another platform: clients pull then.
     pub async fn create_container(
-        self: &Arc<Self>,
-        name: Option<&str>,
-        config: ContainerConfig,
-        host: HostConfig,
-        networking: NetworkingConfig,
-    ) -> Result<Created> {
-        self.create_container_on(name, "", config, host, networking)
-            .await
-    }
-
-    /// [`Engine::create_container`] of an image that must be for `platform` (`linux/arm64/v8`); empty takes any.
-    ///
-    /// # Errors
-    /// As there, and [`Error::NotFound`] where the image is for another platform: clients pull then.
-    pub async fn create_container_on(
         self: &Arc<Self>,
         name: Option<&str>,
         platform: &str,

@@ -109,7 +109,7 @@ impl Engine {
     /// Compares what the records say with what the keeper holds.
     fn settle_with(self: &Arc<Self>, held: &[Held]) {
         let held: HashMap<&str, &Held> = held.iter().map(|held| (held.id.as_str(), held)).collect();
-        let boot = crate::container::start::boot_id();
+        let boot = base::host::boot_id();
         for container in self.inventory.all() {
             let record = container.record().clone();
             let missed = match held.get(container.id.as_str()) {
@@ -182,7 +182,7 @@ impl Engine {
                     container.note(|record| {
                         record.phase = Phase::Running;
                         record.process = Some(held.process);
-                        record.boot = crate::container::start::boot_id();
+                        record.boot = base::host::boot_id();
                         record.started_at = base::time::now_rfc3339();
                     });
                 }

@@ -224,16 +224,6 @@ fn applies(rule: &Value, set: &[&str], kernel: (u32, u32)) -> bool {
         && new_enough("includes") != Some(false)
 }
 
-/// Major and minor number of the running kernel.
-fn kernel() -> (u32, u32) {
-    let name = rustix::system::uname();
-    let release = name.release().to_string_lossy();
-    let mut numbers = release
-        .split(['.', '-'])
-        .map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-}
-
 /// The environment: the search path, the host name, the terminal, then what was configured.
 pub(crate) fn environment(record: &Record, user: &User) -> Vec<String> {
     let configured = &record.config.env;
@@ -404,7 +394,8 @@ fn linux(record: &Record, security: &Security, set: &[&str], cgroup: &str) -> Re
     match &security.seccomp {
         Some(None) => {}
         Some(Some(profile)) => {
-            linux["seccomp"] = resolved(profile, set, kernel()).map_err(Error::Invalid)?;
+            linux["seccomp"] =
+                resolved(profile, set, base::host::kernel_version()).map_err(Error::Invalid)?;
         }
         None => linux["seccomp"] = seccomp::default_profile(set),
     }

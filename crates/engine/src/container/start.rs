@@ -133,10 +133,8 @@ impl Engine {
             })
             .await?;
             // Noted before it runs: a daemon that dies now is followed by one that finds its network.
-            if !endpoints.is_empty() {
-                container.note(|record| {
-                    network::show_all(record, &endpoints);
-                });
+            if !(endpoints.is_empty() && container.record().endpoints.is_empty()) {
+                container.note(|record| network::show_all(record, &endpoints));
             }
             keeper.start(&container.id).await?;
             Ok::<_, Error>((process, endpoints))
@@ -178,18 +176,16 @@ impl Engine {
         process: ProcessKey,
         endpoints: Vec<net::Endpoint>,
     ) {
-        let networks = endpoints.clone();
         container.note(|record| {
             record.phase = Phase::Running;
             record.process = Some(process);
-            record.boot = boot_id();
+            record.boot = base::host::boot_id();
             record.started_at = base::time::now_rfc3339();
             record.exit_code = 0;
             record.oom_killed = false;
             record.error.clear();
-            network::show_all(record, &endpoints);
         });
-        for endpoint in &networks {
+        for endpoint in &endpoints {
             if let Ok(network) = self.networks.inspect(endpoint.network.as_str()) {
                 self.tell_network("connect", &network, container);
             }
@@ -316,13 +312,6 @@ impl Engine {
     pub(crate) fn init_program(&self) -> PathBuf {
         self.config.paths.state.join("docker-init")
     }
-}
-
-/// The kernel's name for this boot; empty where it has none.
-pub(crate) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|text| text.trim().to_owned())
-        .unwrap_or_default()
 }
 
 /// A failed start in the words clients look for, and the exit code they show for it.

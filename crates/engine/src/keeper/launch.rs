@@ -117,7 +117,7 @@ pub(super) fn create(
         cgroup: oci::cgroup::CgroupTarget::Path(format!("/{}", launch.cgroup)),
         stdio,
         net_ns,
-        rootless: is_rootless(),
+        rootless: base::userns::is_rootless(),
         ..oci::Launch::new(id, directory, &spec).map_err(Failure::of)?
     };
     let created = oci::create(request).map_err(Failure::of);
@@ -147,7 +147,7 @@ pub(super) fn exec(
     let group = match oci::cgroup::Cgroup::open(&format!("/{cgroup}")) {
         Ok(group) => Some(group),
         // An ordinary user's containers have none.
-        Err(_) if is_rootless() => None,
+        Err(_) if base::userns::is_rootless() => None,
         Err(error) => return Err(Failure::of(error)),
     };
     let (stdio, pipes) = streams(&exec.stdio)?;
@@ -161,7 +161,7 @@ pub(super) fn exec(
         preserve_fds: 0,
         listen_fds: 0,
         no_new_keyring: false,
-        rootless: is_rootless(),
+        rootless: base::userns::is_rootless(),
         sub_cgroup: None,
     })
     .map_err(Failure::of);
@@ -170,15 +170,10 @@ pub(super) fn exec(
     spawned(running.pid, running.pidfd, running.terminal, pipes)
 }
 
-/// Whether cgroups and devices are done without where they cannot be made.
-fn is_rootless() -> bool {
-    !rustix::process::geteuid().is_root() || base::userns::inside()
-}
-
 /// The runtime hides this process from its children until they are in their container. The next daemon of an ordinary
 /// user joins this one's namespaces, which it may only while it is not hidden.
 fn stay_joinable() {
-    if is_rootless() {
+    if base::userns::is_rootless() {
         let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable);
     }
 }

@@ -176,7 +176,7 @@ pub fn bootstrap(
                 .to_owned(),
         });
     }
-    if !is_installed("mmdebstrap") {
+    if base::host::program("mmdebstrap").is_none() {
         return Err(Error::MissingProgram {
             program: "mmdebstrap",
             purpose: "make an image from Debian's archive",
@@ -459,12 +459,6 @@ fn host_apt_options() -> Vec<String> {
         .filter(|line| wanted.iter().any(|w| line.starts_with(w)))
         .map(|line| line.trim_end_matches(';').to_owned())
         .collect()
-}
-
-fn is_installed(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
-    })
 }
 
 /// Where the kernel shows which emulators it runs foreign programs with.

@@ -32,7 +32,7 @@ impl Default for Limits {
 /// Whether overlayfs on this host keeps its marks in `user.overlay.*` (mounted with `userxattr`, for callers
 /// without privileges) rather than in `trusted.overlay.*`.
 pub fn uses_user_xattrs() -> bool {
-    !rustix::process::geteuid().is_root() || base::userns::inside()
+    base::userns::is_rootless()
 }
 
 /// The attribute that marks a folder as hiding everything beneath it in lower layers.

@@ -23,13 +23,6 @@ struct Unsettled {
     digests: BTreeSet<Digest>,
 }
 
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .unwrap_or_default()
-        .trim()
-        .to_owned()
-}
-
 /// Blobs and layers (by chain id) that an earlier boot did not flush.
 pub(super) fn suspects(inner: &Inner) -> Result<Vec<Digest>> {
     let path = inner.directory.join("unsettled.json");
@@ -41,7 +34,7 @@ pub(super) fn suspects(inner: &Inner) -> Result<Vec<Digest>> {
             Unsettled::default()
         }
     };
-    if unsettled.boot == boot_id() {
+    if unsettled.boot == base::host::boot_id() {
         inner.state().fresh.extend(unsettled.digests);
         return Ok(Vec::new());
     }
@@ -115,7 +108,7 @@ pub(super) fn note(
 fn write(inner: &Inner, state: &State) -> Result<()> {
     let path = inner.directory.join("unsettled.json");
     let unsettled = Unsettled {
-        boot: boot_id(),
+        boot: base::host::boot_id(),
         digests: state.fresh.iter().copied().collect(),
     };
     write_json(&path, &unsettled, Durability::Host).at(&path)

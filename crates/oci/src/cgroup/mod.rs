@@ -592,10 +592,10 @@ impl Cgroup {
         name: &str,
         pid: i32,
         limits: Option<&LinuxResources>,
+        hierarchies: &Hierarchies,
     ) -> Result<Cgroup> {
-        let mut cgroup = systemd::start(slice, prefix, name, pid, limits)?;
-        let hierarchies = Hierarchies::of_host()?;
-        cgroup.complete(&hierarchies, limits, false)?;
+        let mut cgroup = systemd::start(slice, prefix, name, pid, limits, hierarchies)?;
+        cgroup.complete(hierarchies, limits, false)?;
         // The manager makes v1 directories for what it manages itself.
         let mut directories: Vec<PathBuf> = cgroup.v1.values().cloned().collect();
         directories.sort_unstable();

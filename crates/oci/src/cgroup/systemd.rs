@@ -23,13 +23,13 @@ pub(super) fn start(
     name: &str,
     pid: i32,
     limits: Option<&LinuxResources>,
+    hierarchies: &Hierarchies,
 ) -> Result<Cgroup> {
     if !Path::new("/run/systemd/system").is_dir() {
         return Err(Error::unsupported(
             "--systemd-cgroup: systemd does not run on this host: leave the flag away to use cgroupfs",
         ));
     }
-    let hierarchies = Hierarchies::of_host()?;
     let unit = unit_name(prefix, name);
     let slice = if slice.is_empty() {
         "system.slice"
@@ -71,6 +71,7 @@ pub(super) fn start(
             };
             cgroup.unified = hierarchies
                 .unified
+                .as_ref()
                 .map(|root| root.join(path.trim_start_matches('/')));
             return Ok(cgroup);
         }

@@ -316,14 +316,17 @@ pub fn create(mut launch: Launch<'_>) -> Result<Created> {
         namespace::write_mappings(pid, &namespaces.uid_map, &namespaces.gid_map)?;
         process::set_limits(pid, process.rlimits().as_deref().unwrap_or_default())?;
     }
-    if let CgroupTarget::Systemd {
-        slice,
-        prefix,
-        name,
-    } = &launch.cgroup
+    if let (
+        CgroupTarget::Systemd {
+            slice,
+            prefix,
+            name,
+        },
+        Some(hierarchies),
+    ) = (&launch.cgroup, &hierarchies)
     {
         let limits = linux.resources().as_ref();
-        let cgroup = Cgroup::systemd_scope(slice, prefix, name, pid, limits)?;
+        let cgroup = Cgroup::systemd_scope(slice, prefix, name, pid, limits, hierarchies)?;
         unfinished.cgroup = Some(cgroup);
     }
     if let Some(config) = launch.intel_rdt() {
