@@ -9,6 +9,8 @@ mod failure;
 mod manual;
 mod native;
 mod output;
+#[cfg(any(all(stage, target_arch = "x86_64"), test))]
+mod place;
 mod progress;
 mod rootless;
 mod serve;

@@ -16,9 +16,9 @@ mod entry;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
-use std::ptr::read_volatile;
+use std::ptr::{null_mut, read_volatile};
 
-use libc::{AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, O_RDONLY, O_TMPFILE, O_WRONLY};
+use libc::{AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, O_RDONLY, O_RDWR, O_TMPFILE};
 
 use call::{Fd, call};
 
@@ -233,14 +233,36 @@ fn keep() -> Option<()> {
         libc::mkdir(DIRECTORY.as_ptr(), 0o700);
         let directory = directory()?;
         // Complete or not there: it gets its name when it is written.
-        let new = open(directory.number(), c".".as_ptr(), O_TMPFILE | O_WRONLY)?;
+        let new = open(directory.number(), c".".as_ptr(), O_TMPFILE | O_RDWR)?;
         write(&new)?;
+        #[cfg(target_arch = "x86_64")]
+        lay(&new);
         let name = NAME.as_ptr().cast();
         libc::unlinkat(directory.0, name, 0);
         libc::linkat(new.0, c"".as_ptr(), directory.0, name, libc::AT_EMPTY_PATH);
         crate::sweep::sweep(directory.0, NAME.trim_end_matches('\0').as_bytes());
     }
     Some(())
+}
+
+/// Lays the program in the file at addresses of its own (see `place`); where that cannot be, it stays one that finds its
+/// place at each start.
+#[cfg(target_arch = "x86_64")]
+fn lay(file: &Fd) {
+    // SAFETY: the file is as long as the mapping, and this process alone knows it.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let shared = libc::MAP_SHARED;
+        let image = libc::mmap(null_mut(), LENGTH, protection, shared, file.0, 0);
+        if image == libc::MAP_FAILED {
+            return;
+        }
+        if let Some(base) = crate::place::random_base() {
+            let bytes = std::slice::from_raw_parts_mut(image.cast::<u8>(), LENGTH);
+            let _ = crate::place::fix(bytes, base);
+        }
+        libc::munmap(image, LENGTH);
+    }
 }
 
 /// The size of what root owns and nobody else may write.
