@@ -23,7 +23,7 @@ const RELR: u64 = 36;
 /// `None`, with the image as it was, where it is not of that kind.
 pub fn fix(image: &mut [u8], base: u64) -> Option<()> {
     let magic = image.get(..6)? == b"\x7fELF\x02\x01";
-    if !magic || read::<2>(image, 16)? != TYPE_ANYWHERE.into() {
+    if !magic || read::<2>(image, 16)? != u64::from(TYPE_ANYWHERE) {
         return None;
     }
     let headers = read::<8>(image, 32)? as usize;
