@@ -108,6 +108,9 @@ pub enum Command {
     /// Parent of container processes; started by the daemon.
     #[command(hide = true, disable_help_flag = true)]
     Keeper(Verbatim),
+    /// The way out of an ordinary user's networks; started by the daemon.
+    #[command(hide = true, disable_help_flag = true)]
+    Gateway(Verbatim),
     /// The process of one machine; started by the daemon.
     #[command(hide = true, disable_help_flag = true)]
     MachineProcess(Verbatim),

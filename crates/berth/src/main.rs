@@ -46,6 +46,7 @@ fn main() -> ExitCode {
     match args.next().as_ref().and_then(|word| word.to_str()) {
         Some("oci") => return oci::cli::main(std::iter::once("berth oci".into()).chain(args)),
         Some("keeper") => return engine::keeper::main(words()),
+        Some("gateway") => return net::gateway::main(words()),
         Some("machine-process") => return vmm::process::main(words(), user_network::open),
         _ => {}
     }
@@ -72,7 +73,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Man(args) => return manual::man(&args),
         Command::Machine(machine::MachineCommand::Boot(args)) => return machine::boot(args),
         // Only reached with options before the word, which these do not take.
-        Command::Oci(_) | Command::Keeper(_) | Command::MachineProcess(_) => {
+        Command::Oci(_) | Command::Keeper(_) | Command::Gateway(_) | Command::MachineProcess(_) => {
             return Err(Failure::invalid(
                 "this command takes no options before its name",
             ));
@@ -150,6 +151,7 @@ async fn talk(context: &Context, command: Command) -> Result<ExitCode, Failure> 
         | Command::Man(_)
         | Command::Oci(_)
         | Command::Keeper(_)
+        | Command::Gateway(_)
         | Command::MachineProcess(_) => Err(Failure::internal(
             "this command needs no daemon and was handled before",
         )),

@@ -4,10 +4,11 @@
 //! ```text
 //! berth serve (user)  ── unshare(user, mount) ──▶  newuidmap, newgidmap from outside  ──▶  exec berth serve (root inside)
 //!        │
-//!        └── where a keeper of an earlier daemon lives: setns(its namespaces)  ──────────▶  exec
+//!        └── where a keeper or gateway of an earlier daemon lives: setns(its namespaces)  ▶  exec
 //! ```
 //!
-//! The network stays the host's: containers have that or none. Limits need a cgroup handed to the user.
+//! The daemon's own network stays the host's, for its pulls and pushes; its bridges are in a namespace of their own
+//! ([`net::gateway`]). Limits need a cgroup handed to the user.
 
 use std::fs;
 use std::io::Write;
@@ -24,19 +25,21 @@ use tracing::{info, warn};
 
 use crate::failure::Failure;
 
-/// The process that keeps the namespaces, for the next daemon.
+/// The processes that keep the namespaces, for the next daemon.
 fn note_path(paths: &Paths) -> PathBuf {
     paths.run.join("rootless.json")
 }
 
-/// Notes who keeps the namespaces after this daemon.
-pub fn note(paths: &Paths, keeper: i32) {
+/// Notes who keeps the namespaces after this daemon: the containers' keeper, the networks' gateway.
+pub fn note(paths: &Paths, keepers: &[i32]) {
     if owner().is_none() {
         return;
     }
-    let noted = ProcessKey::of(keeper).and_then(|key| {
-        base::file::write_json(&note_path(paths), &key, base::file::Durability::Process)
-    });
+    let keys: Vec<ProcessKey> = keepers
+        .iter()
+        .filter_map(|pid| ProcessKey::of(*pid).ok())
+        .collect();
+    let noted = base::file::write_json(&note_path(paths), &keys, base::file::Durability::Process);
     if let Err(error) = noted {
         warn!(%error, "a daemon after this one will not find its containers");
     }
@@ -68,14 +71,14 @@ pub fn enter(paths: &Paths) -> Result<(), Failure> {
 
 /// Joins the namespaces of a process that still lives. Its user may: it made them.
 fn join(note: &Path) -> bool {
-    let Ok(Some(key)) = base::file::read_json::<ProcessKey>(note) else {
-        return false;
-    };
-    let Ok(Some(process)) = key.open() else {
+    let Ok(Some(keys)) = base::file::read_json::<Vec<ProcessKey>>(note) else {
         return false;
     };
     let both = ThreadNameSpaceType::USER | ThreadNameSpaceType::MOUNT;
-    move_into_thread_name_spaces(process.as_fd(), both).is_ok()
+    keys.into_iter().any(|key| match key.open() {
+        Ok(Some(process)) => move_into_thread_name_spaces(process.as_fd(), both).is_ok(),
+        _ => false,
+    })
 }
 
 fn make(uid: u32) -> Result<(), Failure> {

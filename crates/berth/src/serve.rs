@@ -286,8 +286,6 @@ fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, 
     let mut settings = engine::EngineConfig::new(paths);
     settings.rootless = base::userns::owner().is_some();
     if settings.rootless {
-        // The host's network belongs to root: nothing can be made ahead of it.
-        settings.networks.sandboxes = 0;
         match base::userns::owner().and_then(crate::rootless::delegated_cgroup) {
             Some(parent) => settings.cgroup_parent = format!("{parent}/{}", settings.cgroup_parent),
             None => settings.cgroups = false,
@@ -339,8 +337,19 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     let engine = engine::Engine::open(settings)
         .await
         .map_err(|e| Failure::of(&e))?;
-    if let Ok(keeper) = engine.keeper_pid().await {
-        crate::rootless::note(&paths, keeper);
+    let keeper = engine.keeper_pid().await.ok();
+    let gateway = engine.networks().gateway().cloned();
+    let keepers = move |gateway: Option<i32>| keeper.into_iter().chain(gateway).collect::<Vec<_>>();
+    crate::rootless::note(
+        &paths,
+        &keepers(gateway.as_ref().map(|gateway| gateway.pid())),
+    );
+    if let Some(gateway) = gateway {
+        let paths = paths.clone();
+        let noted = move |pid| crate::rootless::note(&paths, &keepers(Some(pid)));
+        if let Err(error) = gateway.supervise(noted) {
+            warn!(%error, "should the networks' gateway die, only the next request starts another");
+        }
     }
     let machines = {
         let engine = engine.clone();

@@ -25,12 +25,14 @@ pub struct EngineConfig {
     pub networks: net::NetConfig,
     /// The parent of the containers' cgroups; must differ between daemons of one host.
     pub cgroup_parent: String,
-    /// The daemon of an ordinary user, root of a user namespace only: no bridge networks.
+    /// The daemon of an ordinary user, root of a user namespace only: its networks are in a namespace of their own.
     pub rootless: bool,
     /// Whether containers can have cgroups, and so limits: an ordinary user's need one that is handed to that user.
     pub cgroups: bool,
     /// The program and first arguments that run [`crate::keeper::main`]; the options follow.
     pub keeper_command: Vec<PathBuf>,
+    /// The program and first arguments that run [`net::gateway::main`], which an ordinary user's networks need.
+    pub gateway_command: Vec<PathBuf>,
 }
 
 impl EngineConfig {
@@ -51,6 +53,7 @@ impl EngineConfig {
             rootless: false,
             cgroups: true,
             keeper_command: vec!["/proc/self/exe".into(), "keeper".into()],
+            gateway_command: vec!["/proc/self/exe".into(), "gateway".into()],
         }
     }
 }

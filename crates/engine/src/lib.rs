@@ -38,6 +38,8 @@ pub struct Engine {
     events: Events,
     images: ::image::Store,
     networks: Arc<net::Manager>,
+    /// Why this daemon has no bridges.
+    no_bridges: Option<net::Error>,
     volumes: Arc<Volumes>,
     inventory: container::inventory::Inventory,
     execs: Mutex<HashMap<String, Arc<exec::Exec>>>,
@@ -86,18 +88,35 @@ impl Engine {
     /// Where the folders cannot be made, another daemon has them, or the keeper cannot be started.
     pub async fn open(config: EngineConfig) -> Result<Arc<Engine>> {
         let paths = config.paths.clone();
-        let network_config = config.networks.clone();
-        let (lock, volumes, images, networks) = container::create::blocking(move || {
-            let lock = take_folders(&paths)?;
-            let volumes = Volumes::open(&paths.state.join("volumes"))?;
-            let images = ::image::Store::open(&paths.state.join("images")).map_err(Error::room)?;
-            let networks = net::Manager::open(network_config).map_err(Error::room)?;
-            Ok((lock, volumes, images, networks))
-        })
-        .await?;
+        let mut network_config = config.networks.clone();
+        let gateway_command = config.gateway_command.clone();
+        let rootless = config.rootless;
+        let (lock, volumes, images, networks, no_bridges) =
+            container::create::blocking(move || {
+                let lock = take_folders(&paths)?;
+                let mut no_bridges = None;
+                if rootless {
+                    match net::gateway::Gateway::open(&paths.run, &gateway_command) {
+                        Ok(gateway) => network_config.gateway = Some(gateway),
+                        Err(error) => {
+                            tracing::warn!("{error}: containers have the networks host and none");
+                            // Nothing can be made ahead in the host's namespace, which is not ours.
+                            network_config.sandboxes = 0;
+                            no_bridges = Some(error);
+                        }
+                    }
+                }
+                let volumes = Volumes::open(&paths.state.join("volumes"))?;
+                let images =
+                    ::image::Store::open(&paths.state.join("images")).map_err(Error::room)?;
+                let networks = net::Manager::open(network_config).map_err(Error::room)?;
+                Ok((lock, volumes, images, networks, no_bridges))
+            })
+            .await?;
         let engine = Arc::new(Engine {
             images,
             networks: Arc::new(networks),
+            no_bridges,
             config,
             volumes: Arc::new(volumes),
             events: Events::default(),
@@ -110,7 +129,7 @@ impl Engine {
         engine.sweep_secrets();
         engine.reopen().await?;
         // Rules that another program flushes come back. Without that networks work, until it happens.
-        if !engine.config.rootless
+        if engine.no_bridges.is_none()
             && let Err(error) = engine.networks.guard_rules()
         {
             tracing::warn!(%error, "firewall rules that others remove will not be put back");

@@ -106,6 +106,26 @@ wire! {
 }
 
 impl Engine {
+    /// Whether there can be bridge networks; `network` is the one that needs them.
+    ///
+    /// # Errors
+    /// Where an ordinary user's daemon can have none on this host, with the reason.
+    pub(crate) fn need_bridges(&self, network: &str) -> Result<()> {
+        let Some(reason) = &self.no_bridges else {
+            return Ok(());
+        };
+        Err(Error::Room {
+            message: format!(
+                "the network {network:?} cannot be: {reason}"
+            ),
+            kind: base::Classified::kind(reason),
+            fix: Some(
+                "see berth doctor; or add --network host or --network none, or run the daemon as root: sudo berth serve"
+                    .into(),
+            ),
+        })
+    }
+
     /// The networks that pass `name`, `id`, `driver`, `label`, `label!`, `scope`, `type`, `dangling`, by name.
     ///
     /// # Errors
@@ -171,6 +191,7 @@ impl Engine {
     /// # Errors
     /// Bad names, drivers, subnets; a name that is taken; pools that are exhausted.
     pub async fn create_network(self: &Arc<Self>, wanted: NetworkCreate) -> Result<NetworkCreated> {
+        self.need_bridges(&wanted.name)?;
         let spec = spec(wanted)?;
         let engine = self.clone();
         let network =

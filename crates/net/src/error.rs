@@ -46,6 +46,8 @@ pub enum Error {
     },
     #[error("cannot publish on {address}: it is not an address of this host")]
     NotOurAddress { address: IpAddr },
+    #[error("port {port} is below those that an ordinary user may publish")]
+    LowPort { port: u16 },
     #[error("no port of the range {first}-{last}/{protocol} is free")]
     RangeExhausted {
         first: u16,
@@ -58,6 +60,8 @@ pub enum Error {
     Nft(String),
     #[error("network namespaces cannot be made: {0}")]
     Namespace(#[source] io::Error),
+    #[error("this host lets an ordinary user's daemon have no networks: {0}")]
+    Gateway(#[source] io::Error),
     #[error("{what}: {source}")]
     Os { what: String, source: io::Error },
 }
@@ -69,6 +73,12 @@ impl Error {
     pub(crate) fn invalid(text: impl Into<String>) -> Error {
         Error::Invalid(text.into())
     }
+}
+
+/// The lowest port an ordinary user may listen at (ip-sysctl, `ip_unprivileged_port_start`).
+fn lowest_port() -> u16 {
+    let set = crate::sysctl::read("ipv4/ip_unprivileged_port_start");
+    set.ok().and_then(|text| text.parse().ok()).unwrap_or(1024)
 }
 
 /// Names what was tried when the operating system refuses.
@@ -104,7 +114,10 @@ impl Classified for Error {
             | Error::AlreadyConnected { .. }
             | Error::NotConnected { .. }
             | Error::PortInUse { .. } => Kind::Conflict,
-            Error::Predefined(_) | Error::WrongDriver { .. } => Kind::Permission,
+            Error::Predefined(_) | Error::WrongDriver { .. } | Error::LowPort { .. } => {
+                Kind::Permission
+            }
+            Error::Gateway(_) => Kind::Unsupported,
             Error::Invalid(_)
             | Error::Address(_)
             | Error::Overlap { .. }
@@ -130,6 +143,13 @@ impl Classified for Error {
             Error::Overlap { .. } => "choose another subnet, or leave it out to have one chosen".to_owned(),
             Error::PortInUse { port, .. } => {
                 format!("see who has it with: ss -lntup 'sport = :{port}', or publish on another port")
+            }
+            Error::LowPort { port } => format!(
+                "publish a port from {} on, or: sudo sysctl -w net.ipv4.ip_unprivileged_port_start={port}",
+                lowest_port()
+            ),
+            Error::Gateway(_) => {
+                "see berth doctor; without networks there are --network host and --network none".to_owned()
             }
             Error::NotOurAddress { .. } => "see the host's addresses with: ip -brief address".to_owned(),
             Error::Namespace(source) if source.raw_os_error() == Some(libc::EPERM) => {

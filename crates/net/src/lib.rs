@@ -13,6 +13,7 @@ mod dns;
 mod endpoint;
 mod error;
 mod firewall;
+pub mod gateway;
 mod ipam;
 mod manager;
 mod namespace;

@@ -23,6 +23,7 @@ use crate::address::Subnet;
 use crate::endpoint::Endpoint;
 use crate::error::{Context, Error, Result};
 use crate::firewall::{Firewall, Forward, NetworkRules};
+use crate::gateway::Gateway;
 use crate::ipam::{Addresses, SubnetPool, default_pools};
 use crate::namespace::{self, Pool, Sandbox};
 use crate::neighbour::{self, Finding};
@@ -51,6 +52,8 @@ pub struct NetConfig {
     pub dns: Vec<IpAddr>,
     /// How many namespaces are kept ready.
     pub sandboxes: usize,
+    /// An ordinary user's networks are in the namespace of this; absent: in the caller's.
+    pub gateway: Option<Arc<Gateway>>,
 }
 
 impl NetConfig {
@@ -66,6 +69,7 @@ impl NetConfig {
             publish_on: None,
             dns: Vec::new(),
             sandboxes: 6,
+            gateway: None,
         }
     }
 }
@@ -97,6 +101,8 @@ pub struct Manager {
     setup: Mutex<Setup>,
     state: Mutex<State>,
     netlink: Mutex<Netlink>,
+    /// The host's tables, where the networks are in another namespace.
+    host: Option<Mutex<Netlink>>,
     services: Services,
     reaper: Option<mpsc::Sender<Reap>>,
     reaper_thread: Option<thread::JoinHandle<()>>,
@@ -156,6 +162,16 @@ impl Manager {
             )));
         }
         crate::network::check_interface_name(&config.bridge)?;
+        // Asks the host's resolvers, so its thread is not in the networks' namespace.
+        let services = Services::start()?;
+        let Some(gateway) = config.gateway.clone() else {
+            return Manager::open_here(config, services, None);
+        };
+        let host = Netlink::open().context(|| "opening rtnetlink".into())?;
+        gateway.inside(|| Manager::open_here(config, services, Some(host)))
+    }
+
+    fn open_here(config: NetConfig, services: Services, host: Option<Netlink>) -> Result<Manager> {
         let directory = config.state_dir.join("networks");
         fs::create_dir_all(&directory).context(|| format!("making {}", directory.display()))?;
         base::file::sweep_temporaries(&directory)
@@ -190,7 +206,8 @@ impl Manager {
             }),
             state: Mutex::default(),
             netlink: Mutex::new(netlink),
-            services: Services::start()?,
+            host: host.map(Mutex::new),
+            services,
             reaper: Some(reaper),
             reaper_thread: Some(reaper_thread),
             leftovers: Mutex::new(leftovers),
@@ -199,6 +216,14 @@ impl Manager {
         };
         manager.load_networks()?;
         Ok(manager)
+    }
+
+    /// Runs `work` in the namespace where the networks are: their sockets, settings and rules are those of the thread.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        match &self.config.gateway {
+            Some(gateway) => gateway.inside(work),
+            None => work(),
+        }
     }
 
     /// A namespace for a new container, from those made ahead.
@@ -228,6 +253,11 @@ impl Manager {
             .context(|| format!("removing {name}"))
     }
 
+    /// The gateway of an ordinary user's networks.
+    pub fn gateway(&self) -> Option<&Arc<Gateway>> {
+        self.config.gateway.as_ref()
+    }
+
     /// Waits until as many namespaces are ready as configured.
     pub fn wait_ready(&self) {
         self.pool.wait_full();
@@ -255,6 +285,10 @@ impl Manager {
     /// # Errors
     /// The first failure; the rest is removed nevertheless.
     pub fn cleanup(&self) -> Result<()> {
+        self.inside(|| self.cleanup_here())
+    }
+
+    fn cleanup_here(&self) -> Result<()> {
         self.pool.close();
         self.settle();
         let mut setup = lock(&self.setup);
@@ -312,7 +346,8 @@ impl Manager {
             .map(|n| n.bridge)
             .filter(|b| !b.is_empty())
             .collect();
-        neighbour::findings(&bridges)
+        let found = self.inside(|| Ok(neighbour::findings(&bridges)));
+        found.unwrap_or_default()
     }
 
     fn table_marker(&self) -> PathBuf {

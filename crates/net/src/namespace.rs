@@ -100,7 +100,7 @@ pub(crate) fn alone() -> io::Result<Sandbox> {
 }
 
 /// Sets up the namespace the calling thread is in.
-fn settle() -> io::Result<OwnedFd> {
+pub(crate) fn settle() -> io::Result<OwnedFd> {
     let netns = current()?;
     Netlink::open()?.set_link(
         1,

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
@@ -123,4 +124,38 @@ async fn answers(
         let _ = outside.send_to(&buffer[..length], sender).await;
     }
     let _ = gone.send(sender);
+}
+
+/// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.
+pub(crate) fn listen(address: SocketAddr, protocol: Protocol) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let (kind, number) = match protocol {
+        Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
+        Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
+        Protocol::Sctp => (SocketType::STREAM, ipproto::SCTP),
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, kind, flags, Some(number))?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    if protocol != Protocol::Udp {
+        // Connections of the former holder that linger do not keep the port.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    if protocol != Protocol::Udp {
+        rustix::net::listen(&socket, 1024)?;
+    }
+    Ok(socket)
+}
+
+/// The port a socket is bound to.
+pub(crate) fn bound_port(socket: &OwnedFd) -> io::Result<u16> {
+    let address = rustix::net::getsockname(socket)?;
+    Ok(SocketAddr::try_from(address)?.port())
 }

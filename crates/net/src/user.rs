@@ -7,9 +7,11 @@
 mod echo;
 mod flow;
 mod forward;
+mod fragments;
 mod frame;
+mod offload;
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use crate::error::{Context, Error, Result};
 use echo::Echoes;
 use flow::{TcpFlows, UdpFlows};
 use forward::UdpForwards;
+use fragments::Fragments;
 use frame::{Frame, Transport};
 
 /// The guest's side of the network. The default is the one users of other user-mode stacks know.
@@ -42,6 +45,30 @@ pub struct UserConfig {
     pub forwards: Vec<(SocketAddr, u16)>,
     /// The same for UDP.
     pub udp_forwards: Vec<(SocketAddr, u16)>,
+    /// What is before each frame on the link.
+    pub header: Header,
+    /// TCP connections, and UDP flows, at once.
+    pub most_flows: usize,
+}
+
+/// What is before each frame on the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Header {
+    /// Nothing.
+    #[default]
+    None,
+    /// The 10 bytes of `virtio_net_hdr` (virtio 1.2 section 5.1.6): a frame may hold a TCP stream's bytes of many segments, and a
+    /// checksum may be left to who sends it on.
+    Virtio,
+}
+
+impl Header {
+    const fn length(self) -> usize {
+        match self {
+            Header::None => 0,
+            Header::Virtio => offload::HEADER,
+        }
+    }
 }
 
 impl UserConfig {
@@ -55,6 +82,8 @@ impl UserConfig {
             host_loopback: false,
             forwards: Vec::new(),
             udp_forwards: Vec::new(),
+            header: Header::None,
+            most_flows: 1024,
         }
     }
 
@@ -108,14 +137,21 @@ impl UserNet {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.context(|| "making an eventfd".into())?);
         let stopped = Arc::clone(&stop);
+        let most_flows = config.most_flows;
+        let longest = match config.header {
+            Header::None => 1500,
+            // What carries whole streams carries a whole datagram.
+            Header::Virtio => 65_535,
+        };
         let mut state = State {
             link,
             guest,
             config,
             tcp,
-            udp: UdpFlows::default(),
+            udp: UdpFlows::new(most_flows, longest),
             inbound,
             echoes: Echoes::default(),
+            fragments: Fragments::default(),
         };
         let thread = thread::Builder::new()
             .name("berth-usernet".into())
@@ -152,11 +188,14 @@ struct State {
     udp: UdpFlows,
     inbound: UdpForwards,
     echoes: Echoes,
+    fragments: Fragments,
 }
 
 impl State {
     fn run(&mut self, stop: BorrowedFd<'_>) -> io::Result<()> {
-        let mut buffer = vec![0u8; 65_536];
+        let header = self.config.header.length();
+        // A frame of the longest packet.
+        let mut buffer = vec![0u8; header + 14 + 65_536];
         loop {
             let wait = self.tcp.delay().min(Duration::from_secs(5));
             let link_ended = {
@@ -189,8 +228,14 @@ impl State {
             for _ in 0..256 {
                 match rustix::io::read(&self.link, &mut buffer[..]) {
                     Ok(0) => return Ok(()),
-                    Ok(length) => self.receive(&buffer[..length]),
+                    Ok(length) => {
+                        if let Some((header, frame)) = buffer[..length].split_at_checked(header) {
+                            self.receive(offload::datagrams_of(header), frame);
+                        }
+                    }
                     Err(rustix::io::Errno::AGAIN) => break,
+                    // A packet whose kind the kernel has no header for.
+                    Err(rustix::io::Errno::INVAL) if header > 0 => {}
                     Err(rustix::io::Errno::INTR) => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -214,7 +259,7 @@ impl State {
             }
             self.tcp.pump();
             while let Some(packet) = self.tcp.outgoing() {
-                self.send(frame::ethernet(self.ethernet(), frame::IPV4, &packet));
+                self.send_tcp(packet);
             }
         }
     }
@@ -225,11 +270,37 @@ impl State {
     }
 
     fn send(&self, frame: Vec<u8>) {
-        // A full link loses frames, as Ethernet does.
-        let _ = rustix::io::write(&self.link, &frame);
+        let header = [0; offload::HEADER];
+        self.write(&header, &frame);
     }
 
-    fn receive(&mut self, bytes: &[u8]) {
+    /// Sends one frame, after its header where the link has them.
+    fn write(&self, header: &[u8; offload::HEADER], frame: &[u8]) {
+        let header = &header[..self.config.header.length()];
+        // A full link loses frames, as Ethernet does.
+        let _ = rustix::io::writev(&self.link, &[IoSlice::new(header), IoSlice::new(frame)]);
+    }
+
+    /// Sends a packet of smoltcp's.
+    fn send_tcp(&self, mut packet: Vec<u8>) {
+        if self.config.header == Header::None {
+            self.send(frame::ethernet(self.ethernet(), frame::IPV4, &packet));
+            return;
+        }
+        let segment = self.tcp.segment_of(&packet);
+        let header = offload::leave_checksum(&mut packet, segment);
+        let frame = frame::ethernet(self.ethernet(), frame::IPV4, &packet);
+        self.write(&header, &frame);
+    }
+
+    /// `datagrams`: into how many bytes each a UDP packet is to be cut, where it is several.
+    fn receive(&mut self, datagrams: Option<usize>, bytes: &[u8]) {
+        if fragments::is_one(bytes) {
+            if let Some(whole) = self.fragments.add(bytes, Instant::now()) {
+                self.receive(None, &whole);
+            }
+            return;
+        }
         match Frame::parse(bytes) {
             // All the network but the guest is the gateway.
             Some(Frame::Arp { sender, asked })
@@ -243,6 +314,25 @@ impl State {
                 transport,
                 packet,
             }) => {
+                if let (
+                    Some(size),
+                    Transport::Udp {
+                        source_port,
+                        destination_port,
+                        data,
+                    },
+                ) = (datagrams, &transport)
+                {
+                    for data in data.chunks(size) {
+                        let transport = Transport::Udp {
+                            source_port: *source_port,
+                            destination_port: *destination_port,
+                            data,
+                        };
+                        self.route(source, destination, transport, packet);
+                    }
+                    return;
+                }
                 self.route(source, destination, transport, packet);
             }
             _ => {}

@@ -88,16 +88,16 @@ fn privileges() -> Check {
             Some(_) => ("limits by the cgroup of the user's own systemd", ""),
             None => (
                 "no limits",
-                "for limits, with cgroup v2 alone: systemd-run --user --unit berth -p Delegate=yes berth serve; ",
+                "for limits, with cgroup v2 alone: systemd-run --user --unit berth -p Delegate=yes berth serve; elsewhere: sudo berth serve",
             ),
         };
-        return Check::warn(
-            NAME,
-            format!(
-                "not root: the daemon is root of a user namespace of its own; its containers have the networks host and none (no bridges, no published ports), and {limits}"
-            ),
-            format!("{fix}for bridge networks and published ports: sudo berth serve"),
+        let found = format!(
+            "not root: the daemon is root of a user namespace of its own; its containers have {limits}"
         );
+        return match fix {
+            "" => Check::pass(NAME, found),
+            fix => Check::warn(NAME, found, fix),
+        };
     }
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let capabilities = status
@@ -296,6 +296,7 @@ fn nftables() -> Check {
             "apt-get install nftables",
         )
         .mended_by(&["apt-get", "install", "-y", "nftables"]),
+        Some(_) if !rustix::process::geteuid().is_root() => users_networks(),
         Some(nft) => {
             let listed = std::process::Command::new(nft)
                 .args(["list", "tables"])
@@ -321,8 +322,45 @@ fn nftables() -> Check {
     }
 }
 
+/// Whether an ordinary user's daemon can have networks: a process tries.
+fn users_networks() -> Check {
+    const NAME: &str = "networks without root";
+    let tried = std::process::Command::new("/proc/self/exe")
+        .args(["gateway", "--probe"])
+        .output();
+    match tried {
+        Ok(output) if output.status.success() => Check::pass(
+            NAME,
+            "bridges, names and published ports, in a namespace of the daemon's",
+        ),
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr);
+            let why = why.lines().next().unwrap_or("no reason given");
+            Check::warn(
+                NAME,
+                format!(
+                    "none but host and none: {}",
+                    why.trim_start_matches("berth gateway: ")
+                ),
+                "sudo sysctl -w user.max_user_namespaces=15000 user.max_net_namespaces=15000, on a kernel with CONFIG_NF_TABLES, CONFIG_VETH and CONFIG_PACKET; or sudo berth serve",
+            )
+        }
+        Err(error) => Check::warn(
+            NAME,
+            format!("cannot be tried: {error}"),
+            "mount -t proc proc /proc",
+        ),
+    }
+}
+
 fn firewall() -> Check {
     const NAME: &str = "other firewalls";
+    if !rustix::process::geteuid().is_root() {
+        return Check::pass(
+            NAME,
+            "what containers send is this user's own, and treated as such",
+        );
+    }
     let run = |name: &str, args: &[&str]| -> Option<String> {
         let output = std::process::Command::new(program(name)?)
             .args(args)
@@ -357,6 +395,12 @@ fn firewall() -> Check {
 
 fn forwarding() -> Check {
     const NAME: &str = "IP forwarding";
+    if !rustix::process::geteuid().is_root() {
+        return Check::pass(
+            NAME,
+            "not needed: an ordinary user's networks lead out by sockets",
+        );
+    }
     let on = |path: &str| fs::read_to_string(path).is_ok_and(|t| t.trim() == "1");
     if on("/proc/sys/net/ipv4/ip_forward") {
         Check::pass(NAME, "on")
@@ -371,6 +415,17 @@ fn forwarding() -> Check {
 fn tunnel() -> Check {
     const NAME: &str = "tun, vxlan";
     let tun = Path::new("/dev/net/tun").exists();
+    let opened = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    if matches!(&opened, Err(error) if error.kind() == io::ErrorKind::PermissionDenied) {
+        return Check::warn(
+            NAME,
+            "this user may not open /dev/net/tun: machines have the network user alone",
+            "sudo chmod 666 /dev/net/tun, and for good: echo 'KERNEL==\"tun\", MODE=\"0666\"' | sudo tee /etc/udev/rules.d/60-tun.rules",
+        );
+    }
     if tun {
         Check::pass(NAME, "/dev/net/tun is there: machines can join networks")
     } else {

@@ -23,6 +23,8 @@ pub struct Host {
     user: Option<u32>,
     /// What the daemon and all it starts see as the kernel's boot id, where it is another.
     pub boot_id: Option<PathBuf>,
+    /// Files that the daemon and all it starts see in other places: what, where.
+    binds: Vec<(PathBuf, &'static str)>,
 }
 
 /// Whether `program` is installed.
@@ -41,15 +43,37 @@ pub fn has_all(programs: &[&str]) -> bool {
 
 /// Starts a daemon, or says why this machine cannot.
 pub fn start() -> Option<Host> {
-    start_with(None)
+    start_with(None, |_| Vec::new())
 }
 
 /// Starts the daemon of an ordinary user without any rights, or says why this machine cannot.
 pub fn start_as(user: u32) -> Option<Host> {
-    start_with(Some(user))
+    start_with(Some(user), |_| Vec::new())
 }
 
-fn start_with(user: Option<u32>) -> Option<Host> {
+/// The same on a host where other files are in some places: `binds` makes them in the folder it is given.
+pub fn start_as_with(
+    user: u32,
+    binds: impl FnOnce(&Path) -> Vec<(PathBuf, &'static str)>,
+) -> Option<Host> {
+    start_with(Some(user), binds)
+}
+
+/// `/dev/net/tun` as udev makes it: for everybody.
+pub fn open_tun(folder: &Path) -> (PathBuf, &'static str) {
+    let path = folder.join("tun");
+    let made = Command::new("mknod")
+        .arg(&path)
+        .args(["c", "10", "200", "-m", "666"])
+        .status();
+    assert!(made.unwrap().success());
+    (path, "/dev/net/tun")
+}
+
+fn start_with(
+    user: Option<u32>,
+    binds: impl FnOnce(&Path) -> Vec<(PathBuf, &'static str)>,
+) -> Option<Host> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: needs root");
         return None;
@@ -69,7 +93,9 @@ fn start_with(user: Option<u32>) -> Option<Host> {
         sleeper: None,
         user,
         boot_id: None,
+        binds: Vec::new(),
     };
+    host.binds = binds(host.scratch());
     if let Some(user) = user {
         // The user reaches neither the build's folder nor one of root's.
         std::fs::copy(BERTH, host.scratch().join("berth")).unwrap();
@@ -114,6 +140,9 @@ impl Host {
         });
         let script = format!(
             r#"ip link set lo up; [ -z "$4" ] || mount --bind "$4" /proc/sys/kernel/random/boot_id || exit
+            state=$1 socket=$2 docker=$3; shift 4
+            while [ $# -gt 0 ]; do mount --bind "$1" "$2" || exit; shift 2; done
+            set -- "$state" "$socket" "$docker"
             exec {drop_rights}"$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#
         );
         let program = match self.user {
@@ -129,7 +158,7 @@ impl Host {
                 command
             }
         };
-        if self.boot_id.is_some() {
+        if self.boot_id.is_some() || !self.binds.is_empty() {
             command.args(["unshare", "--mount", "--propagation", "private"]);
         }
         command
@@ -139,6 +168,9 @@ impl Host {
             .arg(self.socket())
             .arg(self.docker_socket())
             .arg(self.boot_id.as_deref().unwrap_or(Path::new("")));
+        for (what, place) in &self.binds {
+            command.arg(what).arg(place);
+        }
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

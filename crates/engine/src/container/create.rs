@@ -113,17 +113,8 @@ impl Engine {
         let bridged = networks
             .keys()
             .find(|name| !matches!(name.as_str(), "host" | "none"));
-        if let (true, Some(name)) = (self.config.rootless, bridged) {
-            return Err(Error::Room {
-                message: format!(
-                    "the network {name:?} needs a daemon of root: this one runs as an ordinary user"
-                ),
-                kind: base::Kind::Unsupported,
-                fix: Some(
-                    "add --network host or --network none, or run the daemon as root: sudo berth serve"
-                        .into(),
-                ),
-            });
+        if let Some(name) = bridged {
+            self.need_bridges(name)?;
         }
         if !self.config.cgroups && !limits::oci(&host.resources)?.is_empty() {
             return Err(Error::Room {

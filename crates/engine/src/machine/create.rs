@@ -85,8 +85,8 @@ impl Machines {
         }
         spec.disk = spec.disk.next_multiple_of(4096);
         if spec.network.is_empty() {
-            let rootless = base::userns::owner().is_some();
-            spec.network = if rootless { USER_NETWORK } else { "bridge" }.into();
+            let bridges = self.engine.need_bridges("bridge").is_ok() && tap_allowed();
+            spec.network = if bridges { "bridge" } else { USER_NETWORK }.into();
         }
         if spec.memory < SMALLEST_MEMORY || (spec.disk != 0 && spec.disk < SMALLEST_DISK) {
             return Err(Error::Invalid(format!(
@@ -143,14 +143,28 @@ impl Machines {
                 v6: false,
             });
         }
-        if base::userns::owner().is_some() {
+        let own_network = |error| match error {
+            Error::Room { message, kind, .. } => Error::Room {
+                message,
+                kind,
+                fix: Some("say --network user, or see berth doctor".into()),
+            },
+            other => other,
+        };
+        self.engine
+            .need_bridges(&spec.network)
+            .map_err(own_network)?;
+        if !tap_allowed() {
             return Err(Error::Room {
                 message: format!(
-                    "an ordinary user's daemon makes no bridges: a machine of it cannot be on the network {}",
+                    "a machine on the network {} needs /dev/net/tun, which this user may not open",
                     spec.network
                 ),
                 kind: base::Kind::Permission,
-                fix: Some("say --network user, or use the daemon of root".into()),
+                fix: Some(
+                    "say --network user, or: sudo modprobe tun && sudo chmod 666 /dev/net/tun"
+                        .into(),
+                ),
             });
         }
         let networks = self.engine.networks();
@@ -400,6 +414,16 @@ impl Machines {
         self.sweep_bases();
         Ok(())
     }
+}
+
+/// Whether there can be taps: root's daemon is told by the start what is missing.
+fn tap_allowed() -> bool {
+    base::userns::owner().is_none()
+        || fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .is_ok()
 }
 
 #[cfg(test)]

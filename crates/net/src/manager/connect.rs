@@ -29,6 +29,10 @@ impl Manager {
     /// Unknown networks, taken addresses, a second endpoint on the same network; whatever the kernel refuses. Nothing
     /// is left of a failed call.
     pub fn connect(&self, sandbox: &Sandbox, spec: EndpointSpec) -> Result<Endpoint> {
+        self.inside(|| self.connect_here(sandbox, spec))
+    }
+
+    fn connect_here(&self, sandbox: &Sandbox, spec: EndpointSpec) -> Result<Endpoint> {
         let sysctls = interface_settings(&spec)?;
         let (mut endpoint, place) = self.reserve(spec)?;
         let result = if place.driver == Driver::Bridge {
@@ -394,13 +398,15 @@ impl Manager {
     /// Drops the record of an endpoint with its ports and addresses; the interface is the caller's.
     pub(super) fn forget(&self, id: &Id) -> Option<Endpoint> {
         self.services.remove_endpoint(id);
-        let forwards = {
+        let (forwards, reservations) = {
             let mut state = lock(&self.state);
             let held = state.endpoints.get_mut(id)?;
-            std::mem::take(&mut held.forwards)
+            let reservations = std::mem::take(&mut held.reservations);
+            (std::mem::take(&mut held.forwards), reservations)
         };
         // The rules go before the address is free, so that no port ever leads to the next holder.
         self.withdraw(&forwards);
+        drop(reservations);
         let mut state = lock(&self.state);
         let held = state.endpoints.remove(id)?;
         if let Some(net) = state.networks.get_mut(&held.endpoint.network) {

@@ -26,6 +26,11 @@ impl Manager {
     /// # Errors
     /// Where the kernel's announcements cannot be listened to.
     pub fn guard_rules(self: &Arc<Manager>) -> Result<()> {
+        // The thread is started there too, and so stays there.
+        self.inside(|| self.guard_here())
+    }
+
+    fn guard_here(self: &Arc<Manager>) -> Result<()> {
         let what = || "listening to changes of nftables".to_owned();
         let mut socket = Socket::new(NETLINK_NETFILTER).context(what)?;
         socket.bind_auto().context(what)?;

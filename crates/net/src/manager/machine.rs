@@ -21,6 +21,10 @@ impl Manager {
                 options.queues
             )));
         }
+        self.inside(|| self.tap_here(spec, options))
+    }
+
+    fn tap_here(&self, spec: EndpointSpec, options: TapOptions) -> Result<Tap> {
         let (mut endpoint, place) = self.reserve(spec)?;
         let made = (|| {
             if place.driver != Driver::Bridge {

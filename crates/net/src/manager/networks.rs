@@ -87,6 +87,10 @@ impl Manager {
                 why: "there is only one network of the host and null drivers".into(),
             });
         }
+        self.inside(|| self.create_here(spec))
+    }
+
+    fn create_here(&self, spec: NetworkSpec) -> Result<Network> {
         let record = self.record_network(spec)?;
         if let Err(error) = self.bring_up(&record.id) {
             let _ = self.remove_network(record.id.as_str());
@@ -260,6 +264,12 @@ impl Manager {
         configs.retain(|c| c.subnet.is_some());
         record.ipv6 |= configs.iter().any(|c| c.subnet.is_some_and(|s| !s.is_v4()));
         let mut taken: Vec<Subnet> = routes.iter().map(|r| r.destination).collect();
+        // What the host reaches, containers shall reach through it.
+        if let Some(host) = &self.host {
+            let routes = lock(host).routes();
+            let routes = routes.context(|| "listing the host's routes".into())?;
+            taken.extend(routes.iter().map(|r| r.destination));
+        }
         taken.extend(
             others
                 .iter()
@@ -366,6 +376,10 @@ impl Manager {
     /// # Errors
     /// Where it is unknown, predefined, or in use.
     pub fn remove_network(&self, name: &str) -> Result<Network> {
+        self.inside(|| self.remove_here(name))
+    }
+
+    fn remove_here(&self, name: &str) -> Result<Network> {
         let record = self.inspect(name)?;
         if record.is_predefined() {
             return Err(Error::Predefined(record.name));

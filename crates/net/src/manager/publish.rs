@@ -1,21 +1,34 @@
-//! Published ports: reserved by a socket of our own, forwarded by the firewall, and by a proxy where it cannot.
+//! Published ports: reserved by a socket of our own, forwarded by the firewall, and by a proxy where it cannot. The ports of
+//! an ordinary user's networks are all the gateway's, which is on the host's side.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use base::Id;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 use super::{Manager, lock};
 use crate::endpoint::{Endpoint, PortMap, Protocol, PublishedPort};
 use crate::error::{Context, Error, Result};
 use crate::firewall::Forward;
+use crate::gateway::Published;
 use crate::network::OPTION_HOST_BINDING;
+use crate::proxy::{Proxy, bound_port, listen};
 
 /// A port of the host that is ours while this lives.
-pub(super) struct Reservation {
-    _socket: Option<OwnedFd>,
-    _proxy: Option<crate::proxy::Proxy>,
+pub(super) enum Reservation {
+    /// A kernel without SCTP sockets may still forward SCTP.
+    None,
+    Socket {
+        _socket: OwnedFd,
+    },
+    Proxy {
+        _proxy: Proxy,
+    },
+    /// The gateway of an ordinary user's networks has it.
+    Gateway {
+        _published: Published,
+    },
 }
 
 impl Manager {
@@ -28,6 +41,10 @@ impl Manager {
         if wishes.is_empty() {
             return Ok(Vec::new());
         }
+        self.inside(|| self.publish_here(endpoint, wishes))
+    }
+
+    fn publish_here(&self, endpoint: &Endpoint, wishes: &[PortMap]) -> Result<Vec<PublishedPort>> {
         let network = self.inspect(endpoint.network.as_str())?;
         if endpoint.v4.is_none() && endpoint.v6.is_none() {
             return Err(Error::WrongDriver {
@@ -101,6 +118,19 @@ impl Manager {
 
     /// Takes rules away; where nft finds them gone, the table is put back as it shall be.
     pub(super) fn withdraw(&self, forwards: &[Forward]) {
+        if forwards.is_empty() {
+            return;
+        }
+        let withdrawn = self.inside(|| {
+            self.withdraw_here(forwards);
+            Ok(())
+        });
+        if let Err(error) = withdrawn {
+            tracing::error!(%error, "the rules of published ports could not be removed");
+        }
+    }
+
+    fn withdraw_here(&self, forwards: &[Forward]) {
         let removed = self.firewall.remove_forwards(forwards);
         crate::conntrack::forget(forwards);
         if removed.is_ok() {
@@ -208,18 +238,21 @@ impl Manager {
         if let Some(holder) = holder {
             return Err(in_use(format!(" by container {holder}")));
         }
-        let socket = match listen(address, port, wish.protocol) {
-            Ok(socket) => Some(socket),
+        let (port, reservation) = match self.take_port(endpoint, address, port, wish) {
+            Ok(taken) => taken,
             Err(error) => match error.raw_os_error() {
                 Some(libc::EADDRINUSE) => return Err(in_use(String::new())),
                 Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT) => {
                     return Err(Error::NotOurAddress { address });
                 }
+                Some(libc::EACCES) if port != 0 => return Err(Error::LowPort { port }),
                 // A kernel without SCTP sockets may still forward SCTP.
                 Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT)
-                    if wish.protocol == Protocol::Sctp && port != 0 =>
+                    if wish.protocol == Protocol::Sctp
+                        && port != 0
+                        && self.config.gateway.is_none() =>
                 {
-                    None
+                    (port, Reservation::None)
                 }
                 _ => {
                     return Err(error).context(|| {
@@ -228,28 +261,26 @@ impl Manager {
                 }
             },
         };
-        let port = match &socket {
-            Some(socket) => bound_port(socket)?,
-            None => port,
-        };
         let published = PublishedPort {
             host_ip: address,
             host_port: port,
             container_port: wish.container_port,
             protocol: wish.protocol,
         };
-        Ok((published, self.watch(endpoint, &published, socket)))
+        Ok((published, reservation))
     }
 
-    /// The reservation with its proxy: in TCP for whatever the rules do not catch (::1, the other family, a table
-    /// flushed by someone), in UDP for IPv6 only.
-    fn watch(
+    /// Takes a port of the host, or any where it is 0. It comes with a proxy: in TCP for whatever the rules do not catch
+    /// (::1, the other family, a table flushed by someone), in UDP for IPv6 only; for an ordinary user's networks always.
+    fn take_port(
         &self,
         endpoint: &Endpoint,
-        port: &PublishedPort,
-        socket: Option<OwnedFd>,
-    ) -> Reservation {
-        let same_family = match port.host_ip {
+        address: IpAddr,
+        port: u16,
+        wish: &PortMap,
+    ) -> io::Result<(u16, Reservation)> {
+        let protocol = wish.protocol;
+        let same_family = match address {
             IpAddr::V4(_) => endpoint
                 .ipv4()
                 .map(IpAddr::V4)
@@ -259,29 +290,24 @@ impl Manager {
                 .map(IpAddr::V6)
                 .or(endpoint.ipv4().map(IpAddr::V4)),
         };
-        let target = same_family.map(|ip| SocketAddr::new(ip, port.container_port));
-        let wanted = port.protocol == Protocol::Tcp
-            || (port.protocol == Protocol::Udp && port.host_ip.is_ipv6());
-        match (socket, target) {
-            (Some(socket), Some(target)) if wanted => {
-                match self.services.proxy(socket, port.protocol, target) {
-                    Ok(proxy) => Reservation {
-                        _socket: None,
-                        _proxy: Some(proxy),
-                    },
-                    Err(error) => {
-                        tracing::warn!(%error, port = port.host_port, "no proxy for a published port");
-                        Reservation {
-                            _socket: None,
-                            _proxy: None,
-                        }
-                    }
-                }
+        let target = same_family.map(|ip| SocketAddr::new(ip, wish.container_port));
+        let address = SocketAddr::new(address, port);
+        if let (Some(gateway), Some(target)) = (&self.config.gateway, target) {
+            let (port, _published) = gateway.publish(protocol, address, target)?;
+            return Ok((port, Reservation::Gateway { _published }));
+        }
+        let _socket = listen(address, protocol)?;
+        let port = bound_port(&_socket)?;
+        let wanted = protocol == Protocol::Tcp || (protocol == Protocol::Udp && address.is_ipv6());
+        let Some(target) = target.filter(|_| wanted) else {
+            return Ok((port, Reservation::Socket { _socket }));
+        };
+        match self.services.proxy(_socket, protocol, target) {
+            Ok(_proxy) => Ok((port, Reservation::Proxy { _proxy })),
+            Err(error) => {
+                tracing::warn!(%error, port, "no proxy for a published port");
+                Ok((port, Reservation::None))
             }
-            (socket, _) => Reservation {
-                _socket: socket,
-                _proxy: None,
-            },
         }
     }
 
@@ -292,10 +318,11 @@ impl Manager {
             None => return,
         };
         self.withdraw(&forwards);
-        if let Some(held) = lock(&self.state).endpoints.get_mut(endpoint) {
+        let reservations = lock(&self.state).endpoints.get_mut(endpoint).map(|held| {
             held.endpoint.ports.clear();
-            held.reservations.clear();
-        }
+            std::mem::take(&mut held.reservations)
+        });
+        drop(reservations);
     }
 
     /// Reserves again what a container that outlived a daemon has published. A port lost meanwhile is only warned of:
@@ -306,11 +333,17 @@ impl Manager {
             .iter()
             .filter_map(|port| forward_of(endpoint, port))
             .collect();
-        let reservations = endpoint.ports.iter().map(|port| {
-            let socket = listen(port.host_ip, port.host_port, port.protocol)
+        let reservations = endpoint.ports.iter().filter_map(|port| {
+            let wish = PortMap {
+                container_port: port.container_port,
+                protocol: port.protocol,
+                host_ip: None,
+                host_ports: None,
+            };
+            self.take_port(endpoint, port.host_ip, port.host_port, &wish)
                 .inspect_err(|error| tracing::warn!(%error, port = port.host_port, "a published port is held by another program"))
-                .ok();
-            self.watch(endpoint, port, socket)
+                .map(|(_, reservation)| reservation)
+                .ok()
         });
         (forwards, reservations.collect())
     }
@@ -324,38 +357,4 @@ fn forward_of(endpoint: &Endpoint, port: &PublishedPort) -> Option<Forward> {
         IpAddr::V6(_) => IpAddr::V6(endpoint.ipv6()?),
     };
     Some(Forward { port: *port, to })
-}
-
-/// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.
-fn listen(address: IpAddr, port: u16, protocol: Protocol) -> std::io::Result<OwnedFd> {
-    let family = if address.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
-    let (kind, number) = match protocol {
-        Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
-        Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
-        Protocol::Sctp => (SocketType::STREAM, ipproto::SCTP),
-    };
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, kind, flags, Some(number))?;
-    if address.is_ipv6() {
-        sockopt::set_ipv6_v6only(&socket, true)?;
-    }
-    if protocol != Protocol::Udp {
-        // Connections of the former holder that linger do not keep the port.
-        sockopt::set_socket_reuseaddr(&socket, true)?;
-    }
-    rustix::net::bind(&socket, &SocketAddr::new(address, port))?;
-    if protocol != Protocol::Udp {
-        rustix::net::listen(&socket, 1024)?;
-    }
-    Ok(socket)
-}
-
-fn bound_port(socket: &OwnedFd) -> Result<u16> {
-    let address = rustix::net::getsockname(socket).context(|| "asking for the port".into())?;
-    let address = SocketAddr::try_from(address).context(|| "asking for the port".into())?;
-    Ok(address.port())
 }

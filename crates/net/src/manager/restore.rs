@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::connect::Place;
 use super::{Held, Manager, lock};
 use crate::endpoint::Endpoint;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::network::{Driver, OPTION_ICC};
 
 impl Manager {
@@ -16,6 +16,16 @@ impl Manager {
     /// # Errors
     /// Where the rules cannot be put in place. One endpoint that cannot be taken over is only logged.
     pub fn restore(&self, live: &[Endpoint]) -> Result<()> {
+        self.inside(|| self.restore_here(live))?;
+        if let Some(gateway) = &self.config.gateway {
+            gateway
+                .settle()
+                .context(|| "ending ports that were published".into())?;
+        }
+        Ok(())
+    }
+
+    fn restore_here(&self, live: &[Endpoint]) -> Result<()> {
         let mut result = Ok(());
         for endpoint in live {
             if let Err(error) = self.adopt(endpoint) {

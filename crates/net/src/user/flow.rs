@@ -9,21 +9,24 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
 use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpListenEndpoint};
 
-use super::UserConfig;
+use super::{Header, UserConfig, offload};
 use crate::error::{Context, Result};
 
 /// The guest's port, and the address and port it calls.
 pub(super) type Key = (u16, (Ipv4Addr, u16));
 
-const MOST_TCP: usize = 1024;
-const MOST_UDP: usize = 256;
 const UDP_SILENCE: Duration = Duration::from_secs(90);
 const BUFFER: usize = 128 * 1024;
+/// Of a link that takes many segments at once, to the guest.
+const LONG_BUFFER: usize = 512 * 1024;
 const MTU: usize = 1500;
+/// The longest packet, and the largest segment in it.
+const LONG_MTU: usize = 65_535;
+const LONG_SEGMENT: u16 = 65_495;
 
 /// The first resolver of the host.
 pub(super) fn resolver() -> Option<SocketAddr> {
@@ -33,9 +36,10 @@ pub(super) fn resolver() -> Option<SocketAddr> {
         .map(|server| SocketAddr::new(*server, 53))
 }
 
-#[derive(Default)]
 pub(super) struct UdpFlows {
     flows: HashMap<Key, UdpFlow>,
+    most: usize,
+    buffer: Vec<u8>,
 }
 
 struct UdpFlow {
@@ -52,10 +56,20 @@ pub(super) struct Reply {
 }
 
 impl UdpFlows {
+    /// `longest`: bytes of a packet for the guest.
+    pub(super) fn new(most: usize, longest: usize) -> UdpFlows {
+        UdpFlows {
+            flows: HashMap::new(),
+            most,
+            // One more, to know what is too long.
+            buffer: vec![0; longest - 28 + 1],
+        }
+    }
+
     pub(super) fn send(&mut self, key: Key, target: SocketAddr, data: &[u8]) {
         let now = Instant::now();
         if !self.flows.contains_key(&key) {
-            if self.flows.len() >= MOST_UDP {
+            if self.flows.len() >= self.most {
                 let oldest = self
                     .flows
                     .iter()
@@ -91,14 +105,14 @@ impl UdpFlows {
         );
     }
 
-    /// What arrived since; what fits the guest's MTU.
+    /// What arrived since and fits.
     pub(super) fn receive(&mut self, now: Instant) -> Vec<Reply> {
         let mut replies = Vec::new();
-        let mut buffer = [0u8; 2048];
+        let buffer = &mut self.buffer;
         self.flows.retain(|key, flow| {
-            while let Ok(length) = flow.socket.recv(&mut buffer) {
+            while let Ok(length) = flow.socket.recv(buffer) {
                 flow.used = now;
-                if length <= MTU - 28 {
+                if length < buffer.len() {
                     replies.push(Reply {
                         from: key.1,
                         to: key.0,
@@ -117,6 +131,7 @@ impl UdpFlows {
 struct Queues {
     incoming: VecDeque<Vec<u8>>,
     outgoing: VecDeque<Vec<u8>>,
+    header: Header,
 }
 
 struct Incoming(Vec<u8>);
@@ -153,7 +168,13 @@ impl Device for Queues {
     fn capabilities(&self) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ip;
-        capabilities.max_transmission_unit = MTU;
+        match self.header {
+            Header::None => capabilities.max_transmission_unit = MTU,
+            Header::Virtio => {
+                capabilities.max_transmission_unit = LONG_MTU;
+                capabilities.checksum.tcp = Checksum::None;
+            }
+        }
         capabilities
     }
 }
@@ -167,7 +188,7 @@ pub(super) struct TcpFlows {
     guest: Ipv4Addr,
     gateway: Ipv4Addr,
     next_port: u16,
-    scratch: Vec<u8>,
+    most: usize,
 }
 
 struct Flow {
@@ -179,6 +200,8 @@ struct Flow {
     guest_ended: bool,
     /// Bytes of the guest that the host's socket did not take yet.
     can_write: bool,
+    /// The largest segment the guest takes, where longer packets are cut on the way; else 0.
+    segment: u16,
 }
 
 enum Stage {
@@ -198,7 +221,10 @@ impl TcpFlows {
                 .context(|| format!("forwarding {address}"))?;
             listeners.push((listener, *port));
         }
-        let mut queues = Queues::default();
+        let mut queues = Queues {
+            header: config.header,
+            ..Queues::default()
+        };
         let now = smoltcp::time::Instant::now();
         let mut setup = Config::new(HardwareAddress::Ip);
         let mut seed = [0u8; 8];
@@ -224,7 +250,7 @@ impl TcpFlows {
             guest,
             gateway: config.gateway,
             next_port: 49_152,
-            scratch: vec![0; 32 * 1024],
+            most: config.most_flows,
         })
     }
 
@@ -250,7 +276,7 @@ impl TcpFlows {
                 ..
             }) => return,
             Some(_) => {}
-            None if opens && self.flows.len() < MOST_TCP => {
+            None if opens && self.flows.len() < self.most => {
                 if let Some(Ok(host)) = target.map(connect) {
                     let stage = Stage::Connecting(packet.to_vec(), Instant::now());
                     let flow = Flow {
@@ -259,6 +285,7 @@ impl TcpFlows {
                         host_ended: false,
                         guest_ended: false,
                         can_write: false,
+                        segment: 0,
                     };
                     self.flows.insert(key, flow);
                     return;
@@ -307,6 +334,17 @@ impl TcpFlows {
         }
     }
 
+    /// Into how long segments a packet for the guest is cut on the way; 0 where it is not.
+    pub(super) fn segment_of(&self, packet: &[u8]) -> u16 {
+        let port = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
+        if packet.len() <= MTU {
+            return 0;
+        }
+        let from = Ipv4Addr::new(packet[12], packet[13], packet[14], packet[15]);
+        let flow = self.flows.get(&(port(22), (from, port(20))));
+        flow.map_or(0, |flow| flow.segment)
+    }
+
     pub(super) fn outgoing(&mut self) -> Option<Vec<u8>> {
         self.queues.outgoing.pop_front()
     }
@@ -322,7 +360,7 @@ impl TcpFlows {
                 continue;
             };
             let socket = self.sockets.get_mut::<tcp::Socket>(handle);
-            if let Err(error) = relay(flow, socket, &mut self.scratch) {
+            if let Err(error) = relay(flow, socket) {
                 tracing::trace!(%error, "a connection of the guest broke");
                 socket.abort();
             }
@@ -346,7 +384,7 @@ impl TcpFlows {
 
     fn accept(&mut self) {
         for index in 0..self.listeners.len() {
-            while self.flows.len() < MOST_TCP {
+            while self.flows.len() < self.most {
                 let Ok((host, _)) = self.listeners[index].0.accept() else {
                     break;
                 };
@@ -358,7 +396,7 @@ impl TcpFlows {
                 let Some(own) = self.free_port(guest_port) else {
                     break;
                 };
-                let mut socket = new_socket();
+                let mut socket = new_socket(self.queues.header);
                 let to = (IpAddress::Ipv4(self.guest), guest_port);
                 let from = (IpAddress::Ipv4(self.gateway), own);
                 if socket.connect(self.interface.context(), to, from).is_err() {
@@ -371,6 +409,7 @@ impl TcpFlows {
                     host_ended: false,
                     guest_ended: false,
                     can_write: true,
+                    segment: 0,
                 };
                 self.flows.insert((guest_port, (self.gateway, own)), flow);
             }
@@ -415,7 +454,7 @@ impl TcpFlows {
             let Some(flow) = self.flows.get_mut(&key) else {
                 continue;
             };
-            let mut socket = new_socket();
+            let mut socket = new_socket(self.queues.header);
             let (address, port) = key.1;
             let at = IpListenEndpoint {
                 addr: Some(IpAddress::Ipv4(address)),
@@ -427,7 +466,10 @@ impl TcpFlows {
             let _ = flow.host.set_nodelay(true);
             let stage = Stage::Open(self.sockets.add(socket));
             flow.can_write = true;
-            if let Stage::Connecting(syn, _) = std::mem::replace(&mut flow.stage, stage) {
+            if let Stage::Connecting(mut syn, _) = std::mem::replace(&mut flow.stage, stage) {
+                if self.queues.header == Header::Virtio {
+                    flow.segment = offload::raise_segment(&mut syn, LONG_SEGMENT);
+                }
                 self.queues.incoming.push_back(syn);
             }
             // At once, so that this listening socket takes this SYN and no other.
@@ -438,9 +480,12 @@ impl TcpFlows {
     }
 }
 
-fn new_socket() -> tcp::Socket<'static> {
-    let buffer = || tcp::SocketBuffer::new(vec![0; BUFFER]);
-    let mut socket = tcp::Socket::new(buffer(), buffer());
+fn new_socket(header: Header) -> tcp::Socket<'static> {
+    let buffer = |size| tcp::SocketBuffer::new(vec![0; size]);
+    let mut socket = match header {
+        Header::None => tcp::Socket::new(buffer(BUFFER), buffer(BUFFER)),
+        Header::Virtio => tcp::Socket::new(buffer(2 * BUFFER), buffer(LONG_BUFFER)),
+    };
     socket.set_nagle_enabled(false);
     socket.set_timeout(Some(smoltcp::time::Duration::from_secs(120)));
     socket.set_keep_alive(Some(smoltcp::time::Duration::from_secs(60)));
@@ -465,25 +510,20 @@ fn connect(target: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// Copies in both directions until one of them blocks.
-fn relay(flow: &mut Flow, socket: &mut tcp::Socket<'_>, scratch: &mut [u8]) -> io::Result<()> {
+fn relay(flow: &mut Flow, socket: &mut tcp::Socket<'_>) -> io::Result<()> {
     while !flow.host_ended && socket.can_send() {
-        let room = (socket.send_capacity() - socket.send_queue()).min(scratch.len());
-        if room == 0 {
-            break;
-        }
-        match flow.host.read(&mut scratch[..room]) {
+        let mut read = Ok(0);
+        let sent = socket.send(|room| {
+            read = flow.host.read(room);
+            (*read.as_ref().unwrap_or(&0), ())
+        });
+        match read {
             Ok(0) => {
                 flow.host_ended = true;
                 socket.close();
             }
-            Ok(length) => {
-                let taken = socket.send_slice(&scratch[..length]).unwrap_or(0);
-                if taken != length {
-                    return Err(io::Error::other(
-                        "the guest's side took less than it had room for",
-                    ));
-                }
-            }
+            Ok(_) if sent.is_ok() => {}
+            Ok(_) => return Err(io::Error::other("the guest's side takes nothing more")),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),

@@ -144,7 +144,9 @@ fn ipv4(protocol: u8, from: Ipv4Addr, to: Ipv4Addr, body: &[u8]) -> Vec<u8> {
     let length = (20 + body.len()).min(usize::from(u16::MAX)) as u16;
     let mut packet = vec![0x45, 0];
     packet.extend(length.to_be_bytes());
-    packet.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
+    // What is too long for the rest of its way is cut on it; nothing else.
+    let whole = if length > 1500 { 0 } else { 0x40 };
+    packet.extend([0, 0, whole, 0, 64, protocol, 0, 0]);
     packet.extend(from.octets());
     packet.extend(to.octets());
     let sum = checksum(&[&packet]);

@@ -54,8 +54,8 @@ pub struct CreateArgs {
     /// Which CPU runs the guest.
     #[arg(long, value_enum, default_value_t)]
     pub cpu: CpuChoice,
-    /// Network, shared with containers; user is one of the machine's own that needs no rights. If not given, bridge; user with
-    /// an ordinary user's daemon.
+    /// Network, shared with containers; user is one of the machine's own that needs no rights. If not given, bridge; user
+    /// where an ordinary user may have no taps.
     #[arg(
         long,
         value_name = "NETWORK",
