@@ -1,6 +1,8 @@
 //! A small proxy for published ports, for what packet rewriting cannot serve: connections to `::1`, IPv6 to a
 //! container with IPv4 only, and a table that someone flushed.
 
+mod relay;
+
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -58,14 +60,14 @@ async fn tcp(listener: TcpListener, target: SocketAddr) {
             return;
         };
         match listener.accept().await {
-            Ok((mut outside, _)) => {
+            Ok((outside, _)) => {
                 tokio::spawn(async move {
                     let _permit = permit;
                     let inside = timeout(Duration::from_secs(10), TcpStream::connect(target)).await;
-                    if let Ok(Ok(mut inside)) = inside {
+                    if let Ok(Ok(inside)) = inside {
                         let _ = outside.set_nodelay(true);
                         let _ = inside.set_nodelay(true);
-                        let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+                        let _ = relay::both_ways(&outside, &inside).await;
                     }
                 });
             }
