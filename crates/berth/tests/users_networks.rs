@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use host::{Host, has, start_as_with};
+use host::{Host, has, start_as_with, start_as_without_networks};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// An address of the host that is not its loopback.
@@ -479,4 +479,37 @@ fn the_docker_command_publishes_ports_of_an_ordinary_users_containers() {
     docker(&["rm", "-f", "dk"]);
     docker(&["network", "rm", "app", "other"]);
     assert!(Path::new(&host.docker_socket()).exists());
+}
+
+#[test]
+fn where_the_host_gives_no_namespaces_networks_are_refused_with_the_reason() {
+    let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
+    if limit.trim() == "0" {
+        eprintln!("SKIPPED: this host gives no user namespaces");
+        return;
+    }
+    let Some(host) = start_as_without_networks(54327) else {
+        return;
+    };
+    for words in [
+        &["run", "--rm", "busybox", "true"][..],
+        &["network", "create", "app"],
+    ] {
+        let (_, error) = host.fails(words);
+        assert!(error.contains("No space left on device"), "{error}");
+        assert!(
+            error.contains("--network host or --network none"),
+            "{error}"
+        );
+    }
+    let words = [
+        "run",
+        "--rm",
+        "--network",
+        "host",
+        "busybox",
+        "echo",
+        "there",
+    ];
+    assert_eq!(host.ok(&words), "there");
 }

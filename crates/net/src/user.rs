@@ -437,6 +437,17 @@ impl State {
 /// Entry for fuzzing: any bytes as a frame of the guest. Nothing is sent to the host's network.
 pub fn fuzz_user_frame(data: &[u8]) {
     let _ = Frame::parse(data);
+    if fragments::is_one(data) {
+        let mut fragments = Fragments::default();
+        let whole = fragments.add(data, Instant::now());
+        let _ = whole.as_deref().map(Frame::parse);
+    }
+    if let Some((header, packet)) = data.split_at_checked(offload::HEADER) {
+        let _ = offload::datagrams_of(header);
+        let mut packet = packet.to_vec();
+        let _ = offload::raise_segment(&mut packet, 9000);
+        let _ = offload::leave_checksum(&mut packet, 1460);
+    }
 }
 
 #[cfg(test)]

@@ -339,7 +339,7 @@ fn users_networks() -> Check {
             Check::warn(
                 NAME,
                 format!(
-                    "none but host and none: {}",
+                    "only host and none: {}",
                     why.trim_start_matches("berth gateway: ")
                 ),
                 "sudo sysctl -w user.max_user_namespaces=15000 user.max_net_namespaces=15000, on a kernel with CONFIG_NF_TABLES, CONFIG_VETH and CONFIG_PACKET; or sudo berth serve",

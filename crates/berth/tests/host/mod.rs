@@ -25,6 +25,8 @@ pub struct Host {
     pub boot_id: Option<PathBuf>,
     /// Files that the daemon and all it starts see in other places: what, where.
     binds: Vec<(PathBuf, &'static str)>,
+    /// Words before the daemon's, once it is the user's.
+    within: &'static str,
 }
 
 /// Whether `program` is installed.
@@ -43,12 +45,12 @@ pub fn has_all(programs: &[&str]) -> bool {
 
 /// Starts a daemon, or says why this machine cannot.
 pub fn start() -> Option<Host> {
-    start_with(None, |_| Vec::new())
+    start_with(None, |_| Vec::new(), "")
 }
 
 /// Starts the daemon of an ordinary user without any rights, or says why this machine cannot.
 pub fn start_as(user: u32) -> Option<Host> {
-    start_with(Some(user), |_| Vec::new())
+    start_with(Some(user), |_| Vec::new(), "")
 }
 
 /// The same on a host where other files are in some places: `binds` makes them in the folder it is given.
@@ -56,7 +58,14 @@ pub fn start_as_with(
     user: u32,
     binds: impl FnOnce(&Path) -> Vec<(PathBuf, &'static str)>,
 ) -> Option<Host> {
-    start_with(Some(user), binds)
+    start_with(Some(user), binds, "")
+}
+
+/// The same on a host that gives its users no network namespaces.
+pub fn start_as_without_networks(user: u32) -> Option<Host> {
+    let none = r#"unshare -Ur sh -c 'echo 0 > /proc/sys/user/max_net_namespaces
+        exec unshare -U --map-user=1000 --map-group=1000 "$@"' sh "#;
+    start_with(Some(user), |_| Vec::new(), none)
 }
 
 /// `/dev/net/tun` as udev makes it: for everybody.
@@ -73,6 +82,7 @@ pub fn open_tun(folder: &Path) -> (PathBuf, &'static str) {
 fn start_with(
     user: Option<u32>,
     binds: impl FnOnce(&Path) -> Vec<(PathBuf, &'static str)>,
+    within: &'static str,
 ) -> Option<Host> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIPPED: needs root");
@@ -94,6 +104,7 @@ fn start_with(
         user,
         boot_id: None,
         binds: Vec::new(),
+        within,
     };
     host.binds = binds(host.scratch());
     if let Some(user) = user {
@@ -136,7 +147,8 @@ impl Host {
             .unwrap();
         // The namespace lives on in the keeper's namespace file so that a second daemon joins the first one's.
         let drop_rights = self.user.map_or_else(String::new, |user| {
-            format!("setpriv --reuid {user} --regid {user} --clear-groups env HOME=\"$1\" XDG_RUNTIME_DIR=\"$1\" ")
+            let within = self.within;
+            format!("setpriv --reuid {user} --regid {user} --clear-groups env HOME=\"$1\" XDG_RUNTIME_DIR=\"$1\" {within}")
         });
         let script = format!(
             r#"ip link set lo up; [ -z "$4" ] || mount --bind "$4" /proc/sys/kernel/random/boot_id || exit
