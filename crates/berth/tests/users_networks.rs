@@ -32,6 +32,8 @@ fn start(user: u32) -> Option<Host> {
         "ip address add 10.99.0.1/24 dev h0",
         "ip link set h0 up",
         "ip link set h1 up",
+        "ip route add default via 10.99.0.2",
+        "ip route add 172.18.0.0/16 via 10.99.0.2",
     ] {
         let words: Vec<&str> = words.split(' ').collect();
         assert!(host.in_network(&words).status.success());
@@ -152,6 +154,14 @@ fn containers_of_an_ordinary_user_have_networks_names_and_published_ports() {
     let Some(mut host) = start(FIRST) else { return };
     let daemon = host.daemon_pid();
     host.ok(&["network", "create", "app"]);
+    let subnet = host.ok(&[
+        "network",
+        "inspect",
+        "-f",
+        "{{(index .IPAM.Config 0).Subnet}}",
+        "app",
+    ]);
+    assert_ne!(subnet, "172.18.0.0/16", "the host's route is hidden");
     host.ok(WEB);
     let web = pid_of(&host, "web");
     echo(web, "0.0.0.0:5353".parse().unwrap());

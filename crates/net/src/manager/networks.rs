@@ -264,17 +264,19 @@ impl Manager {
         configs.retain(|c| c.subnet.is_some());
         record.ipv6 |= configs.iter().any(|c| c.subnet.is_some_and(|s| !s.is_v4()));
         let mut taken: Vec<Subnet> = routes.iter().map(|r| r.destination).collect();
-        // What the host reaches, containers shall reach through it.
-        if let Some(host) = &self.host {
-            let routes = lock(host).routes();
-            let routes = routes.context(|| "listing the host's routes".into())?;
-            taken.extend(routes.iter().map(|r| r.destination));
-        }
         taken.extend(
             others
                 .iter()
                 .flat_map(|(_, subnets)| subnets.iter().copied()),
         );
+        // What the host reaches, containers shall reach through it.
+        let mut better = taken.clone();
+        if let Some(host) = &self.host {
+            let routes = lock(host).routes();
+            let routes = routes.context(|| "listing the host's routes".into())?;
+            let routes = routes.iter().map(|route| route.destination);
+            better.extend(routes.filter(|destination| destination.prefix() > 0));
+        }
         for (v4, wanted) in [(true, record.ipv4), (false, record.ipv6)] {
             if wanted
                 && !configs
@@ -288,7 +290,8 @@ impl Manager {
                     own = [self.unique_local_pool()];
                     &own[..]
                 };
-                let subnet = Some(choose(pools, v4, &taken)?);
+                let subnet = choose(pools, v4, &better).or_else(|_| choose(pools, v4, &taken))?;
+                let subnet = Some(subnet);
                 configs.push(IpamConfig {
                     subnet,
                     ..IpamConfig::default()
