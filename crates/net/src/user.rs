@@ -171,6 +171,15 @@ impl UserNet {
     }
 }
 
+impl UserNet {
+    /// Waits until it ends by itself, which is when its link does.
+    pub fn wait(mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
 impl Drop for UserNet {
     fn drop(&mut self) {
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());

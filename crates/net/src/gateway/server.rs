@@ -168,7 +168,15 @@ struct Server {
 fn serve(listener: &OwnedFd, daemon: OwnedFd, world: World) -> io::Result<()> {
     let link = world.link.try_clone()?;
     // Its sockets are the host's: this thread has never left there.
-    let _network = UserNet::spawn(link, world.config.clone()).map_err(io::Error::other)?;
+    let network = UserNet::spawn(link, world.config.clone()).map_err(io::Error::other)?;
+    std::thread::Builder::new()
+        .stack_size(128 * 1024)
+        .spawn(move || {
+            network.wait();
+            eprintln!("berth gateway: the user-mode network ended");
+            // The daemon starts another.
+            std::process::exit(1);
+        })?;
     let mut server = Server {
         world,
         published: HashMap::new(),
