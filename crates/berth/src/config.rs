@@ -22,6 +22,7 @@ pub struct Config {
     pub group: Option<String>,
     pub log: Log,
     pub containers: Containers,
+    pub machines: Machines,
     pub network: Network,
     pub registries: Registries,
 }
@@ -60,6 +61,14 @@ pub struct Containers {
     pub shm_size: Option<String>,
     /// Parent control group.
     pub cgroup_parent: Option<String>,
+}
+
+/// Defaults of machines.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Machines {
+    /// Seconds that guests have to power off when the host goes down.
+    pub stop_timeout: Option<u64>,
 }
 
 /// Defaults of networks.
@@ -138,6 +147,7 @@ mod tests {
         assert!(containers.log_driver.is_some() && !containers.log_options.is_empty());
         assert!(containers.init.is_some() && containers.stop_timeout.is_some());
         assert!(containers.shm_size.is_some() && containers.cgroup_parent.is_some());
+        assert!(config.machines.stop_timeout.is_some());
         assert!(config.network.default_subnet.is_some() && !config.network.dns.is_empty());
         assert!(!config.registries.insecure.is_empty());
         assert!(!config.registries.authorities.is_empty());

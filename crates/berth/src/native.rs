@@ -15,6 +15,7 @@ use engine::machine::{Line, MachineChange, MachineSpec, Machines};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
 
 /// An engine's error as an answer.
@@ -343,11 +344,23 @@ async fn upgraded(
         if stream.set_nonblocking(true).is_err() {
             return;
         }
-        let Ok(mut machine) = tokio::net::UnixStream::from_std(stream) else {
+        let Ok(machine) = tokio::net::UnixStream::from_std(stream) else {
             return;
         };
-        // Either side's end is the other's.
-        let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut machine).await;
+        let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(upgraded));
+        let (mut from_machine, mut to_machine) = machine.into_split();
+        let input = async {
+            let _ = tokio::io::copy(&mut from_client, &mut to_machine).await;
+            // The client's end, or the machine's, which still has output for the client: that ends both.
+            let _ = to_machine.shutdown().await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_machine, &mut to_client) => {
+                let _ = to_client.shutdown().await;
+            }
+            () = input => {}
+        }
     });
     let response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)

@@ -304,6 +304,9 @@ fn engine_config(paths: Paths, config: &Config) -> Result<engine::EngineConfig, 
     if let Some(seconds) = containers.stop_timeout {
         settings.stop_timeout = Duration::from_secs(seconds);
     }
+    if let Some(seconds) = config.machines.stop_timeout {
+        settings.machine_stop_timeout = Duration::from_secs(seconds);
+    }
     if let Some(size) = &containers.shm_size {
         settings.shm_size = base::units::parse_size(size)
             .map_err(|e| Failure::invalid(format!("containers.shm-size: {e}")))?;
@@ -374,7 +377,7 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
         .map_err(|e| Failure::io("cannot use the sockets", &e))?;
     let stop = CancellationToken::new();
     watch_storage(machines.clone(), stop.clone());
-    let router = crate::native::router(engine.clone(), machines, stop.clone());
+    let router = crate::native::router(engine.clone(), machines.clone(), stop.clone());
     info!(
         state = %paths.state.display(),
         socket = %paths.socket.display(),
@@ -399,9 +402,16 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     }
     if host_stops().await {
         info!(
-            "the host goes down: containers are ended; what their restart policies say comes back with it"
+            "the host goes down: containers and machines are ended; what their restart policies say comes back with it"
         );
-        engine.host_stops().await;
+        let longest = engine.config().machine_stop_timeout + HOST_STOP_REST;
+        notify(&format!("EXTEND_TIMEOUT_USEC={}", longest.as_micros()));
+        engine.note_host_stop();
+        let machines = tokio::task::spawn_blocking(move || machines.host_stops());
+        let (_, ended) = tokio::join!(engine.host_stops(), machines);
+        if let Err(error) = ended {
+            error!(%error, "machines could not be shut down");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     match engine.leave_host().await {
@@ -411,6 +421,9 @@ async fn serve(args: &ServeArgs, paths: Paths, config: Config) -> Result<ExitCod
     }
     Ok(ExitCode::SUCCESS)
 }
+
+/// What the ends of containers, and of machines that had to be killed, take beside the machines' own time.
+const HOST_STOP_REST: Duration = Duration::from_secs(90);
 
 /// Whether the init system is taking the host down. Then processes that outlive the daemon would only hold it up: systemd
 /// waits a minute and a half for those that do not end by SIGTERM, and what is pid 1 of a container seldom does.

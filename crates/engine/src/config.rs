@@ -17,6 +17,8 @@ pub struct EngineConfig {
     pub init: bool,
     /// How long `stop` waits unless the container or the caller says otherwise.
     pub stop_timeout: Duration,
+    /// How long machines have to power off when the host goes down.
+    pub machine_stop_timeout: Duration,
     /// `/dev/shm` unless the container says otherwise, bytes.
     pub shm_size: u64,
     /// Registries that may be spoken to without TLS (this machine's own always may), and further authorities.
@@ -48,6 +50,7 @@ impl EngineConfig {
             },
             init: false,
             stop_timeout: Duration::from_secs(10),
+            machine_stop_timeout: Duration::from_secs(90),
             shm_size: 64 << 20,
             registries: Default::default(),
             rootless: false,

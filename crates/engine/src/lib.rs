@@ -44,7 +44,7 @@ pub struct Engine {
     inventory: container::inventory::Inventory,
     execs: Mutex<HashMap<String, Arc<exec::Exec>>>,
     keeper: tokio::sync::Mutex<Option<Arc<keeper::client::Keeper>>>,
-    /// Whether ends of containers are the host's.
+    /// Whether ends of containers and machines are the host's.
     host_stops: std::sync::atomic::AtomicBool,
     /// Held as long as this lives: one daemon per state folder.
     _lock: File,

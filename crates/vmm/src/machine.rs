@@ -122,12 +122,6 @@ impl Classified for MachineError {
             MachineError::Cpu(_) | MachineError::Bus(_) => Kind::Internal,
         }
     }
-    fn fix(&self) -> Option<String> {
-        match self {
-            MachineError::Cpu(CpuError::NoVirtualization(_)) => Some("use --cpu soft".into()),
-            _ => None,
-        }
-    }
 }
 
 /// The back end that serves, and why, where that is worth saying.
@@ -321,16 +315,6 @@ impl Machine {
         self.transports.push(transport.clone());
         self.devices.push(transport.clone());
         Ok(transport)
-    }
-
-    /// The driver of the virtio device called `name` is told that its configuration changed: the size of a console or
-    /// of a balloon. Nothing happens where there is none.
-    pub fn device_config_changed(&self, name: &str) {
-        for transport in &self.transports {
-            if transport.identity() == name {
-                transport.config_changed();
-            }
-        }
     }
 
     /// Stops the CPUs and all I/O; false where the machine has ended.

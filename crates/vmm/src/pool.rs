@@ -8,6 +8,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use disk::Disk;
+
 /// Threads of one pool: as many requests wait for the disk at once.
 const THREADS: usize = 4;
 
@@ -94,6 +96,15 @@ impl Pool {
         self.shared.work.notify_one();
     }
 
+    /// Runs a job and waits for what it says; `None` where it never ran to its end. For threads that may not write files.
+    pub fn call<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (done, wait) = std::sync::mpsc::sync_channel(1);
+        self.run(move || {
+            let _ = done.send(job());
+        });
+        wait.recv().ok()
+    }
+
     /// Returns once every job given before has ended.
     pub fn wait_idle(&self) {
         let mut inner = self.shared.lock();
@@ -121,6 +132,17 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+/// Makes a disk larger from a thread that may not write files.
+///
+/// # Errors
+/// For people: why it cannot be.
+pub fn grow_on(pool: &Pool, disk: Arc<dyn Disk>, size: u64) -> Result<(), String> {
+    match pool.call(move || disk.grow(size)) {
+        Some(grown) => grown.map_err(|error| error.to_string()),
+        None => Err("the machine has ended".into()),
     }
 }
 

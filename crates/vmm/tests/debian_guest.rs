@@ -285,6 +285,41 @@ fn the_cloud_kernel_unpacks_itself_where_asked() {
     }
 }
 
+#[test]
+fn a_virtio_disk_grows_while_the_guest_uses_it() {
+    let script = r#"
+check [ $(cat /sys/block/vda/size) = 131072 ]
+echo SMALL; until [ $(cat /sys/block/vda/size) = 196608 ]; do sleep 0.1; done
+check dd if=/dev/urandom of=/dev/vda bs=1M seek=90 count=1 oflag=direct
+check sync
+"#;
+    let mut parts = None;
+    let Some(guest) = Guest::new(
+        CLOUD,
+        1,
+        Protocol::Linux64,
+        script,
+        &[],
+        |machine, folder| {
+            let block = Arc::new(Block::new(disk(folder, "virtio", 64), 1, "disk0").unwrap());
+            let transport = machine.add_virtio("disk0", block.clone()).unwrap();
+            parts = Some((block, transport));
+        },
+    ) else {
+        return;
+    };
+    let (block, transport) = parts.unwrap();
+    guest.wait_for("SMALL");
+    let refused = block.grow(32 << 20).unwrap_err();
+    assert!(refused.contains("cannot be made smaller"), "{refused}");
+    block.grow(96 << 20).unwrap();
+    transport.config_changed();
+    let folder = guest.passes(3);
+    let file = std::fs::read(folder.path().join("virtio")).unwrap();
+    assert_eq!(file.len(), 96 << 20);
+    assert!(file[90 << 20..91 << 20].iter().any(|byte| *byte != 0));
+}
+
 /// Bytes of the guest's memory that the host holds.
 fn resident(machine: &Machine) -> u64 {
     machine
@@ -316,9 +351,9 @@ echo TOLD; read line
 check [ $(awk '/MemFree/ { print int($2 / 1024) }' /proc/meminfo) -gt 300 ]
 "#;
     let balloon = Arc::new(Balloon::new().unwrap());
-    let given = balloon.clone();
+    let (given, mut transport) = (balloon.clone(), None);
     let Some(guest) = Guest::new(CLOUD, 1, Protocol::Linux64, script, &[], |machine, _| {
-        machine.add_virtio("balloon0", given).unwrap();
+        transport = Some(machine.add_virtio("balloon0", given).unwrap());
     }) else {
         return;
     };
@@ -343,15 +378,16 @@ check [ $(awk '/MemFree/ { print int($2 / 1024) }' /proc/meminfo) -gt 300 ]
     });
     let total = balloon.statistics().total.unwrap();
     assert!((300 << 20..512 << 20).contains(&total), "{total}");
+    let transport = transport.unwrap();
     balloon.want(100 << 20);
-    guest.machine.device_config_changed("balloon0");
+    transport.config_changed();
     until("the balloon is filled", &|| {
         balloon.figures().0 == 100 << 20
     });
     guest.type_line("");
     guest.wait_for("TOLD");
     balloon.want(0);
-    guest.machine.device_config_changed("balloon0");
+    transport.config_changed();
     until("the balloon is emptied", &|| balloon.figures().0 == 0);
     guest.type_line("");
     guest.passes(1);

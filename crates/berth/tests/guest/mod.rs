@@ -77,7 +77,10 @@ pub const MODULES: [&str; 8] = [
 ];
 
 /// Further drivers, which lie in `/modules` and are loaded where a test wants them.
-pub const MORE_MODULES: [&str; 5] = [
+pub const MORE_MODULES: [&str; 8] = [
+    "drivers/acpi/button.ko",
+    "drivers/input/evdev.ko",
+    "drivers/block/virtio_blk.ko",
     "drivers/virtio/virtio_balloon.ko",
     "drivers/char/virtio_console.ko",
     "net/vmw_vsock/vsock.ko",
@@ -185,6 +188,34 @@ pub fn type_line(host: &Host, machine: &str, line: &str) {
     let typed = format!("{line}\n\x1d");
     let output = host.with_input(&["machine", "console", machine], typed.as_bytes());
     assert!(output.status.success());
+}
+
+/// What the serial line of a machine wrote.
+pub fn logs(host: &Host, machine: &str) -> String {
+    host.ok(&["machine", "logs", machine])
+}
+
+/// Makes and starts a machine of the tiny image on the software CPU, and waits until its guest is ready.
+pub fn start_tiny_machine(host: &Host, name: &str, more: &[&str]) {
+    let mut words = vec![
+        "machine",
+        "create",
+        name,
+        "--start",
+        "--image",
+        "tiny",
+        "--memory",
+        "256M",
+        "--disk",
+        "512M",
+        "--cpu",
+        "soft",
+        "--append",
+        "init=/sbin/init",
+    ];
+    words.extend(more);
+    host.ok(&words);
+    host.eventually("the guest is ready", || logs(host, name).contains("READY"));
 }
 
 /// One machine as `inspect` shows it.

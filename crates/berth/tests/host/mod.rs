@@ -27,6 +27,8 @@ pub struct Host {
     binds: Vec<(PathBuf, &'static str)>,
     /// Words before the daemon's, once it is the user's.
     within: &'static str,
+    /// A folder with a `systemctl` of the test's own, which the daemon finds on a host that systemd seems to have booted.
+    pub systemd: Option<PathBuf>,
 }
 
 /// Whether `program` is installed.
@@ -105,6 +107,7 @@ fn start_with(
         boot_id: None,
         binds: Vec::new(),
         within,
+        systemd: None,
     };
     host.binds = binds(host.scratch());
     if let Some(user) = user {
@@ -152,7 +155,9 @@ impl Host {
         });
         let script = format!(
             r#"ip link set lo up; [ -z "$4" ] || mount --bind "$4" /proc/sys/kernel/random/boot_id || exit
-            state=$1 socket=$2 docker=$3; shift 4
+            [ -z "$5" ] || {{ mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system; }} || exit
+            PATH=${{5:+$5:}}$PATH; export PATH
+            state=$1 socket=$2 docker=$3; shift 5
             while [ $# -gt 0 ]; do mount --bind "$1" "$2" || exit; shift 2; done
             set -- "$state" "$socket" "$docker"
             exec {drop_rights}"$0" serve --state-dir "$1" --socket "$2" --docker-socket "$3" --log-level info"#
@@ -170,7 +175,7 @@ impl Host {
                 command
             }
         };
-        if self.boot_id.is_some() || !self.binds.is_empty() {
+        if self.boot_id.is_some() || self.systemd.is_some() || !self.binds.is_empty() {
             command.args(["unshare", "--mount", "--propagation", "private"]);
         }
         command
@@ -179,7 +184,8 @@ impl Host {
             .arg(self.state())
             .arg(self.socket())
             .arg(self.docker_socket())
-            .arg(self.boot_id.as_deref().unwrap_or(Path::new("")));
+            .arg(self.boot_id.as_deref().unwrap_or(Path::new("")))
+            .arg(self.systemd.as_deref().unwrap_or(Path::new("")));
         for (what, place) in &self.binds {
             command.arg(what).arg(place);
         }
@@ -249,6 +255,14 @@ impl Host {
     pub fn kill_daemon(&mut self) {
         let mut daemon = self.daemon.take().unwrap();
         daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// Asks the daemon to end, as an init system does, and waits until it has.
+    pub fn end_daemon(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        let pid = rustix::process::Pid::from_child(&daemon);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         daemon.wait().unwrap();
     }
 

@@ -14,10 +14,20 @@ use crate::container::signal;
 const LONGEST: Duration = Duration::from_secs(60);
 
 impl Engine {
+    /// From here on what ends does so with the host: it is not cleaned up after, and no policy starts it again.
+    pub fn note_host_stop(&self) {
+        self.host_stops.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the host goes down.
+    pub fn host_goes_down(&self) -> bool {
+        self.host_stops.load(Ordering::SeqCst)
+    }
+
     /// Ends all containers as their stop signals and timeouts say. Their records stay as they are, as if the power had gone:
     /// after the boot the restart policies decide. Nothing else can be done with this engine afterwards.
     pub async fn host_stops(self: &Arc<Self>) {
-        self.host_stops.store(true, Ordering::SeqCst);
+        self.note_host_stop();
         let living: Vec<Arc<Container>> = self
             .inventory
             .all()

@@ -81,7 +81,7 @@ impl Engine {
     }
 
     async fn exited(self: &Arc<Self>, id: String, exit: Exit) {
-        if self.host_stops.load(std::sync::atomic::Ordering::SeqCst) {
+        if self.host_goes_down() {
             return;
         }
         match self.inventory.get(&id) {

@@ -13,7 +13,7 @@ use base::units::format_size;
 use vmm::process::protocol::Request;
 
 use super::process::ask;
-use super::record::{Machine, MachineChange, MachineSpec, USER_NETWORK};
+use super::record::{Machine, MachineChange, MachineSpec, NO_NETWORK, USER_NETWORK};
 use super::{Machines, RECORD, Slot, bases, disk};
 use crate::{Error, Result};
 
@@ -54,9 +54,10 @@ fn copy_boot_file(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// A machine's network as its guest is told of it.
+#[derive(Default)]
 pub(super) struct Surroundings {
-    /// The name server's address.
-    pub resolver: String,
+    /// The name server's address, where there is one.
+    pub resolver: Option<String>,
     /// Addresses of IPv6 are given, by router advertisements and DHCPv6.
     pub v6: bool,
 }
@@ -67,6 +68,28 @@ struct Made {
     initrd: bool,
     format: Format,
     disk: u64,
+}
+
+/// Makes disk `number` larger: by the machine's process where it runs. A crash before the record is written leaves a larger
+/// disk than is known.
+fn grow_disk(
+    folder: &Path,
+    machine: &Machine,
+    number: usize,
+    (path, format): (&Path, Format),
+    size: u64,
+) -> Result<()> {
+    if machine.run.is_none() {
+        return disk::grow(path, format, size);
+    }
+    let request = Request::GrowDisk { disk: number, size };
+    match ask(folder, &request)?.error {
+        None => Ok(()),
+        Some(why) => Err(Error::Conflict(format!(
+            "machine {}: {why}",
+            machine.spec.name
+        ))),
+    }
 }
 
 impl Machines {
@@ -130,6 +153,19 @@ impl Machines {
 
     /// What the guest is told of the machine's network.
     fn surroundings_of(&self, spec: &MachineSpec) -> Result<Surroundings> {
+        if spec.network == NO_NETWORK {
+            if let Some(port) = spec.ports.first() {
+                return Err(Error::Room {
+                    message: format!(
+                        "a machine without a network cannot publish its port {}",
+                        port.container_port
+                    ),
+                    kind: base::Kind::Invalid,
+                    fix: Some("say --network user, or leave out --publish".into()),
+                });
+            }
+            return Ok(Surroundings::default());
+        }
         if spec.network == USER_NETWORK {
             let vague = spec.ports.iter().find(|port| port.host_ports.is_none());
             if let Some(port) = vague {
@@ -139,7 +175,7 @@ impl Machines {
                 )));
             }
             return Ok(Surroundings {
-                resolver: USER_RESOLVER.into(),
+                resolver: Some(USER_RESOLVER.into()),
                 v6: false,
             });
         }
@@ -169,14 +205,24 @@ impl Machines {
         }
         let networks = self.engine.networks();
         let network = networks.inspect(&spec.network).map_err(Error::room)?;
-        let resolver = match (network.gateway_v4(), network.gateway_v6()) {
-            (Some(v4), _) => v4.to_string(),
-            (None, Some(v6)) => v6.to_string(),
-            (None, None) => "127.0.0.1".into(),
+        if network.driver != net::Driver::Bridge {
+            return Err(Error::Room {
+                message: format!("a machine cannot be on the network {}", spec.network),
+                kind: base::Kind::Invalid,
+                fix: Some(
+                    "say --network with a bridge network (berth network list), user, or none"
+                        .into(),
+                ),
+            });
+        }
+        let v6 = network.gateway_v6();
+        let resolver = match (network.gateway_v4(), v6) {
+            (Some(v4), _) => Some(v4.to_string()),
+            (None, v6) => v6.map(|v6| v6.to_string()),
         };
         Ok(Surroundings {
             resolver,
-            v6: network.gateway_v6().is_some(),
+            v6: v6.is_some(),
         })
     }
 
@@ -318,21 +364,21 @@ impl Machines {
                     format_size(spec.disk)
                 )));
             }
-            // First the disk, then its record: a crash in between leaves a larger disk than is known.
-            if machine.run.is_some() {
-                // Its process has the disk.
-                let request = Request::GrowDisk { disk: 0, size };
-                if let Some(why) = ask(&slot.folder, &request)?.error {
-                    return Err(Error::Conflict(format!("machine {name}: {why}")));
-                }
-            } else {
-                disk::grow(
-                    &slot.folder.join(disk::file_name(machine.format)),
-                    machine.format,
-                    size,
-                )?;
-            }
+            let path = slot.folder.join(disk::file_name(machine.format));
+            grow_disk(&slot.folder, &machine, 0, (&path, machine.format), size)?;
             spec.disk = size;
+        }
+        for (place, size) in change.drives.iter().flatten() {
+            let drive = next.drives.get_mut(*place).ok_or_else(|| {
+                Error::NotFound(format!(
+                    "machine {name} has no drive {}; see berth machine inspect {name}",
+                    place + 1
+                ))
+            })?;
+            let size = size.next_multiple_of(4096);
+            let file = (drive.path.as_path(), drive.format);
+            grow_disk(&slot.folder, &machine, place + 1, file, size)?;
+            drive.size = size;
         }
         self.save(&slot, &next)?;
         *machine = next;

@@ -210,7 +210,10 @@ fn write_own_files(
     )?;
     file(
         "etc/resolv.conf",
-        &format!("nameserver {}\n", surroundings.resolver),
+        &surroundings
+            .resolver
+            .as_ref()
+            .map_or_else(String::new, |address| format!("nameserver {address}\n")),
         0o644,
     )?;
     file(
@@ -437,6 +440,7 @@ pub fn drives(wishes: &[DriveSpec], folder: &Path) -> Result<Vec<Drive>> {
                         .map_err(Error::io(format!("cannot use {}", path.display())))?,
                     format,
                     read_only: wish.read_only,
+                    bus: wish.bus,
                     size: opened.map_err(Error::room)?.len(),
                     own: false,
                 }
@@ -458,6 +462,7 @@ pub fn drives(wishes: &[DriveSpec], folder: &Path) -> Result<Vec<Drive>> {
                     path,
                     format: Format::Qcow2,
                     read_only: wish.read_only,
+                    bus: wish.bus,
                     size: wish.size.next_multiple_of(512),
                     own: true,
                 }
@@ -490,7 +495,7 @@ mod tests {
             ..MachineSpec::default()
         };
         let surroundings = Surroundings {
-            resolver: "10.0.0.1".into(),
+            resolver: Some("10.0.0.1".into()),
             v6: true,
         };
         write_own_files(directory.path(), &spec, &surroundings, "").unwrap();

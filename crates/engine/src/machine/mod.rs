@@ -13,6 +13,7 @@ mod bases;
 mod capacity;
 mod create;
 mod disk;
+mod power;
 mod process;
 mod record;
 mod run;
@@ -31,8 +32,8 @@ use net::Endpoint;
 
 pub use capacity::Storage;
 pub use record::{
-    Drive, DriveSpec, Machine, MachineChange, MachineSpec, MachineStats, MachineView, Restart, Run,
-    USER_NETWORK,
+    Drive, DriveSpec, Machine, MachineChange, MachineSpec, MachineStats, MachineView, NO_NETWORK,
+    Restart, Run, USER_NETWORK,
 };
 pub use vmm::process::protocol::Line;
 

@@ -1,5 +1,6 @@
 //! What is known of one machine, on disk and to people.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use base::Id;
@@ -7,6 +8,7 @@ use base::pidfd::ProcessKey;
 use disk::Format;
 use net::{Endpoint, PortMap, PublishedPort};
 use serde::{Deserialize, Serialize};
+use vmm::boot::DiskBus;
 use vmm::machine::CpuChoice;
 use vmm::process::disks::DiskCounts;
 use vmm::process::protocol::GuestMemory;
@@ -14,6 +16,9 @@ use vmm::process::{ExitRecord, OnCrash, OnDiskFull};
 
 /// The network of a machine whose process reaches out by itself, with the rights of its user.
 pub const USER_NETWORK: &str = "user";
+
+/// No network: the machine has no card.
+pub const NO_NETWORK: &str = "none";
 
 /// What a person asks for.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -36,7 +41,7 @@ pub struct MachineSpec {
     /// Further disks, in order.
     pub drives: Vec<DriveSpec>,
     pub cpu: CpuChoice,
-    /// A bridge network, or [`USER_NETWORK`]; the default network where empty.
+    /// A bridge network, [`USER_NETWORK`] or [`NO_NETWORK`]; the default network where empty.
     pub network: String,
     pub ports: Vec<PortMap>,
     pub on_crash: OnCrash,
@@ -63,6 +68,7 @@ pub struct DriveSpec {
     /// Bytes of a new disk, where there is no path.
     pub size: u64,
     pub read_only: bool,
+    pub bus: DiskBus,
     /// Looked up once, at creation, where it is not said.
     pub format: Option<Format>,
 }
@@ -73,6 +79,8 @@ pub struct Drive {
     pub path: PathBuf,
     pub format: Format,
     pub read_only: bool,
+    #[serde(default)]
+    pub bus: DiskBus,
     /// Bytes the guest sees.
     pub size: u64,
     /// It lies in the machine's folder and goes with it.
@@ -100,6 +108,8 @@ pub struct MachineChange {
     pub cpus: Option<u32>,
     pub memory: Option<u64>,
     pub disk: Option<u64>,
+    /// New sizes of further disks, bytes, by their place.
+    pub drives: Option<BTreeMap<usize, u64>>,
     pub cpu: Option<CpuChoice>,
     pub on_crash: Option<OnCrash>,
     pub on_disk_full: Option<OnDiskFull>,
@@ -152,12 +162,15 @@ pub struct Run {
     pub process: ProcessKey,
     /// RFC 3339.
     pub started: String,
-    /// Absent on the user network.
+    /// Absent without a network of the host's.
     pub endpoint: Option<Endpoint>,
     pub ports: Vec<PublishedPort>,
     /// Its cgroup's path below each hierarchy.
     #[serde(default)]
     pub cgroup: Option<String>,
+    /// It was ended because the host went down.
+    #[serde(default)]
+    pub host_went_down: bool,
 }
 
 /// A machine as people see it.
@@ -228,7 +241,7 @@ pub struct MachineStats {
     pub guest_memory: Option<GuestMemory>,
     /// By disk, the root disk first.
     pub disks: Vec<DiskCounts>,
-    /// Bytes the guest received and sent; absent on the user network.
+    /// Bytes the guest received and sent; absent without a network of the host's.
     pub received: Option<u64>,
     pub sent: Option<u64>,
 }

@@ -11,14 +11,16 @@ use base::file::{Durability, write_json};
 use base::pidfd::{PidFd, ProcessKey};
 use base::units::format_size;
 use net::{Endpoint, EndpointSpec, Mac, Protocol, PublishedPort, TapOptions};
+use vmm::boot::DiskBus;
 use vmm::process::protocol::{Request, State};
 use vmm::process::{
     self, ExitReason, ExitRecord, Forward, ProcessConfig, ProcessDisk, ProcessNetwork, UserNetwork,
 };
 
 use super::create::SMALLEST_MEMORY;
+use super::power::{end_process, power_off};
 use super::process::{FIRST_PASSED, ask, has_ended, make_cgroup, reap, spawn};
-use super::record::{Machine, Restart, Run, USER_NETWORK};
+use super::record::{Machine, NO_NETWORK, Restart, Run, USER_NETWORK};
 use super::{Machines, Slot, bases, disk};
 use crate::{Error, Result};
 
@@ -27,19 +29,17 @@ const STEADY: Duration = Duration::from_secs(30);
 /// Between an end and the restart that the policy wants: doubled each time, up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// How long a process has to end by itself once told to, and how long one that was killed can take.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Between two presses of the power button.
-const PRESS_AGAIN: Duration = Duration::from_secs(3);
+/// How long a process that was killed can take to end.
 const HOPELESS: Duration = Duration::from_secs(120);
 
 /// A machine's way onto its network.
 struct Access {
-    network: ProcessNetwork,
+    /// Absent where it has none.
+    network: Option<ProcessNetwork>,
     queues: Vec<std::os::fd::OwnedFd>,
     endpoint: Option<Endpoint>,
     ports: Vec<PublishedPort>,
-    mac: Mac,
+    mac: Option<Mac>,
 }
 
 /// A locally administered address that follows from the machine's id.
@@ -68,13 +68,11 @@ fn last_words(log: &str) -> &str {
     }
 }
 
-/// The fix of a machine's process, which knows the options of `machine boot`, for a machine of the daemon.
-fn update_of(name: &str, fix: &str) -> String {
-    match fix.find("--") {
-        Some(option) if fix.starts_with("use --") || fix.starts_with("give --") => {
-            format!("berth machine update {name} {}", &fix[option..])
-        }
-        _ => fix.to_owned(),
+/// What mends the failed start of a machine.
+fn fix_of(name: &str, record: &ExitRecord) -> Option<String> {
+    match &record.option {
+        Some(option) => Some(format!("berth machine update {name} {option}")),
+        None => record.fix.clone(),
     }
 }
 
@@ -128,6 +126,15 @@ impl Machines {
 
     fn access(&self, machine: &Machine) -> Result<Access> {
         let spec = &machine.spec;
+        if spec.network == NO_NETWORK {
+            return Ok(Access {
+                network: None,
+                queues: Vec::new(),
+                endpoint: None,
+                ports: Vec::new(),
+                mac: None,
+            });
+        }
         if spec.network == USER_NETWORK {
             let mac = mac_of(machine);
             let mut forwards = Vec::new();
@@ -160,11 +167,11 @@ impl Machines {
                 mtu: None,
             };
             return Ok(Access {
-                network,
+                network: Some(network),
                 queues: Vec::new(),
                 endpoint: None,
                 ports,
-                mac,
+                mac: Some(mac),
             });
         }
         let networks = self.engine.networks();
@@ -192,11 +199,11 @@ impl Machines {
             mtu: tap.mtu.and_then(|m| u16::try_from(m).ok()),
         };
         Ok(Access {
-            network,
+            network: Some(network),
             queues: tap.queues,
             endpoint: Some(tap.endpoint),
             ports,
-            mac,
+            mac: Some(mac),
         })
     }
 
@@ -205,7 +212,7 @@ impl Machines {
         &self,
         folder: &Path,
         machine: &Machine,
-        network: ProcessNetwork,
+        network: Option<ProcessNetwork>,
     ) -> Result<ProcessConfig> {
         let spec = &machine.spec;
         let base = match &machine.base {
@@ -235,11 +242,13 @@ impl Machines {
             path: folder.join(disk::file_name(machine.format)),
             format: machine.format,
             read_only: false,
+            bus: DiskBus::Nvme,
         }];
         disks.extend(machine.drives.iter().map(|drive| ProcessDisk {
             path: drive.path.clone(),
             format: drive.format,
             read_only: drive.read_only,
+            bus: drive.bus,
         }));
         Ok(ProcessConfig {
             version: 1,
@@ -256,7 +265,7 @@ impl Machines {
                 .iter()
                 .map(|base| base.folder.join(bases::DISK))
                 .collect(),
-            networks: vec![network],
+            networks: network.into_iter().collect(),
             on_crash: spec.on_crash,
             on_disk_full: spec.on_disk_full,
         })
@@ -264,7 +273,7 @@ impl Machines {
 
     fn begin(&self, slot: &Slot, machine: &mut Machine) -> Result<PidFd> {
         let access = self.access(machine)?;
-        machine.mac = Some(access.mac);
+        machine.mac = access.mac.or(machine.mac);
         let folder = &slot.folder;
         let config = self.process_config(folder, machine, access.network)?;
         let write = |name: &str| Error::io(format!("cannot write {}", folder.join(name).display()));
@@ -294,6 +303,7 @@ impl Machines {
             endpoint: access.endpoint,
             ports: access.ports,
             cgroup,
+            host_went_down: false,
         });
         machine.last_exit = None;
         machine.stopped = false;
@@ -326,7 +336,7 @@ impl Machines {
                 Some(record) if record.reason == ExitReason::Failed => {
                     return Err(Error::Room {
                         kind: record.kind.unwrap_or(Kind::Internal),
-                        fix: record.fix.map(|fix| update_of(name, &fix)),
+                        fix: fix_of(name, &record),
                         message: format!("machine {name} cannot start: {}", record.message),
                     });
                 }
@@ -377,20 +387,28 @@ impl Machines {
     }
 
     pub(super) fn ended(self: &Arc<Machines>, slot: &Arc<Slot>) {
-        let mut machine = slot.lock();
-        if machine.run.take().is_none() {
+        if self.engine.host_goes_down() {
             return;
         }
+        let mut machine = slot.lock();
+        let Some(run) = machine.run.take() else {
+            return;
+        };
         let record = process::read_exit(&slot.folder);
-        let record = record.unwrap_or_else(|| {
+        let mut record = record.unwrap_or_else(|| {
             ExitRecord::now(
                 ExitReason::Killed,
                 "its process was killed, or the host went down",
             )
         });
+        if run.host_went_down {
+            record.message = "the host went down".into();
+        }
         let again = match machine.spec.restart {
             Restart::No => false,
-            Restart::OnFailure => record.reason != ExitReason::PowerOff && !machine.stopped,
+            Restart::OnFailure => {
+                (record.reason != ExitReason::PowerOff || run.host_went_down) && !machine.stopped
+            }
             Restart::Always | Restart::UnlessStopped => !machine.stopped,
         };
         tracing::info!(machine = machine.spec.name, reason = ?record.reason, message = record.message, "a machine ended");
@@ -420,7 +438,8 @@ impl Machines {
                 let name = {
                     let machine = slot.lock();
                     // A person may have stopped, started or removed it meanwhile.
-                    if machine.run.is_some() || slot.gone.load(Ordering::SeqCst) {
+                    let gone = slot.gone.load(Ordering::SeqCst);
+                    if machine.run.is_some() || gone || machines.engine.host_goes_down() {
                         return;
                     }
                     if machine.stopped && machine.spec.restart != Restart::Always {
@@ -483,26 +502,8 @@ impl Machines {
     /// Where it does not run.
     pub fn stop(&self, name: &str, timeout: Duration) -> Result<()> {
         let (slot, key) = self.running(name)?;
-        let end = Instant::now() + timeout;
         self.note_stop(&slot);
-        // One that does not answer will not hear its button either.
-        let hears = ask(&slot.folder, &Request::Resume).is_ok();
-        // A guest that is still booting does not hear the button: it is pressed again.
-        let mut next_press = Instant::now();
-        while hears && Instant::now() < end {
-            if Self::is_over(&slot, key) {
-                return Ok(());
-            }
-            if Instant::now() >= next_press {
-                if ask(&slot.folder, &Request::PowerButton).is_err() {
-                    break;
-                }
-                next_press = Instant::now() + PRESS_AGAIN;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        // It may be ending at this moment.
-        if Self::is_over(&slot, key) {
+        if power_off(&slot.folder, timeout, || Self::is_over(&slot, key)) {
             return Ok(());
         }
         self.kill_slot(&slot, key)
@@ -520,24 +521,13 @@ impl Machines {
 
     /// Ends the run that `key` names, by a word and then by force.
     pub(super) fn kill_slot(&self, slot: &Slot, key: ProcessKey) -> Result<()> {
-        let asked = ask(&slot.folder, &Request::Kill).is_ok_and(|answer| answer.ok);
-        let begun = Instant::now();
-        let patience = if asked { PATIENCE } else { Duration::ZERO };
-        while !Self::is_over(slot, key) {
-            if begun.elapsed() > HOPELESS {
-                return Err(Error::Conflict(format!(
-                    "process {} of the machine does not end: it hangs in the kernel, perhaps on a disk that does not answer",
-                    key.pid
-                )));
-            }
-            if begun.elapsed() > patience
-                && let Ok(Some(pidfd)) = key.open()
-            {
-                let _ = pidfd.signal(libc::SIGKILL);
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        if end_process(&slot.folder, key, HOPELESS, || Self::is_over(slot, key)) {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::Conflict(format!(
+            "process {} of the machine does not end: it hangs in the kernel, perhaps on a disk that does not answer",
+            key.pid
+        )))
     }
 
     /// Stops the CPUs.
@@ -626,12 +616,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fix_of_the_process_becomes_one_of_the_machine() {
+    fn an_option_that_mends_a_start_is_one_of_the_machine() {
+        let mut record = ExitRecord::now(ExitReason::Failed, "it has no room");
+        record.fix = Some("chmod o+r /x".into());
+        assert_eq!(fix_of("web", &record).unwrap(), "chmod o+r /x");
+        record.option = Some("--cpu soft".into());
         assert_eq!(
-            update_of("web", "use --cpu soft"),
+            fix_of("web", &record).unwrap(),
             "berth machine update web --cpu soft"
         );
-        assert_eq!(update_of("web", "chmod o+r /x"), "chmod o+r /x");
     }
 
     #[test]

@@ -134,6 +134,9 @@ impl Classified for BootError {
         }
     }
     fn fix(&self) -> Option<String> {
+        if let Some(option) = self.option() {
+            return Some(format!("say {option}"));
+        }
         match self {
             BootError::Machine(error) => error.fix(),
             // The process of a daemon's machine has given up root's privileges by then.
@@ -143,7 +146,6 @@ impl Classified for BootError {
                 let user = rustix::process::geteuid().as_raw();
                 Some(format!("chown {user} {}", path.display()))
             }
-            BootError::NoRoom { .. } => Some("give --memory SIZE, larger than now".into()),
             BootError::Socket { path, source } if source.kind() == ErrorKind::AddrInUse => {
                 Some(format!(
                     "--vsock with another path; at {} there is something already",
@@ -153,6 +155,19 @@ impl Classified for BootError {
             BootError::Tap { name, .. } => Some(format!(
                 "ip tuntap add {name} mode tap user $USER; ip link set {name} up"
             )),
+            _ => None,
+        }
+    }
+}
+
+impl BootError {
+    /// The option of the machine that mends it, where it is one.
+    pub fn option(&self) -> Option<&'static str> {
+        match self {
+            BootError::Machine(MachineError::Cpu(CpuError::NoVirtualization(_))) => {
+                Some("--cpu soft")
+            }
+            BootError::NoRoom { .. } => Some("--memory SIZE, larger than now"),
             _ => None,
         }
     }

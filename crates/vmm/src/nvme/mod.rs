@@ -36,7 +36,7 @@ use crate::complaint::Complaint;
 use crate::memory::Dma;
 use crate::pci::function::FunctionState;
 use crate::pci::{Function, FunctionBuilder, Msix, PciDevice};
-use crate::pool::Pool;
+use crate::pool::{Pool, grow_on};
 use crate::state::{Persist, Saved, StateError};
 
 /// Red Hat. Not its device 0x0010, QEMU's controller, for which Linux switches features off.
@@ -204,13 +204,7 @@ impl Controller {
         let Some(grown) = shared.disks.get(disk).cloned() else {
             return Err(format!("it has no disk {disk}"));
         };
-        // The caller's thread may not write files.
-        let (done, wait) = std::sync::mpsc::sync_channel(1);
-        shared.pool.run(move || {
-            let _ = done.send(grown.grow(size).map_err(|error| error.to_string()));
-        });
-        wait.recv()
-            .unwrap_or_else(|_| Err("the machine has ended".into()))?;
+        grow_on(&shared.pool, grown, size)?;
         let vector = {
             let mut inner = shared.lock();
             inner.state.log.note_change(disk as u32 + 1);

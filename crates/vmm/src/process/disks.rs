@@ -133,17 +133,18 @@ impl Room {
         if !is_damage(error) {
             return;
         }
-        let text = format!("the disk {} is broken: {error}", path.display());
-        let first = {
-            let mut waiting = self.lock();
-            let first = waiting.damage.is_none();
-            waiting.damage.get_or_insert_with(|| text.clone());
-            first
-        };
-        if first {
-            tracing::error!("{text}");
-            (self.notice)(&text);
+        let mut waiting = self.lock();
+        if waiting.damage.is_none() {
+            let text = format!("the disk {} is broken: {error}", path.display());
+            waiting.damage = Some(text.clone());
+            drop(waiting);
+            self.tell(&text);
         }
+    }
+
+    fn tell(&self, text: &str) {
+        tracing::error!("{text}");
+        (self.notice)(text);
     }
 
     /// A person paused the machine: it stays paused when there is room.
@@ -151,20 +152,18 @@ impl Room {
         self.lock().paused = false;
     }
 
-    fn begin(&self, problem: String) {
-        let first = {
-            let mut waiting = self.lock();
-            waiting.writes += 1;
-            let first = waiting.writes == 1;
-            if first {
-                waiting.paused = !self.control.is_paused();
-                waiting.problem = Some(problem.clone());
-            }
-            first
-        };
-        if first {
-            tracing::error!("{problem}");
-            (self.notice)(&problem);
+    fn begin(&self, path: &std::path::Path, error: &DiskError) {
+        let mut waiting = self.lock();
+        waiting.writes += 1;
+        if waiting.writes == 1 {
+            let problem = format!(
+                "the machine is paused: {}. It goes on by itself when there is room",
+                no_room(path, error)
+            );
+            waiting.paused = !self.control.is_paused();
+            waiting.problem = Some(problem.clone());
+            drop(waiting);
+            self.tell(&problem);
         }
     }
 
@@ -201,11 +200,7 @@ impl Room {
                 Err(error) if lacks_room(error) && !self.control.has_ended() => {
                     if !waited {
                         waited = true;
-                        self.begin(format!(
-                            "the machine is paused: the host has no room to write {} ({}). It goes on by itself when there is room",
-                            path.display(),
-                            reason(error)
-                        ));
+                        self.begin(path, error);
                     }
                     self.control.ask_pause();
                     std::thread::sleep(PAUSE);
@@ -227,21 +222,13 @@ impl Room {
 impl Room {
     /// Says once that the guest is told of errors.
     fn note_refusal(&self, path: &std::path::Path, error: &DiskError) {
-        let text = format!(
-            "the host has no room to write {} ({}): the guest is told of an error, as --on-disk-full error says",
-            path.display(),
-            reason(error)
-        );
-        let first = {
-            let mut waiting = self.lock();
-            let first = !waiting.refused;
-            waiting.refused = true;
-            first
-        };
-        if first {
-            tracing::error!("{text}");
-            (self.notice)(&text);
+        if std::mem::replace(&mut self.lock().refused, true) {
+            return;
         }
+        self.tell(&format!(
+            "{}: the guest is told of an error, as --on-disk-full error says",
+            no_room(path, error)
+        ));
     }
 }
 
@@ -254,11 +241,15 @@ fn lacks_room(error: &DiskError) -> bool {
     matches!(error, DiskError::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
 }
 
-fn reason(error: &DiskError) -> String {
-    match error {
+fn no_room(path: &std::path::Path, error: &DiskError) -> String {
+    let reason = match error {
         DiskError::Io { source, .. } => source.to_string(),
         other => other.to_string(),
-    }
+    };
+    format!(
+        "the host has no room to write {} ({reason})",
+        path.display()
+    )
 }
 
 /// See the module.

@@ -41,11 +41,14 @@ use base::file::{Durability, read_json, write_json};
 use base::{Classified, Kind};
 use serde::{Deserialize, Serialize};
 
-use crate::boot::{BootError, Kernel, Protocol, command_line, place};
+use crate::boot::{BootError, DiskBus, Kernel, Protocol, command_line, place};
 use crate::control::Outcome;
 use crate::crash::{CrashWatch, Watched};
 use crate::machine::{CpuChoice, Machine, MachineConfig, MachineError};
+use crate::nvme::Controller;
+use crate::virtio::Backend;
 use crate::virtio::balloon::Balloon;
+use crate::virtio::block::Block;
 use crate::virtio::console::Console as Terminal;
 use crate::virtio::transport::Transport;
 use crate::virtio::vsock::Vsock;
@@ -107,6 +110,8 @@ pub struct ProcessDisk {
     pub format: Format,
     #[serde(default)]
     pub read_only: bool,
+    #[serde(default)]
+    pub bus: DiskBus,
 }
 
 /// One network interface.
@@ -166,6 +171,9 @@ pub struct ExitRecord {
     /// What mends that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
+    /// Instead, the option of the machine that does, as `--cpu soft`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub option: Option<String>,
     /// RFC 3339.
     pub finished: String,
 }
@@ -178,15 +186,17 @@ impl ExitRecord {
             message: message.into(),
             kind: None,
             fix: None,
+            option: None,
             finished: base::time::now_rfc3339(),
         }
     }
 
     /// A start that failed.
-    pub fn of_failure(error: &impl Classified) -> ExitRecord {
+    pub fn of_failure(error: &BootError) -> ExitRecord {
         ExitRecord {
             kind: Some(error.kind()),
             fix: error.fix(),
+            option: error.option().map(str::to_owned),
             ..ExitRecord::now(ExitReason::Failed, error.to_string())
         }
     }
@@ -283,15 +293,51 @@ pub(crate) struct Handles {
     pub control: Arc<crate::control::Control>,
     pub power: Arc<crate::devices::power::Power>,
     pub serial: Arc<crate::devices::serial::Serial>,
-    pub balloon: Arc<Balloon>,
-    pub terminal: Arc<Terminal>,
-    /// Of the balloon and of the virtio console.
-    pub transports: [Arc<Transport>; 2],
+    pub balloon: Shared<Balloon>,
+    pub terminal: Shared<Terminal>,
     pub room: Arc<Room>,
-    /// Of the disks, where there are any.
-    pub controller: Option<Arc<crate::nvme::Controller>>,
+    /// In the order of the configuration.
+    pub disks: Vec<Plugged>,
     pub cpu: &'static str,
     pub note: Option<String>,
+}
+
+/// A virtio device and what its driver is told by.
+pub(crate) struct Virtio<T> {
+    pub device: Arc<T>,
+    pub transport: Arc<Transport>,
+}
+
+type Shared<T> = Arc<Virtio<T>>;
+
+impl<T: Backend + 'static> Virtio<T> {
+    fn add(machine: &mut Machine, name: String, device: T) -> Result<Shared<T>, MachineError> {
+        let device = Arc::new(device);
+        let transport = machine.add_virtio(name, device.clone())?;
+        Ok(Arc::new(Virtio { device, transport }))
+    }
+}
+
+/// A disk where the guest finds it.
+#[derive(Clone)]
+pub(crate) enum Plugged {
+    /// A namespace of the controller, by its place.
+    Nvme(Arc<Controller>, usize),
+    Virtio(Shared<Block>),
+}
+
+impl Plugged {
+    /// Makes the disk larger and tells the guest.
+    pub fn grow(&self, size: u64) -> Result<(), String> {
+        match self {
+            Plugged::Nvme(controller, namespace) => controller.grow(*namespace, size),
+            Plugged::Virtio(block) => {
+                block.device.grow(size)?;
+                block.transport.config_changed();
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Runs the machine of a folder; exit code 0 for a power-off.
@@ -380,7 +426,7 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
     let listener = UnixListener::bind(CONTROL).map_err(failed("the control socket in"))?;
     let running = Arc::new(Running {
         machine: Mutex::new(None),
-        console: console.clone(),
+        console,
         terminal: Console::unlogged(),
         window: Mutex::new((80, 24)),
         wanted: AtomicU64::new(0),
@@ -418,17 +464,34 @@ fn run(folder: &Path, user_networks: UserNetworks) -> Result<Outcome, BootError>
         .collect::<Result<Vec<_>, _>>()?;
     protocol::serve(listener, running.clone()).map_err(failed("a thread for"))?;
     let watch = CrashWatch::new();
-    let mut patience = Patience::default();
-    loop {
-        let begun = Instant::now();
-        let outcome = run_once(
+    let outcome = run_to_its_end(&config, &running, &watch, || {
+        run_once(
             &config,
             &kernel,
             initrd.as_deref(),
             &links,
             &running,
             &watch,
-        )?;
+        )
+    });
+    for console in [&running.console, &running.terminal] {
+        console.close();
+    }
+    outcome
+}
+
+/// Runs the machine again and again, as its guest and its policy for crashes want.
+fn run_to_its_end(
+    config: &ProcessConfig,
+    running: &Running,
+    watch: &CrashWatch,
+    mut run_once: impl FnMut() -> Result<Outcome, BootError>,
+) -> Result<Outcome, BootError> {
+    let console = &running.console;
+    let mut patience = Patience::default();
+    loop {
+        let begun = Instant::now();
+        let outcome = run_once()?;
         let outcome = watch.judge(outcome);
         *running
             .machine
@@ -501,25 +564,7 @@ fn run_once(
     let room = Room::new(machine.control.clone(), config.on_disk_full, move |text| {
         notes.note(text);
     });
-    let mut disks: Vec<Arc<dyn Disk>> = Vec::new();
-    for (disk, counters) in config.disks.iter().zip(&running.disks) {
-        let opened = disk::open(
-            &disk.path,
-            disk.format,
-            disk.read_only,
-            BackingFiles::Allowed,
-        )?;
-        disks.push(Arc::new(GuardedDisk {
-            disk: opened,
-            path: disk.path.clone(),
-            counters: counters.clone(),
-            room: room.clone(),
-        }));
-    }
-    let controller = match disks.is_empty() {
-        true => None,
-        false => Some(machine.add_nvme(disks, 0)?),
-    };
+    let disks = plug_disks(&mut machine, config, running, &room)?;
     for (index, link) in links.iter().enumerate() {
         machine.add_virtio(format!("net{index}"), Arc::new(link.card(index)?))?;
     }
@@ -527,7 +572,8 @@ fn run_once(
     machine.add_virtio("rng0", Arc::new(crate::virtio::rng::Rng))?;
     let (balloon, terminal) = guest_services(&mut machine, running)?;
     let rsdp = crate::acpi::write(&machine.memory, config.cpus)?;
-    let words = command_line(&config.append, !config.disks.is_empty(), initrd.is_some());
+    let on_nvme = disks.iter().any(|disk| matches!(disk, Plugged::Nvme(..)));
+    let words = command_line(&config.append, on_nvme, initrd.is_some());
     let memory = machine.memory.clone();
     machine.set_start::<BootError>(|state| {
         place(
@@ -547,11 +593,10 @@ fn run_once(
         control: machine.control.clone(),
         power: machine.power.clone(),
         serial: machine.serial.clone(),
-        transports: [balloon.1, terminal.1],
-        balloon: balloon.0,
-        terminal: terminal.0,
+        balloon,
+        terminal,
         room,
-        controller,
+        disks,
         cpu: machine.vm.name(),
         note: machine.cpu_note.clone(),
     });
@@ -559,13 +604,55 @@ fn run_once(
     Ok(machine.wait())
 }
 
-type WithTransport<T> = (Arc<T>, Arc<Transport>);
+/// Opens the disks and puts them where the guest finds them: the NVMe ones side by side behind one controller.
+fn plug_disks(
+    machine: &mut Machine,
+    config: &ProcessConfig,
+    running: &Running,
+    room: &Arc<Room>,
+) -> Result<Vec<Plugged>, BootError> {
+    let mut namespaces: Vec<Arc<dyn Disk>> = Vec::new();
+    let mut places = Vec::new();
+    for (number, disk) in config.disks.iter().enumerate() {
+        let opened: Arc<dyn Disk> = Arc::new(GuardedDisk {
+            disk: disk::open(
+                &disk.path,
+                disk.format,
+                disk.read_only,
+                BackingFiles::Allowed,
+            )?,
+            path: disk.path.clone(),
+            counters: running.disks[number].clone(),
+            room: room.clone(),
+        });
+        places.push(match disk.bus {
+            DiskBus::Nvme => {
+                namespaces.push(opened);
+                Err(namespaces.len() - 1)
+            }
+            DiskBus::Virtio => {
+                let name = format!("disk{number}");
+                let block = Block::new(opened, config.cpus, &name).map_err(MachineError::Thread)?;
+                Ok(Virtio::add(machine, name, block)?)
+            }
+        });
+    }
+    let controller = match namespaces.is_empty() {
+        true => None,
+        false => Some(machine.add_nvme(namespaces, 0)?),
+    };
+    let plugged = places.into_iter().filter_map(|place| match place {
+        Ok(block) => Some(Plugged::Virtio(block)),
+        Err(namespace) => Some(Plugged::Nvme(controller.clone()?, namespace)),
+    });
+    Ok(plugged.collect())
+}
 
 /// Adds the devices that every machine has beside disks and networks: memory given back, sockets, a terminal.
 fn guest_services(
     machine: &mut Machine,
     running: &Running,
-) -> Result<(WithTransport<Balloon>, WithTransport<Terminal>), BootError> {
+) -> Result<(Shared<Balloon>, Shared<Terminal>), BootError> {
     let failed = |what: &'static str| {
         move |source| BootError::Read {
             what,
@@ -573,22 +660,22 @@ fn guest_services(
             source,
         }
     };
-    let balloon = Arc::new(Balloon::new().map_err(MachineError::Event)?);
+    let balloon = Balloon::new().map_err(MachineError::Event)?;
     balloon.want(running.wanted.load(Ordering::Relaxed));
-    let balloon_transport = machine.add_virtio("balloon0", balloon.clone())?;
+    let balloon = Virtio::add(machine, "balloon0".into(), balloon)?;
     // That of the machine before a reset, or of a process that was killed.
     let _ = fs::remove_file(VSOCK);
     let vsock = Vsock::new(Path::new(VSOCK), GUEST_CID).map_err(failed("the socket"))?;
     machine.add_virtio("vsock0", Arc::new(vsock))?;
     let sink = Box::new(running.terminal.writer());
-    let terminal = Arc::new(Terminal::new(sink).map_err(MachineError::Event)?);
+    let terminal = Terminal::new(sink).map_err(MachineError::Event)?;
     let (columns, rows) = *running
         .window
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
     terminal.resize(columns, rows);
-    let terminal_transport = machine.add_virtio("console0", terminal.clone())?;
-    Ok(((balloon, balloon_transport), (terminal, terminal_transport)))
+    let terminal = Virtio::add(machine, "console0".into(), terminal)?;
+    Ok((balloon, terminal))
 }
 
 #[cfg(test)]

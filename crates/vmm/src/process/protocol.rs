@@ -200,8 +200,12 @@ fn converse(stream: &UnixStream, running: &Running) -> io::Result<()> {
                 Line::Serial => &running.console,
                 Line::Virtio => &running.terminal,
             };
-            console.attach(stream.try_clone()?, history)?;
-            return type_into(reader, stream, running, line);
+            let _attached = console.attach(stream.try_clone()?, history)?;
+            type_into(reader, running, line)?;
+            // Its input ended; it may go on reading until it is gone.
+            let mut gone = [PollFd::new(stream, PollFlags::empty())];
+            while poll(&mut gone, None) == Err(rustix::io::Errno::INTR) {}
+            return Ok(());
         }
         send(stream, &answer(&request, running))?;
     }
@@ -221,12 +225,7 @@ fn handles(running: &Running) -> Option<Handles> {
         .clone()
 }
 
-fn type_into(
-    mut reader: impl Read,
-    stream: &UnixStream,
-    running: &Running,
-    line: Line,
-) -> io::Result<()> {
+fn type_into(mut reader: impl Read, running: &Running, line: Line) -> io::Result<()> {
     let mut buffer = [0; 1024];
     loop {
         match reader.read(&mut buffer) {
@@ -235,14 +234,9 @@ fn type_into(
                 if let Some(machine) = handles(running) {
                     match line {
                         Line::Serial => machine.serial.receive(&buffer[..n]),
-                        Line::Virtio => machine.terminal.receive(&buffer[..n]),
+                        Line::Virtio => machine.terminal.device.receive(&buffer[..n]),
                     }
                 }
-            }
-            // The stream is shared with the console's writing side, which does not block.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let mut input = [PollFd::new(stream, PollFlags::IN)];
-                let _ = poll(&mut input, None);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -280,13 +274,14 @@ fn status(running: &Running, machine: Option<Handles>) -> Status {
 
 /// What is known of the guest's memory now; it is asked to tell anew, for the next time.
 fn memory_of(running: &Running, machine: &Handles) -> GuestMemory {
-    machine.balloon.refresh();
-    let (balloon, dropped) = machine.balloon.figures();
+    let device = &machine.balloon.device;
+    device.refresh();
+    let (balloon, dropped) = device.figures();
     GuestMemory {
         wanted: running.wanted.load(Ordering::Relaxed),
         balloon,
         dropped,
-        guest: machine.balloon.statistics(),
+        guest: device.statistics(),
     }
 }
 
@@ -345,9 +340,9 @@ fn answer(request: &Request, running: &Running) -> Answer {
             true
         }
         Request::GrowDisk { disk, size } => {
-            let grown = match &machine.controller {
-                Some(controller) => controller.grow(*disk, *size),
-                None => Err("it has no disk".into()),
+            let grown = match machine.disks.get(*disk) {
+                Some(plugged) => plugged.grow(*size),
+                None => Err(format!("it has no disk {disk}")),
             };
             match grown {
                 Ok(()) => true,
@@ -360,8 +355,8 @@ fn answer(request: &Request, running: &Running) -> Answer {
         }
         Request::Balloon { bytes } => {
             running.wanted.store(*bytes, Ordering::Relaxed);
-            machine.balloon.want(*bytes);
-            machine.transports[0].config_changed();
+            machine.balloon.device.want(*bytes);
+            machine.balloon.transport.config_changed();
             !machine.control.has_ended()
         }
         Request::Resize { columns, rows } => {
@@ -369,8 +364,8 @@ fn answer(request: &Request, running: &Running) -> Answer {
                 .window
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner) = (*columns, *rows);
-            machine.terminal.resize(*columns, *rows);
-            machine.transports[1].config_changed();
+            machine.terminal.device.resize(*columns, *rows);
+            machine.terminal.transport.config_changed();
             !machine.control.has_ended()
         }
         Request::Status | Request::Stats | Request::Console { .. } => true,

@@ -42,8 +42,9 @@ pub struct CreateArgs {
     /// Size of the copy of a disk image, where that shall grow.
     #[arg(long, value_name = "SIZE", requires = "disk")]
     pub disk_size: Option<String>,
-    /// A further disk: a new one of a size, or a file that is used where it lies.
-    #[arg(long, value_name = "SIZE|FILE[,ro][,format=raw|qcow2]")]
+    /// A further disk: a new one of a size, or a file that is used where it lies. Behind NVMe, or with ,virtio behind
+    /// virtio-blk.
+    #[arg(long, value_name = "SIZE|FILE[,ro][,virtio][,format=raw|qcow2]")]
     pub drive: Vec<String>,
     /// Kernel instead of the image's.
     #[arg(long, value_name = "FILE")]
@@ -114,6 +115,9 @@ pub struct UpdateArgs {
     /// or with resize2fs /dev/nvme0n1.
     #[arg(long, value_name = "SIZE")]
     pub disk: Option<String>,
+    /// Size of a further disk, the first being 1: larger than it is. A running guest is told of it.
+    #[arg(long, value_name = "NUMBER=SIZE")]
+    pub drive: Vec<String>,
     /// Which CPU runs the guest.
     #[arg(long, value_enum)]
     pub cpu: Option<CpuChoice>,
@@ -150,21 +154,24 @@ fn is_size(text: &str) -> bool {
 
 fn parse_drive(spec: &str) -> Result<Value, Failure> {
     let mut source = spec;
-    let (mut read_only, mut format) = (false, None);
+    let (mut read_only, mut format, mut bus) = (false, None, "nvme");
     while let Some((before, word)) = source.rsplit_once(',') {
         match (word, word.strip_prefix("format=")) {
             ("ro", _) => read_only = true,
+            ("virtio", _) => bus = "virtio",
+            ("nvme", _) => bus = "nvme",
             (_, Some(name)) => format = Some(format_named("drive", name)?),
             _ => break,
         }
         source = before;
     }
     if is_size(source) {
-        return Ok(json!({"size": size("drive", source)?, "read_only": read_only}));
+        return Ok(json!({"size": size("drive", source)?, "read_only": read_only, "bus": bus}));
     }
     Ok(json!({
         "path": absolute(Path::new(source))?,
         "read_only": read_only,
+        "bus": bus,
         "format": format,
     }))
 }
@@ -304,14 +311,31 @@ async fn bootstrap(
     Ok(())
 }
 
+/// `NUMBER=SIZE`, as a place among the drives and bytes.
+fn drive_size(spec: &str) -> Result<(usize, u64), Failure> {
+    let parts = spec.split_once('=');
+    match parts.map(|(number, text)| (number.parse::<usize>(), text)) {
+        Some((Ok(number @ 1..), text)) => Ok((number - 1, size("drive", text)?)),
+        _ => Err(Failure::invalid(format!(
+            "--drive {spec:?} is not NUMBER=SIZE, as 1=20G for the first drive"
+        ))),
+    }
+}
+
 pub async fn update(client: &Client, args: UpdateArgs) -> Result<ExitCode, Failure> {
     let bytes = |option: &str, text: &Option<String>| {
         text.as_deref().map(|text| size(option, text)).transpose()
     };
+    let drives = args
+        .drive
+        .iter()
+        .map(|spec| drive_size(spec))
+        .collect::<Result<std::collections::BTreeMap<usize, u64>, _>>()?;
     let change = json!({
         "cpus": args.cpus,
         "memory": bytes("memory", &args.memory)?,
         "disk": bytes("disk", &args.disk)?,
+        "drives": (!drives.is_empty()).then_some(drives),
         "cpu": args.cpu.map(CpuChoice::name),
         "on_crash": args.on_crash.map(OnCrash::name),
         "on_disk_full": args.on_disk_full.map(OnDiskFull::name),
@@ -354,5 +378,10 @@ mod tests {
         assert_eq!(drive["format"], "raw");
         assert_eq!(drive["read_only"], true);
         assert!(parse_drive("x,format=vdi").is_err());
+        assert_eq!(parse_drive("20G,virtio").unwrap()["bus"], "virtio");
+        assert_eq!(drive_size("2=1G").unwrap(), (1, 1 << 30));
+        for wrong in ["1G", "0=1G", "x=1G", "1=x"] {
+            assert!(drive_size(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -21,7 +21,7 @@ use super::{Backend, QueueError, Queues, config_bytes};
 use crate::carrier::{Carrier, Pace, TELL_BYTES, TELL_COUNT, Transfer};
 use crate::complaint::Complaint;
 use crate::memory::Dma;
-use crate::pool::Pool;
+use crate::pool::{Pool, grow_on};
 
 const QUEUE_SIZE: u16 = 256;
 const SECTOR: u64 = 512;
@@ -88,6 +88,14 @@ impl Block {
             serial,
             write_back: AtomicBool::new(true),
         })
+    }
+
+    /// Makes the disk larger; its transport must then tell of the changed configuration.
+    ///
+    /// # Errors
+    /// For people: why it cannot be.
+    pub fn grow(&self, size: u64) -> Result<(), String> {
+        grow_on(&self.pool, self.disk.clone(), size)
     }
 
     /// Runs a request at once, or lets it be carried; bytes of one that is done.
