@@ -164,7 +164,7 @@ pub fn document<T: Serialize>(format: Format, value: &T) -> Result<(), Failure> 
         Format::Yaml => {
             let text = serde_yaml_ng::to_string(value)
                 .map_err(|e| Failure::internal(format!("cannot write YAML: {e}")))?;
-            print(&text);
+            print(&quoted(&text));
         }
         Format::Json | Format::Table => {
             let text = serde_json::to_string_pretty(value)
@@ -173,6 +173,38 @@ pub fn document<T: Serialize>(format: Format, value: &T) -> Result<(), Failure> 
         }
     }
     Ok(())
+}
+
+/// A document of YAML 1.2 whose words are words to readers of YAML 1.1 too, to whom a plain `no` is false: `restart: "no"`.
+fn quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    // Lines of a text that are indented by more than this are its own.
+    let mut block: Option<usize> = None;
+    for line in text.lines() {
+        let indent = line.len() - line.trim_start().len();
+        if block.is_some_and(|of| indent > of || line.is_empty()) {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        }
+        block = None;
+        let value = match line.rsplit_once(": ") {
+            Some((_, value)) => value,
+            None => line.trim_start().trim_start_matches("- "),
+        };
+        let before = &line[..line.len() - value.len()];
+        match value.to_ascii_lowercase().as_str() {
+            "no" | "yes" | "on" | "off" | "n" | "y" => {
+                out.push_str(&format!("{before}\"{value}\"\n"));
+            }
+            "|" | "|-" | "|+" | ">" | ">-" | ">+" => {
+                block = Some(indent);
+                out.push_str(&format!("{line}\n"));
+            }
+            _ => out.push_str(&format!("{line}\n")),
+        }
+    }
+    out
 }
 
 /// A table: a heading and rows of cells.
@@ -344,6 +376,25 @@ pub fn span(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_that_older_readers_take_for_truth_values_are_quoted() {
+        let value = serde_json::json!({
+            "restart": "no", "list": ["on", "a- no", true, "x: yes"], "text": "a: no\nb: off\n", "next": "Off", "not": "nobody",
+        });
+        let text = quoted(&serde_yaml_ng::to_string(&value).unwrap());
+        for line in [
+            "restart: \"no\"",
+            "- \"on\"",
+            "next: \"Off\"",
+            "not: nobody",
+            "- a- no",
+            "  a: no",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert_eq!(serde_yaml_ng::from_str::<Value>(&text).unwrap(), value);
+    }
 
     #[test]
     fn columns_line_up_and_control_characters_are_harmless() {

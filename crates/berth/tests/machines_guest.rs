@@ -6,18 +6,16 @@ mod host;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use guest::{inspect, logs, ready, root, start_tiny, start_with_tiny, type_line};
+use guest::{Tool, inspect, logs, start_tiny_machine, start_with_tiny, type_line};
 use host::{BERTH, Host, has};
 
 /// A host with a machine `vm` of the tiny image that is ready.
 fn start_with_machine(more: &[&str]) -> Option<Host> {
     let host = start_with_tiny(&[])?;
-    let more = [&["--append", "init=/sbin/init"], more].concat();
-    start_tiny(&host, "vm", "384M", "512M", &more);
-    ready(&host, "vm", 1);
+    start_tiny_machine(&host, "vm", more);
     Some(host)
 }
 
@@ -79,39 +77,12 @@ fn memory_that_a_machine_frees_is_the_hosts_again_and_more_can_be_asked_back() {
     host.eventually("the balloon is empty", || balloon(&host) == 0);
 }
 
-fn vsock_program(folder: &Path) -> Option<PathBuf> {
-    let program = folder.join("vsock");
-    let source = root().join("crates/vmm/tests/guest/vsock.c");
-    let built = Command::new("gcc")
-        .args(["-O1", "-static", "-o"])
-        .args([&program, &source])
-        .status();
-    if !built.is_ok_and(|status| status.success()) {
-        eprintln!("SKIPPED: gcc and static libc are needed for the guest's program");
-        return None;
-    }
-    Some(program)
-}
-
 #[test]
 fn programs_of_host_and_guest_reach_each_other_by_vsock() {
-    let tools = tempfile::tempdir().unwrap();
-    let Some(program) = vsock_program(tools.path()) else {
+    let Some(tool) = Tool::build("crates/vmm/tests/guest/vsock.c") else {
         return;
     };
-    // The program comes on a drive, as the image has no place for it.
-    let drive = tools.path().join("tools.img");
-    std::fs::copy(&program, &drive).unwrap();
-    let size = std::fs::metadata(&drive).unwrap().len();
-    let padded = size.next_multiple_of(4096);
-    std::fs::OpenOptions::new()
-        .write(true)
-        .open(&drive)
-        .unwrap()
-        .set_len(padded)
-        .unwrap();
-    let spec = format!("{},ro,format=raw", drive.display());
-    let Some(host) = start_with_machine(&["--drive", &spec]) else {
+    let Some(host) = start_with_machine(&["--drive", &tool.drive()]) else {
         return;
     };
     let (code, error) = host.fails(&["machine", "vsock", "vm", "77"]);
@@ -125,11 +96,8 @@ fn programs_of_host_and_guest_reach_each_other_by_vsock() {
             "vmw_vsock_virtio_transport",
         ],
     );
-    type_line(
-        &host,
-        "vm",
-        &format!("head -c {size} /dev/nvme0n2 > /tool; chmod 755 /tool; /tool listen 77 &"),
-    );
+    tool.unpack(&host, "vm", "/dev/nvme0n2");
+    type_line(&host, "vm", "/tool listen 77 &");
     host.eventually("the guest listens", || {
         logs(&host, "vm").contains("LISTENING")
     });
@@ -168,7 +136,9 @@ fn programs_of_host_and_guest_reach_each_other_by_vsock() {
     });
     // A reset makes the device anew, at the same place.
     host.ok(&["machine", "reset", "vm"]);
-    ready(&host, "vm", 2);
+    host.eventually("the guest is ready again", || {
+        logs(&host, "vm").matches("READY").count() == 2
+    });
     let (code, error) = host.fails(&["machine", "vsock", "vm", "77"]);
     assert_eq!(code, 3, "{error}");
 }
@@ -228,64 +198,4 @@ fn the_virtio_console_is_a_terminal_with_the_size_of_the_window() {
     reading.join().unwrap();
     // The serial line's log has nothing of it.
     assert!(!logs(&host, "vm").contains("33 101"));
-}
-
-/// Runs a line in the guest until `word` is on the console more often than before.
-fn guest_says(host: &Host, line: &str, word: &str) {
-    let before = logs(host, "vm").matches(word).count();
-    let mut tries = 0;
-    host.eventually(&format!("{word} by {line}"), || {
-        if tries % 100 == 0 {
-            type_line(host, "vm", line);
-        }
-        tries += 1;
-        logs(host, "vm").matches(word).count() > before
-    });
-}
-
-#[test]
-fn machine_and_container_meet_by_name_both_ways_and_the_world_meets_the_machine_at_its_port() {
-    let Some(host) = start_with_machine(&["-p", "18082:80"]) else {
-        return;
-    };
-    host.ok(&[
-        "run",
-        "-d",
-        "--name",
-        "web",
-        "busybox",
-        "sh",
-        "-c",
-        "mkdir -p /www; echo page of a container > /www/index.html; httpd -f -p 80 -h /www",
-    ]);
-    guest_says(&host, "wget -qO- http://web/", "page of a container");
-    let fetch = ["run", "--rm", "busybox", "wget", "-qO-", "http://vm/"];
-    assert_eq!(host.ok(&fetch), "page of a machine");
-    // From the host, at its loop-back address and at another.
-    let address =
-        |words: &[&str]| String::from_utf8_lossy(&host.in_network(words).stdout).into_owned();
-    assert_eq!(
-        address(&["busybox", "wget", "-qO-", "http://127.0.0.1:18082/"]),
-        "page of a machine\n"
-    );
-    let gateway = address(&[
-        "sh",
-        "-c",
-        "ip -4 -o addr show | awk '/172/ {print $4}' | cut -d/ -f1",
-    ]);
-    let url = format!("http://{}:18082/", gateway.trim());
-    assert_eq!(
-        address(&["busybox", "wget", "-qO-", &url]),
-        "page of a machine\n"
-    );
-    // A container that is gone is not found any more, and a machine under its new name is.
-    host.ok(&["rm", "-f", "web"]);
-    guest_says(
-        &host,
-        "wget -T 5 -qO- http://web/ || echo NOT''-THERE",
-        "NOT-THERE",
-    );
-    host.ok(&["machine", "rename", "vm", "house"]);
-    let fetch = ["run", "--rm", "busybox", "wget", "-qO-", "http://house/"];
-    assert_eq!(host.ok(&fetch), "page of a machine");
 }

@@ -7,14 +7,14 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinHandle;
+use tokio::sync::Semaphore;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use crate::endpoint::Protocol;
@@ -27,9 +27,17 @@ const UDP_SILENCE: Duration = Duration::from_secs(90);
 /// Serves until dropped; connections already made go on.
 pub(crate) struct Proxy(JoinHandle<()>);
 
+/// How long an end may take: a thread of the runtime drops the socket.
+const END: Duration = Duration::from_secs(1);
+
 impl Drop for Proxy {
+    /// Returns when the port is free for the next.
     fn drop(&mut self) {
         self.0.abort();
+        let begun = Instant::now();
+        while !self.0.is_finished() && begun.elapsed() < END {
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 }
 
@@ -79,12 +87,13 @@ async fn tcp(listener: TcpListener, target: SocketAddr) {
 
 async fn udp(socket: UdpSocket, target: SocketAddr) {
     let socket = Arc::new(socket);
-    let (gone, mut ended) = mpsc::unbounded_channel::<SocketAddr>();
+    // They end with this.
+    let mut answering = JoinSet::new();
     let mut senders: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
     let mut buffer = vec![0; 65536];
     loop {
         tokio::select! {
-            Some(sender) = ended.recv() => { senders.remove(&sender); }
+            Some(Ok(sender)) = answering.join_next() => { senders.remove(&sender); }
             received = socket.recv_from(&mut buffer) => {
                 let Ok((length, sender)) = received else { continue };
                 if !senders.contains_key(&sender) {
@@ -93,7 +102,7 @@ async fn udp(socket: UdpSocket, target: SocketAddr) {
                     }
                     let Ok(inside) = connect_udp(target).await else { continue };
                     let inside = Arc::new(inside);
-                    tokio::spawn(answers(Arc::clone(&socket), Arc::clone(&inside), sender, gone.clone()));
+                    answering.spawn(answers(Arc::downgrade(&socket), Arc::clone(&inside), sender));
                     senders.insert(sender, inside);
                 }
                 if let Some(inside) = senders.get(&sender) {
@@ -115,17 +124,48 @@ async fn connect_udp(target: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
+/// Carries answers to `sender`, who is returned after a silence. The outside is not held: with the proxy's end its port is free.
 async fn answers(
-    outside: Arc<UdpSocket>,
+    outside: Weak<UdpSocket>,
     inside: Arc<UdpSocket>,
     sender: SocketAddr,
-    gone: mpsc::UnboundedSender<SocketAddr>,
-) {
+) -> SocketAddr {
     let mut buffer = vec![0; 65536];
     while let Ok(Ok(length)) = timeout(UDP_SILENCE, inside.recv(&mut buffer)).await {
+        let Some(outside) = outside.upgrade() else {
+            break;
+        };
         let _ = outside.send_to(&buffer[..length], sender).await;
     }
-    let _ = gone.send(sender);
+    sender
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_of_a_dropped_udp_proxy_is_free_at_once_though_it_had_senders() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let socket = |address| std::net::UdpSocket::bind(address).unwrap();
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let (target, sender, outside) = (socket(any), socket(any), socket(any));
+        outside.set_nonblocking(true).unwrap();
+        let (inside, address) = (target.local_addr().unwrap(), outside.local_addr().unwrap());
+        let proxy = start(runtime.handle(), outside.into(), Protocol::Udp, inside).unwrap();
+        let mut word = [0; 4];
+        sender.send_to(b"ping", address).unwrap();
+        let (_, by) = target.recv_from(&mut word).unwrap();
+        target.send_to(b"pong", by).unwrap();
+        sender.recv(&mut word).unwrap();
+        assert_eq!(&word, b"pong");
+        drop(proxy);
+        socket(address);
+    }
 }
 
 /// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.

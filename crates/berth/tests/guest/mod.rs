@@ -190,32 +190,63 @@ pub fn type_line(host: &Host, machine: &str, line: &str) {
     assert!(output.status.success());
 }
 
-/// What the serial line of a machine wrote.
-pub fn logs(host: &Host, machine: &str) -> String {
-    host.ok(&["machine", "logs", machine])
+/// A program for guests, which comes to them on a drive, as the image has no place for it.
+pub struct Tool {
+    folder: tempfile::TempDir,
+    size: u64,
 }
 
-/// Makes and starts a machine of the tiny image on the software CPU, and waits until its guest is ready.
-pub fn start_tiny_machine(host: &Host, name: &str, more: &[&str]) {
-    let mut words = vec![
-        "machine",
-        "create",
-        name,
-        "--start",
-        "--image",
-        "tiny",
-        "--memory",
-        "256M",
-        "--disk",
-        "512M",
-        "--cpu",
-        "soft",
-        "--append",
-        "init=/sbin/init",
-    ];
-    words.extend(more);
-    host.ok(&words);
-    host.eventually("the guest is ready", || logs(host, name).contains("READY"));
+impl Tool {
+    /// Compiles a source of this repository, where the host can.
+    pub fn build(source: &str) -> Option<Tool> {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("tool");
+        let built = Command::new("gcc")
+            .args(["-O1", "-static", "-o"])
+            .args([&program, &root().join(source)])
+            .status();
+        if !built.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: gcc and static libc are needed for the guest's program");
+            return None;
+        }
+        let size = std::fs::metadata(&program).unwrap().len();
+        let file = std::fs::OpenOptions::new().write(true).open(&program);
+        file.unwrap().set_len(size.next_multiple_of(4096)).unwrap();
+        Some(Tool { folder, size })
+    }
+
+    /// What `--drive` is given.
+    pub fn drive(&self) -> String {
+        format!(
+            "{},ro,format=raw",
+            self.folder.path().join("tool").display()
+        )
+    }
+
+    /// Puts it at `/tool` in the guest.
+    pub fn unpack(&self, host: &Host, machine: &str, device: &str) {
+        let line = format!(
+            "head -c {} {device} > /tool; chmod 755 /tool; echo UNPA''CKED",
+            self.size
+        );
+        type_line(host, machine, &line);
+        host.eventually("the guest has the tool", || {
+            logs(host, machine).contains("UNPACKED")
+        });
+    }
+}
+
+/// Runs a line in the guest until `word` is on the console more often than before.
+pub fn guest_says(host: &Host, machine: &str, line: &str, word: &str) {
+    let before = logs(host, machine).matches(word).count();
+    let mut tries = 0;
+    host.eventually(&format!("{word} by {line}"), || {
+        if tries % 100 == 0 {
+            type_line(host, machine, line);
+        }
+        tries += 1;
+        logs(host, machine).matches(word).count() > before
+    });
 }
 
 /// One machine as `inspect` shows it.
@@ -292,6 +323,7 @@ pub fn start_tiny(host: &Host, name: &str, memory: &str, disk: &str, more: &[&st
     host.ok(&["machine", "start", name]);
 }
 
+/// What the serial line of a machine wrote.
 pub fn logs(host: &Host, machine: &str) -> String {
     host.ok(&["machine", "logs", machine])
 }
@@ -301,6 +333,12 @@ pub fn ready(host: &Host, machine: &str, times: usize) {
     host.eventually("the guest is ready", || {
         logs(host, machine).matches("READY").count() == times
     });
+}
+
+/// Creates and starts one of 384 MiB, and waits until its guest is ready.
+pub fn start_tiny_machine(host: &Host, name: &str, more: &[&str]) {
+    start_tiny(host, name, "384M", "512M", more);
+    ready(host, name, 1);
 }
 
 /// Boots the package's kernel with this initial RAM disk on the software CPU, for at most so many seconds.

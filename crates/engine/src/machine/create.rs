@@ -10,6 +10,7 @@ use ::disk::Format;
 use base::Id;
 use base::units::format_size;
 
+use vmm::boot::{Kernel, Protocol};
 use vmm::process::protocol::Request;
 
 use super::process::ask;
@@ -42,15 +43,19 @@ fn check_name(name: &str) -> Result<()> {
 const BOOT_FILE_LIMIT: u64 = 2 << 30;
 
 fn copy_boot_file(from: &Path, to: &Path) -> Result<()> {
-    let failed = || Error::io(format!("cannot read {}", from.display()));
-    let about = fs::metadata(from).map_err(failed())?;
+    let failed = |error: std::io::Error| Error::Room {
+        message: format!("cannot read {}: {error}", from.display()),
+        kind: base::error::kind_of_io(&error),
+        fix: None,
+    };
+    let about = fs::metadata(from).map_err(failed)?;
     if !about.is_file() || about.len() > BOOT_FILE_LIMIT {
         return Err(Error::Invalid(format!(
             "{} is no file of at most 2 GiB",
             from.display()
         )));
     }
-    fs::copy(from, to).map(drop).map_err(failed())
+    fs::copy(from, to).map(drop).map_err(failed)
 }
 
 /// A machine's network as its guest is told of it.
@@ -68,6 +73,13 @@ struct Made {
     initrd: bool,
     format: Format,
     disk: u64,
+}
+
+fn cannot_shrink(what: &str, len: u64) -> Error {
+    Error::Invalid(format!(
+        "{what} has {}; a disk cannot be made smaller, what is cut off would be lost",
+        format_size(len)
+    ))
 }
 
 /// Makes disk `number` larger: by the machine's process where it runs. A crash before the record is written leaves a larger
@@ -291,6 +303,8 @@ impl Machines {
         };
         let mut initrd = base.as_ref().is_some_and(|base| base.initrd);
         if let Some(kernel) = &spec.kernel {
+            // Its header only: what is packed stays so.
+            Kernel::open(kernel, Protocol::BzImage).map_err(Error::room)?;
             copy_boot_file(kernel, &folder.join(bases::KERNEL))?;
             initrd = spec.initrd.is_some();
         }
@@ -359,10 +373,10 @@ impl Machines {
         if let Some(size) = change.disk {
             let size = size.next_multiple_of(4096);
             if size < spec.disk {
-                return Err(Error::Invalid(format!(
-                    "the disk of machine {name} has {}; a disk cannot be made smaller, what is cut off would be lost",
-                    format_size(spec.disk)
-                )));
+                return Err(cannot_shrink(
+                    &format!("the disk of machine {name}"),
+                    spec.disk,
+                ));
             }
             let path = slot.folder.join(disk::file_name(machine.format));
             grow_disk(&slot.folder, &machine, 0, (&path, machine.format), size)?;
@@ -376,6 +390,12 @@ impl Machines {
                 ))
             })?;
             let size = size.next_multiple_of(4096);
+            if size < drive.size {
+                return Err(cannot_shrink(
+                    &format!("drive {} of machine {name}", place + 1),
+                    drive.size,
+                ));
+            }
             let file = (drive.path.as_path(), drive.format);
             grow_disk(&slot.folder, &machine, place + 1, file, size)?;
             drive.size = size;

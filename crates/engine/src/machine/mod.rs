@@ -175,6 +175,8 @@ impl Machines {
             .insert(id, slot.clone());
         let Some(run) = run else {
             if always {
+                // Also where a person had stopped it.
+                slot.lock().stopped = false;
                 self.restart_soon(&slot);
             }
             return;

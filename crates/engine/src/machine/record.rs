@@ -201,6 +201,8 @@ pub struct MachineView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub address6: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     pub ports: Vec<PublishedPort>,
     pub on_crash: OnCrash,

@@ -442,7 +442,7 @@ impl Machines {
                     if machine.run.is_some() || gone || machines.engine.host_goes_down() {
                         return;
                     }
-                    if machine.stopped && machine.spec.restart != Restart::Always {
+                    if machine.stopped {
                         return;
                     }
                     machine.spec.name.clone()
@@ -499,10 +499,14 @@ impl Machines {
     /// Asks the guest to power off, and ends it after `timeout`.
     ///
     /// # Errors
-    /// Where it does not run.
+    /// [`Error::NotModified`] where it does not run; no policy starts it then either.
     pub fn stop(&self, name: &str, timeout: Duration) -> Result<()> {
-        let (slot, key) = self.running(name)?;
+        let slot = self.find(name)?;
         self.note_stop(&slot);
+        let run = slot.lock().run.as_ref().map(|run| run.process);
+        let Some(key) = run else {
+            return Err(Error::NotModified(format!("machine {name} is not running")));
+        };
         if power_off(&slot.folder, timeout, || Self::is_over(&slot, key)) {
             return Ok(());
         }

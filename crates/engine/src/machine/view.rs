@@ -78,6 +78,10 @@ impl Machines {
                 .as_ref()
                 .and_then(|r| r.endpoint.as_ref()?.v4)
                 .map(|v4| v4.address().to_string()),
+            address6: run
+                .as_ref()
+                .and_then(|r| r.endpoint.as_ref()?.v6)
+                .map(|v6| v6.address().to_string()),
             mac: machine.mac.map(|mac| mac.to_string()),
             ports: run.as_ref().map_or_else(Vec::new, |r| r.ports.clone()),
             on_crash: machine.spec.on_crash,

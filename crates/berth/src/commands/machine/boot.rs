@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base::units::format_size;
 use clap::{Args, ValueEnum};
 use vmm::boot::{BootConfig, DiskConfig, NetworkConfig, Outcome};
 use vmm::machine::MachineConfig;
@@ -55,11 +56,14 @@ pub struct BootArgs {
     #[arg(long, value_enum, default_value_t)]
     pub console: ConsoleLine,
     /// Number of CPUs.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
     /// Memory.
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: String,
+    /// Allow more memory than the host has.
+    #[arg(long)]
+    pub overcommit: bool,
     /// Which CPU runs the guest.
     #[arg(long, value_enum, default_value_t)]
     pub cpu: CpuChoice,
@@ -83,9 +87,32 @@ pub struct BootArgs {
     pub verbose: bool,
 }
 
+/// Refuses what the host has no memory for, and warns of CPUs that would only take turns.
+fn check_host(cpus: u32, memory: u64, overcommit: bool) -> Result<(), Failure> {
+    let about = rustix::system::sysinfo();
+    let total = about.totalram as u64 * u64::from(about.mem_unit);
+    if memory > total && !overcommit {
+        let message = format!(
+            "{} of memory were asked for; this host has {}",
+            format_size(memory),
+            format_size(total)
+        );
+        let failure = Failure::new(base::Kind::Capacity, message);
+        return Err(failure.with_fix("ask for less, or say --overcommit"));
+    }
+    let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
+    if cpus > processors {
+        eprintln!(
+            "berth: {cpus} CPUs were asked for; this host has {processors} logical processors, which they share"
+        );
+    }
+    Ok(())
+}
+
 /// Runs a kernel in the foreground. Exit code 0 for the guest's power-off or reset, 1 for a crash.
 pub fn boot(args: BootArgs) -> Result<ExitCode, Failure> {
     let memory = super::size("memory", &args.memory)?;
+    check_host(args.cpus, memory, args.overcommit)?;
     let model = vmm::boot::parse_model(&args.cpu_model).map_err(Failure::invalid)?;
     let protocol = args.protocol.parse().map_err(Failure::invalid)?;
     let disks: Vec<DiskConfig> = args

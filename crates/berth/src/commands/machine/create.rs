@@ -31,7 +31,7 @@ pub struct CreateArgs {
     #[arg(long)]
     pub bootstrap: bool,
     /// Number of CPUs, at most the host's.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
     /// Memory.
     #[arg(short, long, value_name = "SIZE", default_value = "1G")]
@@ -106,7 +106,7 @@ pub struct CreateArgs {
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
     /// Number of CPUs, at most the host's.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: Option<u32>,
     /// Memory.
     #[arg(short, long, value_name = "SIZE")]
@@ -167,6 +167,12 @@ fn parse_drive(spec: &str) -> Result<Value, Failure> {
     }
     if is_size(source) {
         return Ok(json!({"size": size("drive", source)?, "read_only": read_only, "bus": bus}));
+    }
+    if !Path::new(source).exists() {
+        return Err(Failure::new(
+            Kind::NotFound,
+            format!("--drive {source:?} is neither a size, as 20G, nor a file that is here"),
+        ));
     }
     Ok(json!({
         "path": absolute(Path::new(source))?,
@@ -373,8 +379,9 @@ mod tests {
     fn a_drive_is_a_size_or_a_file() {
         let drive = parse_drive("20G").unwrap();
         assert_eq!(drive["size"], 20u64 << 30);
-        let drive = parse_drive("/srv/data.img,ro,format=raw").unwrap();
-        assert_eq!(drive["path"], "/srv/data.img");
+        let drive = parse_drive("/dev/null,ro,format=raw").unwrap();
+        assert_eq!(drive["path"], "/dev/null");
+        assert_eq!(parse_drive("/no/such/file").unwrap_err().code, 3);
         assert_eq!(drive["format"], "raw");
         assert_eq!(drive["read_only"], true);
         assert!(parse_drive("x,format=vdi").is_err());

@@ -70,6 +70,14 @@ fn ports_of(machine: &Value) -> String {
     ports.join(", ")
 }
 
+/// The address by which it is found: of a network without IPv4 the other.
+fn address_of(machine: &Value) -> String {
+    match text(machine, "/address") {
+        none if none.is_empty() => text(machine, "/address6"),
+        v4 => v4,
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct ListArgs {
     /// Only machines with this state, name, image or network. Given many times, all must hold.
@@ -132,7 +140,7 @@ pub async fn list(client: &Client, args: &ListArgs) -> Result<ExitCode, Failure>
                 format_size(number(machine, "disk"))
             ),
             text(machine, "/cpu"),
-            text(machine, "/address"),
+            address_of(machine),
             ports_of(machine),
             text(machine, "/image"),
         ]);
