@@ -533,6 +533,17 @@ fn what_a_machine_lacks_is_named_when_it_starts() {
         error.contains("berth image bootstrap debian:12 --kernel"),
         "{error}"
     );
+    // Looked at when the machine is made: what is no kernel, and what is not there.
+    let text = host.scratch().join("text");
+    std::fs::write(&text, "no kernel\n").unwrap();
+    for (kernel, wanted) in [(text.to_str().unwrap(), 2), ("/no/such/kernel", 3)] {
+        let words = [
+            "machine", "create", "vm", "--image", "idle", "--kernel", kernel,
+        ];
+        let (code, error) = host.fails(&words);
+        assert_eq!(code, wanted, "{error}");
+        assert!(error.contains("kernel"), "{error}");
+    }
     create(&host, "vm", &[]);
     let folder = PathBuf::from(inspect(&host, "vm")["folder"].as_str().unwrap());
     // A damaged disk.
@@ -604,6 +615,46 @@ fn what_a_machine_lacks_is_named_when_it_starts() {
     );
     host.ok(&["machine", "start", "vm"]);
     assert_eq!(state(&host, "vm"), "running");
+}
+
+#[test]
+fn a_start_that_this_host_cannot_do_exits_with_7_and_names_the_option_that_mends_it() {
+    let Some(mut host) = start_with_idle() else {
+        return;
+    };
+    // A daemon to which /dev/kvm is something else, in a mount namespace of its own.
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("SKIPPED: needs /dev/kvm, to hide it");
+        return;
+    }
+    let id = host.scratch().join("boot-id");
+    std::fs::copy("/proc/sys/kernel/random/boot_id", &id).unwrap();
+    host.kill_daemon();
+    host.boot_id = Some(id);
+    host.start_daemon();
+    let daemon = host.daemon_pid().to_string();
+    let hidden = std::process::Command::new("nsenter")
+        .args([
+            "-t",
+            &daemon,
+            "-m",
+            "mount",
+            "--bind",
+            "/dev/null",
+            "/dev/kvm",
+        ])
+        .status();
+    assert!(hidden.unwrap().success());
+    create(&host, "vm", &["--cpu", "kvm"]);
+    let (code, error) = host.fails(&["machine", "start", "vm"]);
+    assert_eq!(code, 7, "{error}");
+    assert!(
+        error.contains("berth machine update vm --cpu soft"),
+        "{error}"
+    );
+    assert_eq!(state(&host, "vm"), "created");
+    host.ok(&["machine", "update", "vm", "--cpu", "soft"]);
+    host.ok(&["machine", "start", "vm"]);
 }
 
 #[test]

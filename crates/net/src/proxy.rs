@@ -23,6 +23,8 @@ use crate::endpoint::Protocol;
 const MOST: usize = 1024;
 /// A UDP sender that is silent for so long is forgotten.
 const UDP_SILENCE: Duration = Duration::from_secs(90);
+/// What a datagram waits for room, before it is dropped.
+const UDP_SEND: Duration = Duration::from_millis(100);
 
 /// Serves until dropped; connections already made go on.
 pub(crate) struct Proxy(JoinHandle<()>);
@@ -106,7 +108,8 @@ async fn udp(socket: UdpSocket, target: SocketAddr) {
                     senders.insert(sender, inside);
                 }
                 if let Some(inside) = senders.get(&sender) {
-                    let _ = inside.try_send(&buffer[..length]);
+                    // A new socket is not known to be writable yet: its first datagram must not be lost.
+                    let _ = timeout(UDP_SEND, inside.send(&buffer[..length])).await;
                 }
             }
         }
@@ -151,7 +154,13 @@ mod tests {
             .enable_all()
             .build()
             .unwrap();
-        let socket = |address| std::net::UdpSocket::bind(address).unwrap();
+        let socket = |address| {
+            let socket = std::net::UdpSocket::bind(address).unwrap();
+            socket
+                .set_read_timeout(Some(Duration::from_secs(60)))
+                .unwrap();
+            socket
+        };
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let (target, sender, outside) = (socket(any), socket(any), socket(any));
         outside.set_nonblocking(true).unwrap();

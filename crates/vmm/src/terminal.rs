@@ -126,17 +126,12 @@ impl Terminal {
                 let mut open = true;
                 loop {
                     let input = stdin.as_fd();
-                    let waited = if open {
-                        PollFlags::IN
-                    } else {
-                        PollFlags::empty()
-                    };
                     let mut wanted = [
                         PollFd::new(&stopped, PollFlags::IN),
                         PollFd::new(&signals, PollFlags::IN),
-                        PollFd::new(&input, waited),
+                        PollFd::new(&input, PollFlags::IN),
                     ];
-                    match poll(if open { &mut wanted } else { &mut wanted[..2] }, None) {
+                    match poll(&mut wanted[..if open { 3 } else { 2 }], None) {
                         Err(rustix::io::Errno::INTR) => continue,
                         Err(_) => return,
                         Ok(_) if !wanted[0].revents().is_empty() => return,

@@ -175,6 +175,26 @@ check "a greedy one is killed" 137 "$($run --name greedy -m 24m --memory-swap 24
 check "and is said to be" 1 "$(berth inspect greedy | grep -c '"OOMKilled": true')"
 berth rm greedy >/dev/null
 
+# --- machines --------------------------------------------------------------------------------------------------------
+# An ELF kernel of three bytes of code, which halts its CPU for good.
+zeros() { head -c "$1" /dev/zero; }
+{
+    printf '\177ELF\2\1\1'; zeros 9; printf '\2\0\76\0\1\0\0\0\0\0\0\1'; zeros 4; printf '\100'; zeros 19; printf '\100\0\70\0\1'; zeros 7
+    printf '\1\0\0\0\5\0\0\0\170'; zeros 10; printf '\1'; zeros 7; printf '\1'; zeros 4
+    printf '\3'; zeros 7; printf '\0\20'; zeros 6; printf '\0\20'; zeros 6; printf '\364\353\375'
+} >/tmp/idle
+head -c 134217728 /dev/zero >/tmp/disk
+holds "a machine is made" berth machine create vm --kernel /tmp/idle --disk /tmp/disk --memory 64M --cpu soft --network none
+rm /tmp/disk
+holds "it runs" berth machine start vm
+shown() { berth machine inspect vm | grep "\"$1\"" | sed 's/.*: "\?\([^",]*\).*/\1/'; }
+own=$root/$(shown cgroup)
+check "in a cgroup of its own" "0::/$(shown cgroup)" "$(cat "/proc/$(shown pid)/cgroup")"
+check "with limits for memory, processes and CPU" "639631360 200 200000 100000" "$(echo $(cat "$own/memory.max" "$own/pids.max" "$own/cpu.max"))"
+holds "it is ended" berth machine kill vm
+check "and its cgroup goes with it" gone "$([ -d "$own" ] && echo there || echo gone)"
+holds "and is removed" berth machine rm vm
+
 # --- the reboot ------------------------------------------------------------------------------------------------------
 $run -d --name always --restart always busybox sh -c 'echo kept > /note; exec sleep 1000' >/dev/null
 $run -d --name unless --restart unless-stopped busybox sleep 1000 >/dev/null

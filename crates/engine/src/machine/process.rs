@@ -63,6 +63,13 @@ pub fn connect(folder: &Path, name: &str) -> std::io::Result<UnixStream> {
     UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
 }
 
+/// Reads a line, byte by byte: what follows it is for who gets the stream then, the guest's sockets or its console.
+fn read_line(stream: &UnixStream, limit: u64) -> std::io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    BufReader::with_capacity(1, stream.take(limit)).read_until(b'\n', &mut line)?;
+    Ok(line)
+}
+
 /// How long the guest has to take or refuse a connection.
 const GUEST_ANSWER: Duration = Duration::from_secs(10);
 
@@ -70,12 +77,10 @@ const GUEST_ANSWER: Duration = Duration::from_secs(10);
 pub fn greet(stream: &UnixStream, port: u32) -> std::io::Result<bool> {
     stream.set_read_timeout(Some(GUEST_ANSWER))?;
     (&*stream).write_all(format!("CONNECT {port}\n").as_bytes())?;
-    let mut answer = Vec::new();
-    // Byte by byte: what follows the line is the guest's.
-    let read = BufReader::with_capacity(1, stream.take(64)).read_until(b'\n', &mut answer);
+    let read = read_line(stream, 64);
     stream.set_read_timeout(None)?;
     match read {
-        Ok(_) => Ok(answer.starts_with(b"OK ")),
+        Ok(answer) => Ok(answer.starts_with(b"OK ")),
         // A guest without the driver does not answer at all.
         Err(error)
             if matches!(
@@ -108,10 +113,7 @@ pub fn exchange(stream: &UnixStream, request: &Request) -> std::io::Result<Answe
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     (&*stream).write_all(&line)?;
-    // Byte by byte: what follows the line belongs to the console.
-    let mut answer = Vec::new();
-    let mut reader = BufReader::with_capacity(1, stream.take(ANSWER_LIMIT));
-    reader.read_until(b'\n', &mut answer)?;
+    let answer = read_line(stream, ANSWER_LIMIT)?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     Ok(serde_json::from_slice(&answer)?)

@@ -46,105 +46,103 @@ pub(super) fn run(shared: &Shared, command: &Command) -> Answer {
     result.err().unwrap_or(Status::SUCCESS).into()
 }
 
-/// Runs one that needs no wait for the disk: a read of what the host has in memory, a write to the host's cache. `None`
-/// for any other.
-pub(super) fn run_at_once(shared: &Shared, command: &Command) -> Option<Answer> {
-    let result = match command.opcode {
-        READ => disk(shared, command).and_then(|disk| {
-            let (offset, pieces) = transfer(shared, &**disk, command)?;
-            let slices = slices(shared, &pieces)?;
-            let done = disk
-                .try_read_volatile_at(offset, &slices)
-                .map_err(|error| shared.failed(&error, Status::READ_ERROR))?;
-            if done {
-                told(shared, &pieces);
-            }
-            Ok(done)
-        }),
+/// Where a read or write goes: offset on the disk, pieces of guest memory.
+pub(super) type Found = (u64, prp::Pieces);
+
+/// What was done of a command without waiting.
+pub(super) enum Begun {
+    Done(Option<Answer>),
+    /// It has to wait for the disk; where it goes is known of reads and writes.
+    Waits(Option<Found>),
+}
+
+/// Runs one that needs no wait for the disk: a read of what the host has in memory, a write to the host's cache.
+pub(super) fn run_at_once(shared: &Shared, command: &Command) -> Begun {
+    let begun = match command.opcode {
+        READ => disk(shared, command).and_then(|disk| begin_read(shared, &**disk, command)),
         WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => {
-            disk(shared, command).and_then(|disk| {
-                if disk.read_only() {
-                    return Err(Status::WRITE_PROTECTED);
-                }
-                let (offset, pieces) = transfer(shared, &**disk, command)?;
-                let slices = slices(shared, &pieces)?;
-                let done = shared.pace.keep(|| {
-                    // What goes wrong is said when it is done again.
-                    let done = disk.try_write_volatile_at(offset, &slices);
-                    Ok::<_, Status>(done.unwrap_or(false).then_some(()))
-                })?;
-                Ok(done.is_some())
-            })
+            disk(shared, command).and_then(|disk| begin_write(shared, &**disk, command))
         }
-        _ => return None,
+        _ => return Begun::Waits(None),
     };
-    match result {
-        Ok(true) => Some(Answer::SUCCESS),
-        Ok(false) => None,
-        Err(status) => Some(status.into()),
+    match begun {
+        Ok(None) => Begun::Done(Some(Answer::SUCCESS)),
+        Ok(found) => Begun::Waits(found),
+        Err(status) => Begun::Done(Some(status.into())),
     }
 }
 
+/// `None` where it is done.
+fn begin_read(
+    shared: &Shared,
+    disk: &dyn Disk,
+    command: &Command,
+) -> Result<Option<Found>, Status> {
+    let (offset, pieces) = transfer(shared, disk, command)?;
+    let slices = slices(shared, &pieces)?;
+    let done = disk
+        .try_read_volatile_at(offset, &slices)
+        .map_err(|error| shared.failed(&error, Status::READ_ERROR))?;
+    if done {
+        told(shared, &pieces);
+        return Ok(None);
+    }
+    Ok(Some((offset, pieces)))
+}
+
+/// `None` where it is done.
+fn begin_write(
+    shared: &Shared,
+    disk: &dyn Disk,
+    command: &Command,
+) -> Result<Option<Found>, Status> {
+    if disk.read_only() {
+        return Err(Status::WRITE_PROTECTED);
+    }
+    let (offset, pieces) = transfer(shared, disk, command)?;
+    let slices = slices(shared, &pieces)?;
+    let done = shared.pace.keep(|| {
+        // What goes wrong is said when it is done again.
+        let done = disk.try_write_volatile_at(offset, &slices);
+        Ok::<_, Status>(done.unwrap_or(false).then_some(()))
+    })?;
+    Ok(done.is_none().then_some((offset, pieces)))
+}
+
 /// Lets the carrier do one that has to wait, whatever it is.
-pub(super) fn carry(shared: &Arc<Shared>, queue: u16, command: Command) {
+pub(super) fn carry(shared: &Arc<Shared>, queue: u16, command: Command, found: Option<Found>) {
     let again = {
         let shared = shared.clone();
         move || shared.run(queue, &command)
     };
-    let good = Some(Answer::SUCCESS);
-    let way = match command.opcode {
-        READ => Way::FromFile,
-        WRITE if command.words[2] & FORCE_UNIT_ACCESS == 0 => Way::ToFile,
-        FLUSH if queue != 0 && command.namespace != BROADCAST => {
-            if let Ok(disk) = disk(shared, &command) {
-                let token = (queue, command);
-                shared
-                    .carrier
-                    .sync(&shared.dma, &**disk, token, good, again);
-                return;
-            }
-            return shared.carrier.run((queue, command), again);
-        }
-        _ => return shared.carrier.run((queue, command), again),
-    };
-    // What is wrong with it is said where it is run.
-    let found = match disk(shared, &command) {
-        Ok(disk) if queue != 0 => {
-            transfer(shared, &**disk, &command)
-                .ok()
-                .map(|(offset, pieces)| Transfer {
-                    disk: disk.clone(),
-                    way,
-                    offset,
-                    pieces: pieces
-                        .into_iter()
-                        .map(|(address, len)| (address, len as usize))
-                        .collect(),
-                })
-        }
-        _ => None,
-    };
-    match found {
-        Some(transfer) => {
-            let token = (queue, command);
-            let carried = shared
-                .carrier
-                .carry(&shared.dma, transfer, token, good, again);
-            if carried.is_err() {
+    let (carrier, dma) = (&shared.carrier, &shared.dma);
+    let (token, good) = ((queue, command), Some(Answer::SUCCESS));
+    match (disk(shared, &command), found) {
+        (Ok(disk), Some((offset, pieces))) => {
+            let transfer = Transfer {
+                disk: disk.clone(),
+                way: match command.opcode {
+                    READ => Way::FromFile,
+                    _ => Way::ToFile,
+                },
+                offset,
+                pieces,
+            };
+            if carrier.carry(dma, transfer, token, good, again).is_err() {
                 let status = Some(Status::DATA_TRANSFER.into());
-                shared.carrier.run((queue, command), move || status);
+                carrier.run(token, move || status);
             }
         }
-        None => shared.carrier.run((queue, command), again),
+        (Ok(disk), None) if queue != 0 && command.opcode == FLUSH => {
+            carrier.sync(dma, &**disk, token, good, again);
+        }
+        // What is wrong with it is said where it is run.
+        _ => carrier.run(token, again),
     }
 }
 
 /// Offset on the disk and pieces of guest memory of a read or write.
-fn transfer(
-    shared: &Shared,
-    disk: &dyn Disk,
-    command: &Command,
-) -> Result<(u64, Vec<(u64, u64)>), Status> {
+fn transfer(shared: &Shared, disk: &dyn Disk, command: &Command) -> Result<Found, Status> {
     let (offset, len) = range(disk, command.first_block(), command.blocks())?;
     if len > MAX_TRANSFER {
         return Err(Status::INVALID_FIELD);
@@ -152,17 +150,16 @@ fn transfer(
     Ok((offset, prp::pieces(&shared.dma, command, len)?))
 }
 
-fn slices<'a>(shared: &'a Shared, pieces: &[(u64, u64)]) -> Result<Vec<VolatileSlice<'a>>, Status> {
-    pieces
-        .iter()
-        .map(|(address, len)| shared.dma.slice(*address, *len as usize))
-        .collect::<Result<_, _>>()
-        .map_err(|_| Status::DATA_TRANSFER)
+fn slices<'a>(
+    shared: &'a Shared,
+    pieces: &[(u64, usize)],
+) -> Result<Vec<VolatileSlice<'a>>, Status> {
+    shared.dma.slices(pieces).map_err(|_| Status::DATA_TRANSFER)
 }
 
-fn told(shared: &Shared, pieces: &[(u64, u64)]) {
+fn told(shared: &Shared, pieces: &[(u64, usize)]) {
     for (address, len) in pieces {
-        shared.dma.written(*address, *len);
+        shared.dma.written(*address, *len as u64);
     }
 }
 

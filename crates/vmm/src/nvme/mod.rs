@@ -29,6 +29,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use serde::{Deserialize, Serialize};
 
 use self::command::{Answer, Command, Completion, Status};
+use self::io::Begun;
 use self::state::{CC_ENABLE, CC_SHUTDOWN, GuestError, QUEUE_LIMIT, State};
 use crate::bus::{get, put};
 use crate::carrier::{Carrier, Pace, TELL_BYTES, TELL_COUNT};
@@ -339,11 +340,14 @@ impl Shared {
             inner.state.serve(queue);
             inner.in_flight += 1;
             drop(inner);
-            let Some(answer) = self.run_at_once(queue, &command) else {
-                io::carry(self, queue, command);
-                carried = true;
-                inner = self.lock();
-                continue;
+            let answer = match self.run_at_once(queue, &command) {
+                Begun::Done(answer) => answer,
+                Begun::Waits(found) => {
+                    io::carry(self, queue, command, found);
+                    carried = true;
+                    inner = self.lock();
+                    continue;
+                }
             };
             inner = self.lock();
             let vector = self.complete(&mut inner, queue, &command, answer);
@@ -421,14 +425,14 @@ impl Shared {
         }
     }
 
-    /// Runs what needs no wait for a disk; `None` for the rest.
-    fn run_at_once(&self, queue: u16, command: &Command) -> Option<Option<Answer>> {
+    /// Runs what needs no wait for a disk.
+    fn run_at_once(&self, queue: u16, command: &Command) -> Begun {
         if queue != 0 && command.flags & 3 == 0 {
-            io::run_at_once(self, command).map(Some)
+            io::run_at_once(self, command)
         } else if command.opcode == command::admin::FORMAT {
-            None
+            Begun::Waits(None)
         } else {
-            Some(self.run(queue, command))
+            Begun::Done(self.run(queue, command))
         }
     }
 

@@ -7,12 +7,15 @@ pub const PAGE: u64 = 4096;
 /// Pages of lists one command may chain through; the largest transfer needs one, and one more for its offset.
 const LIST_LIMIT: usize = 4;
 
+/// Address and length of each piece of guest memory.
+pub type Pieces = Vec<(u64, usize)>;
+
 /// The pieces of guest memory that hold `len` bytes of the command's data, merged where they touch.
 ///
 /// # Errors
 /// [`Status::INVALID_PRP`] for a list that is misaligned or chains on and on, [`Status::DATA_TRANSFER`] for one
 /// outside memory. Whether the pieces are within memory shows when they are used.
-pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Vec<(u64, u64)>, Status> {
+pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Pieces, Status> {
     // SGLs are not offered.
     if command.flags >> 6 != 0 {
         return Err(Status::INVALID_FIELD);
@@ -20,13 +23,14 @@ pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Vec<(u64, u64)>,
     if command.prp1 & 3 != 0 {
         return Err(Status::INVALID_PRP);
     }
-    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut pieces = Pieces::new();
     let mut left = len;
     let mut add = |address: u64, left: &mut u64| {
         let piece = (*left).min(PAGE - address % PAGE);
         *left -= piece;
+        let piece = piece as usize;
         match pieces.last_mut() {
-            Some((start, len)) if start.checked_add(*len) == Some(address) => *len += piece,
+            Some((start, len)) if start.checked_add(*len as u64) == Some(address) => *len += piece,
             _ => pieces.push((address, piece)),
         }
     };
@@ -75,11 +79,9 @@ pub fn pieces(dma: &Dma, command: &Command, len: u64) -> Result<Vec<(u64, u64)>,
 }
 
 /// Copies guest memory into `data`.
-pub fn gather(dma: &Dma, pieces: &[(u64, u64)], mut data: &mut [u8]) -> Result<(), Status> {
+pub fn gather(dma: &Dma, pieces: &[(u64, usize)], mut data: &mut [u8]) -> Result<(), Status> {
     for (address, len) in pieces {
-        let (piece, rest) = data
-            .split_at_mut_checked(*len as usize)
-            .ok_or(Status::INTERNAL)?;
+        let (piece, rest) = data.split_at_mut_checked(*len).ok_or(Status::INTERNAL)?;
         dma.read(*address, piece)
             .map_err(|_| Status::DATA_TRANSFER)?;
         data = rest;
@@ -88,11 +90,9 @@ pub fn gather(dma: &Dma, pieces: &[(u64, u64)], mut data: &mut [u8]) -> Result<(
 }
 
 /// Copies `data` into guest memory.
-pub fn scatter(dma: &Dma, pieces: &[(u64, u64)], mut data: &[u8]) -> Result<(), Status> {
+pub fn scatter(dma: &Dma, pieces: &[(u64, usize)], mut data: &[u8]) -> Result<(), Status> {
     for (address, len) in pieces {
-        let (piece, rest) = data
-            .split_at_checked(*len as usize)
-            .ok_or(Status::INTERNAL)?;
+        let (piece, rest) = data.split_at_checked(*len).ok_or(Status::INTERNAL)?;
         dma.write(*address, piece)
             .map_err(|_| Status::DATA_TRANSFER)?;
         data = rest;
@@ -165,7 +165,7 @@ mod tests {
             let bytes: Vec<u8> = list.iter().flat_map(|entry| (entry & 0xff_f000).to_le_bytes()).collect();
             dma.write(0x4000, &bytes).unwrap();
             if let Ok(found) = pieces(&dma, &command(prp1 & 0xff_fffc, prp2 & !7), len) {
-                prop_assert_eq!(found.iter().map(|(_, len)| len).sum::<u64>(), len);
+                prop_assert_eq!(found.iter().map(|(_, len)| *len as u64).sum::<u64>(), len);
             }
         }
     }

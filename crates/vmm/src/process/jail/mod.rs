@@ -137,23 +137,21 @@ fn restrict_files(reach: Reach<'_>) -> Result<(), String> {
     let abi = ABI::V6;
     let all = AccessFs::from_all(abi);
     let read = AccessFs::from_read(abi) & !AccessFs::Execute;
-    let names = [RESOLVERS];
-    let names = names.iter().filter(|_| reach.network).map(Path::new);
-    let readable = names.chain([reach.folder]);
-    let writable = [Path::new(KVM)];
+    let resolvers = reach.network.then_some(Path::new(RESOLVERS));
+    let readable = reach
+        .readable
+        .iter()
+        .copied()
+        .chain([reach.folder])
+        .chain(resolvers);
+    let writable = reach.writable.iter().copied().chain([Path::new(KVM)]);
     let status = (|| {
         Ruleset::default()
             .handle_access(all)?
             .scope(Scope::AbstractUnixSocket | Scope::Signal)?
             .create()?
-            .add_rules(path_beneath_rules(
-                readable.chain(reach.readable.iter().copied()),
-                read,
-            ))?
-            .add_rules(path_beneath_rules(
-                writable.iter().chain(reach.writable),
-                all & !AccessFs::Execute,
-            ))?
+            .add_rules(path_beneath_rules(readable, read))?
+            .add_rules(path_beneath_rules(writable, all & !AccessFs::Execute))?
             .restrict_self()
     })()
     .map_err(|error: landlock::RulesetError| error.to_string())?;
