@@ -645,7 +645,8 @@ fn a_start_that_this_host_cannot_do_exits_with_7_and_names_the_option_that_mends
         ])
         .status();
     assert!(hidden.unwrap().success());
-    create(&host, "vm", &["--cpu", "kvm"]);
+    create(&host, "vm", &[]);
+    host.ok(&["machine", "update", "vm", "--cpu", "kvm"]);
     let (code, error) = host.fails(&["machine", "start", "vm"]);
     assert_eq!(code, 7, "{error}");
     assert!(
