@@ -143,40 +143,6 @@ async fn answers(
     sender
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_port_of_a_dropped_udp_proxy_is_free_at_once_though_it_had_senders() {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
-        let socket = |address| {
-            let socket = std::net::UdpSocket::bind(address).unwrap();
-            socket
-                .set_read_timeout(Some(Duration::from_secs(60)))
-                .unwrap();
-            socket
-        };
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let (target, sender, outside) = (socket(any), socket(any), socket(any));
-        outside.set_nonblocking(true).unwrap();
-        let (inside, address) = (target.local_addr().unwrap(), outside.local_addr().unwrap());
-        let proxy = start(runtime.handle(), outside.into(), Protocol::Udp, inside).unwrap();
-        let mut word = [0; 4];
-        sender.send_to(b"ping", address).unwrap();
-        let (_, by) = target.recv_from(&mut word).unwrap();
-        target.send_to(b"pong", by).unwrap();
-        sender.recv(&mut word).unwrap();
-        assert_eq!(&word, b"pong");
-        drop(proxy);
-        socket(address);
-    }
-}
-
 /// A bound socket, listening where the protocol listens. IPv6 ones take no IPv4.
 pub(crate) fn listen(address: SocketAddr, protocol: Protocol) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() {
@@ -209,4 +175,38 @@ pub(crate) fn listen(address: SocketAddr, protocol: Protocol) -> io::Result<Owne
 pub(crate) fn bound_port(socket: &OwnedFd) -> io::Result<u16> {
     let address = rustix::net::getsockname(socket)?;
     Ok(SocketAddr::try_from(address)?.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_of_a_dropped_udp_proxy_is_free_at_once_though_it_had_senders() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let socket = |address| {
+            let socket = std::net::UdpSocket::bind(address).unwrap();
+            socket
+                .set_read_timeout(Some(Duration::from_secs(60)))
+                .unwrap();
+            socket
+        };
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let (target, sender, outside) = (socket(any), socket(any), socket(any));
+        outside.set_nonblocking(true).unwrap();
+        let (inside, address) = (target.local_addr().unwrap(), outside.local_addr().unwrap());
+        let proxy = start(runtime.handle(), outside.into(), Protocol::Udp, inside).unwrap();
+        let mut word = [0; 4];
+        sender.send_to(b"ping", address).unwrap();
+        let (_, by) = target.recv_from(&mut word).unwrap();
+        target.send_to(b"pong", by).unwrap();
+        sender.recv(&mut word).unwrap();
+        assert_eq!(&word, b"pong");
+        drop(proxy);
+        socket(address);
+    }
 }
