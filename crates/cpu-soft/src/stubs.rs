@@ -3,9 +3,15 @@
 use std::mem::offset_of;
 
 use crate::cache::Cache;
+use cpu::x86::Segment;
+
 use crate::state::{
-    Cpu, Frame, JumpEntry, Level, SECOND_JUMPS, SECOND_TLB, Second, TLB_ENTRIES, TlbEntry, flag,
+    CS, Cpu, Frame, JumpEntry, Level, SECOND_JUMPS, SECOND_TLB, SS, Second, TLB_ENTRIES, TlbEntry,
+    flag,
 };
+use crate::system::System;
+use crate::system::branch::{SYSRET_FLAGS, flat};
+use crate::system::msr::Msrs;
 use crate::translate::emit::*;
 use crate::translate::{GPR, RETURN, SAVED_RAX, SCRATCH, Stubs, TARGET, leave, level_offset};
 
@@ -338,6 +344,115 @@ fn found(code: &mut Code, user: bool, write: bool, global: bool, table: usize) {
     code.jmp_mem(Mem::gs(TARGET));
 }
 
+/// RFLAGS as they are in r10d, in all places where flags are kept for an indirect entry. Destroys r10 and r11.
+fn new_flags(code: &mut Code) {
+    code.store(Mem::gs(offset_of!(Cpu, rflags)), R10);
+    code.with_reg(false, &[0x0f, 0xb6], R11, R10); // movzx r11d, r10b
+    code.with_reg(false, &[0xc1], 4, R11); // shl r11d, 8
+    code.byte(8);
+    code.store32(Mem::gs(SCRATCH), R11);
+    code.mov32(R11, R10);
+    code.shr32(R11, 11);
+    code.and32(R11, 1);
+    code.with_mem(None, false, &[0x09], R11, Mem::gs(SCRATCH)); // or [slot], r11d
+    code.and32(R10, flag::DF as u32);
+    code.store32(Mem::gs(offset_of!(Cpu, direction)), R10);
+    let down = code.jcc_short(CC_NE);
+    code.byte(0xfc); // cld
+    let end = code.short(0xeb);
+    code.bind_short(down);
+    code.byte(0xfd); // std
+    code.bind_short(end);
+}
+
+/// Flat CS and SS with the selector in r11w, to be added to and made one of ring `ring`. Destroys r10.
+fn flat_segments(code: &mut Code, add: (i32, i32), attributes: (u16, u16), ring: u8) {
+    const { assert!(offset_of!(Segment, attributes) == offset_of!(Segment, selector) + 2) };
+    for (segment, add, attributes) in [(CS, add.0, attributes.0), (SS, add.1, attributes.1)] {
+        let at = offset_of!(Cpu, segments) + segment * size_of::<Segment>();
+        code.with_mem(None, false, &[0x8d], R10, Mem::base(R11, add)); // lea r10d, [r11 + add]
+        code.and32(R10, 0xffff);
+        code.with_reg(false, &[0x81], 1, R10); // or r10d, imm32
+        code.u32(u32::from(attributes) << 16 | u32::from(ring));
+        code.store32(Mem::gs(at + offset_of!(Segment, selector)), R10);
+        code.store_imm(Mem::gs(at + offset_of!(Segment, base)), 0);
+        code.store32_imm(Mem::gs(at + offset_of!(Segment, limit)), -1);
+        let unusable = Mem::gs(at + offset_of!(Segment, unusable));
+        code.with_mem(None, false, &[0xc6], 0, unusable);
+        code.byte(0);
+    }
+    code.with_mem(None, false, &[0xc6], 0, Mem::gs(offset_of!(Cpu, cpl)));
+    code.byte(ring);
+}
+
+/// To the guest address in r10 by the table of one level.
+fn go(code: &mut Code, user: bool) {
+    code.with_reg(false, &[0x0f, 0xb7], R11, R10); // movzx r11d, r10w
+    code.jmp_mem(Mem {
+        base: None,
+        index: Some((R11, 3)),
+        disp: (level_offset(user) + offset_of!(Level, jump)) as i32,
+        gs: true,
+    });
+}
+
+/// SYSCALL and SYSRET to 64-bit code, as `system::branch` has them, where nothing else is to be done with them.
+fn system_calls(code: &mut Code, stubs: &mut Stubs) {
+    let msr = |offset: usize| Mem::gs(offset_of!(Cpu, system) + offset_of!(System, msr) + offset);
+    let star = offset_of!(Msrs, star);
+    stubs.syscall = code.here();
+    code.store(gpr(RSP), RSP);
+    code.load(RSP, Mem::gs(offset_of!(Cpu, host_rsp)));
+    code.raw(&[0x9c, 0x41, 0x5a]); // pushfq; pop r10
+    code.load(RSP, gpr(RSP));
+    code.and32(R10, flag::NATIVE as u32);
+    code.load32(R11, Mem::gs(offset_of!(Cpu, rflags)));
+    code.and32(R11, !((flag::NATIVE | flag::RF) as u32));
+    code.with_reg(false, &[0x09], R11, R10); // or r10d, r11d
+    code.store(gpr(R11), R10);
+    code.load32(R11, msr(offset_of!(Msrs, sfmask)));
+    code.with_reg(false, &[0xf7], 2, R11); // not r11d
+    code.with_reg(false, &[0x21], R11, R10); // and r10d, r11d
+    code.with_reg(false, &[0x83], 1, R10); // or r10d, 2
+    code.byte(flag::FIXED as u8);
+    new_flags(code);
+    code.load32(R11, msr(star + 4));
+    code.and32(R11, 0xfffc);
+    flat_segments(code, (0, 8), (flat::CODE64, flat::DATA), 0);
+    code.load(R10, msr(offset_of!(Msrs, lstar)));
+    go(code, false);
+
+    stubs.sysret = code.here();
+    code.store(Mem::gs(RETURN), R11);
+    let mut rare = Vec::new();
+    code.load32(R10, gpr(R11));
+    code.with_reg(false, &[0xf7], 0, R10); // test r10d, imm32
+    code.u32((flag::TF | flag::AC) as u32);
+    rare.push(code.jcc(CC_NE));
+    code.cmp32_mem_imm8(Mem::gs(offset_of!(Cpu, interrupt_waits)), 0);
+    rare.push(code.jcc(CC_NE));
+    code.with_mem(None, false, &[0x80], 7, Mem::gs(offset_of!(Cpu, cpl)));
+    code.byte(0);
+    rare.push(code.jcc(CC_NE));
+    code.mov(R11, RCX);
+    code.sar64(R11, 47);
+    rare.push(code.jcc(CC_NE));
+    code.and32(R10, SYSRET_FLAGS as u32);
+    code.with_reg(false, &[0x83], 1, R10); // or r10d, 2
+    code.byte(flag::FIXED as u8);
+    new_flags(code);
+    code.load32(R11, msr(star + 4));
+    code.shr32(R11, 16);
+    flat_segments(code, (16, 8), (flat::CODE64_USER, flat::DATA_USER), 3);
+    code.mov(R10, RCX);
+    go(code, true);
+    for patch in rare {
+        code.bind(patch);
+    }
+    code.load(R11, Mem::gs(RETURN));
+    code.jmp_to(stubs.instruction);
+}
+
 /// Writes the stubs for the CPU at `cpu` to the front of `cache`.
 pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     let avx = std::arch::is_x86_feature_detected!("avx");
@@ -404,6 +519,8 @@ pub(crate) fn install(cache: &mut Cache, cpu: u64, entries: Entries) -> Stubs {
     code.raw(&[0x48, 0x85, 0xc0]);
     code.jcc_to(4, out);
     code.jmp_to(load);
+
+    system_calls(&mut code, &mut stubs);
 
     stubs.host_fault = code.here();
     // For tests, which compare them with the guest's.

@@ -143,16 +143,15 @@ impl Cpu {
         }
         let page = key.gpa & !0xfff;
         let host = self.machine.ram_at(page)?;
-        let tsc = self.tsc_offset;
+        let current = self.made_for_now();
         let Engine {
             cache,
             lists,
             code,
             counters,
-            tsc_offset,
             ..
         } = self.engine();
-        if *tsc_offset != tsc || cache.room() < 64 << 10 {
+        if !current || cache.room() < 64 << 10 {
             return None;
         }
         let donor = cache
@@ -199,8 +198,9 @@ impl Cpu {
         let movable = self.movable(&key);
         loop {
             let cpu_tsc = self.tsc_offset;
+            let calls = self.efer & cr::EFER_SCE != 0;
             let engine = self.engine();
-            engine.tsc_offset = cpu_tsc;
+            (engine.tsc_offset, engine.calls) = (cpu_tsc, calls);
             let splits = engine.split.get(&key.gpa).copied().unwrap_or(0);
             let movable = movable && splits == 0;
             let counted = engine.options.counts();
@@ -238,6 +238,7 @@ impl Cpu {
                 groups,
                 several,
                 movable,
+                calls,
                 short,
                 offers: &|i| cpuid.offers(i),
                 number: cache.blocks.len() as u32,

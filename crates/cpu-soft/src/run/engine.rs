@@ -32,7 +32,9 @@ pub struct Engine {
     pub(super) pending: Option<Pending>,
     /// The next block is one instruction long: an access that blocks cannot do in place.
     pub(super) single: bool,
+    /// What all blocks were made for: the offset of the guest's TSC, and EFER.SCE.
     pub(super) tsc_offset: u64,
+    pub(super) calls: bool,
     pub(crate) options: Options,
     /// How often a block's group of accesses could not be had whole, by the guest-physical address of the block: from [`SPLIT`] on
     /// it is made without groups.
@@ -102,6 +104,7 @@ impl Engine {
             pending: None,
             single: false,
             tsc_offset: 0,
+            calls: false,
             options,
             split: HashMap::new(),
             counters: Counters::default(),

@@ -147,12 +147,11 @@ impl Cpu {
             && self.segments[CS].attributes >> 13 & 1 != 0
             && !self.interpreted();
         let engine = self.engine();
-        let (miss, single, tsc) = (
+        let (miss, single) = (
             engine.stubs.jump_miss,
             engine.options.single || engine.options.trace,
-            engine.tsc_offset,
         );
-        if !quiet || single || tsc != self.tsc_offset {
+        if !quiet || single || !self.made_for_now() {
             return None;
         }
         let user = user(self);

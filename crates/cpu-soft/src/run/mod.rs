@@ -12,7 +12,7 @@ use crate::host::Guard;
 use crate::replay::{self, Witness};
 use crate::state::{CS, Cpu, Fault, Flow, flag, request};
 use crate::stubs::{self, LEFT, TRAPPED};
-use crate::system;
+use crate::system::{self, cr};
 use crate::translate::leave;
 use engine::Pending;
 
@@ -164,7 +164,7 @@ impl Cpu {
                 || shadow
                 || watched
                 || self.engine().options.single;
-            if self.engine().tsc_offset != self.tsc_offset {
+            if !self.made_for_now() {
                 self.flush_code();
             }
             let (number, global) = match self.block(single) {
@@ -241,6 +241,13 @@ impl Cpu {
                 deliver!(fault);
             }
         }
+    }
+
+    /// Whether what the translated code takes for given still holds.
+    fn made_for_now(&mut self) -> bool {
+        let (tsc, calls) = (self.tsc_offset, self.efer & cr::EFER_SCE != 0);
+        let engine = self.engine();
+        engine.tsc_offset == tsc && engine.calls == calls
     }
 
     /// Whether every instruction goes by the interpreter now.

@@ -13,7 +13,7 @@ use cpu::x86::{RCX, RDX, RSP};
 const R11: usize = 11;
 
 /// Attributes of the flat segments that the fast system calls load.
-mod flat {
+pub(crate) mod flat {
     pub const CODE64: u16 = 0xa09b;
     pub const CODE64_USER: u16 = 0xa0fb;
     pub const CODE32: u16 = 0xc09b;
@@ -40,6 +40,9 @@ pub fn syscall(cpu: &mut Cpu, next: u64) -> Result<Flow, Fault> {
     Ok(Flow::EndBlock)
 }
 
+/// The flags that SYSRET takes from r11.
+pub(crate) const SYSRET_FLAGS: u64 = 0x3c_7fd7;
+
 /// SYSRET; `wide`: with REX.W, back to 64-bit code.
 pub fn sysret(cpu: &mut Cpu, wide: bool) -> Result<Flow, Fault> {
     if cpu.efer & cr::EFER_SCE == 0 || !code64(cpu) {
@@ -57,7 +60,7 @@ pub fn sysret(cpu: &mut Cpu, wide: bool) -> Result<Flow, Fault> {
         cpu.segments[CS] = segment::flat(base | 3, flat::CODE32_USER);
     }
     cpu.segments[SS] = segment::flat(base.wrapping_add(8) | 3, flat::DATA_USER);
-    cpu.rflags = cpu.gpr[R11] & 0x3c_7fd7 | flag::FIXED;
+    cpu.rflags = cpu.gpr[R11] & SYSRET_FLAGS | flag::FIXED;
     cpu.cpl = 3;
     Ok(Flow::EndBlock)
 }

@@ -23,7 +23,7 @@ use crate::machine::Machine;
 use crate::state::{Cpu, Fault, Flow, flag, request};
 
 pub mod apic;
-mod branch;
+pub(crate) mod branch;
 mod control;
 pub mod cpuid;
 pub mod cr;

@@ -482,6 +482,18 @@ impl Translator<'_> {
                 self.code.store(base, R11);
                 self.code.store(kernel, R10);
             }
+            C::Syscall => {
+                self.want_flags();
+                self.guest_address(RCX, i.next_ip());
+                self.code.jmp_to(self.request.stubs.syscall);
+                self.stub_displacement();
+                return false;
+            }
+            C::Sysretq => {
+                self.rust_by(self.request.stubs.sysret);
+                self.exit_to(i.next_ip(), true);
+                return false;
+            }
             C::Pushfq => {
                 // The flags by way of the host's stack, the rest from memory.
                 self.want_flags();

@@ -245,7 +245,7 @@ fn classify(instruction: &Instruction) -> Kind {
     });
     kind.ring0 = matches!(
         instruction.mnemonic(),
-        Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs
+        Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Swapgs | Mnemonic::Sysretq
     );
     kind.way = way(instruction, memory);
     kind
@@ -276,7 +276,9 @@ fn way(instruction: &Instruction, memory: bool) -> Way {
         | M::Swapgs
         | M::Pushfq
         | M::Cld
-        | M::Std => {
+        | M::Std
+        | M::Syscall
+        | M::Sysretq => {
             return Way::Own;
         }
         M::Push | M::Pop => {
@@ -456,6 +458,8 @@ pub fn flags(instruction: &Instruction) -> (u32, u32) {
                 (ALL_FLAGS, 0)
             }
         }
+        // They go into r11.
+        M::Syscall => (ALL_FLAGS, 0),
         // What these leave undefined is what the host leaves: keep it a plain overwrite only where defined.
         M::Bsf | M::Bsr => (reads, kills),
         _ => (reads, kills),

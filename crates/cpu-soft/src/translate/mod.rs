@@ -84,6 +84,9 @@ pub struct Stubs {
     pub enter: u64,
     pub memory: u64,
     pub instruction: u64,
+    /// SYSCALL with the address of the next instruction in rcx, and SYSRET to 64-bit code, with a descriptor.
+    pub syscall: u64,
+    pub sysret: u64,
     pub exit: u64,
     /// For what the first table of jump targets does not know: looks into the second, then leaves for the run loop.
     pub jump_miss: u64,
@@ -115,6 +118,8 @@ pub struct Request<'a> {
     pub several: bool,
     /// What depends on addresses is to be listed, for [`place::copy`].
     pub movable: bool,
+    /// EFER.SCE.
+    pub calls: bool,
     /// One instruction a block, though chained as others.
     pub short: bool,
     /// Whether the guest's CPUID shows what an instruction needs.
@@ -131,6 +136,10 @@ impl Request<'_> {
             || (k.ring0 && self.key.mode & mode::USER != 0)
             // The shadow of STI reaches over the next instruction, which must be in the same block.
             || (last && instruction.mnemonic() == iced_x86::Mnemonic::Sti)
+            || (matches!(
+                instruction.mnemonic(),
+                iced_x86::Mnemonic::Syscall | iced_x86::Mnemonic::Sysretq
+            ) && (!self.calls || self.key.mode & mode::SINGLE != 0))
             // Whoever waits for another CPU may keep the host from running it.
             || (self.several && instruction.mnemonic() == iced_x86::Mnemonic::Pause)
             || (k.extended && !(self.offers)(instruction));
@@ -735,10 +744,15 @@ impl Translator<'_> {
 
     /// An instruction for Rust.
     fn call_rust(&mut self) {
+        self.rust_by(self.request.stubs.instruction);
+    }
+
+    /// The same by way of a stub that may do without.
+    fn rust_by(&mut self, stub: u64) {
         let number = self.lists.instructions.len() as u32;
         self.lists.instructions.push((self.at, self.request.number));
         let word = self.word(leave::INSTRUCTION);
-        self.descriptor(self.request.stubs.instruction, word, number);
+        self.descriptor(stub, word, number);
         // The stub comes back behind the descriptor with everything reloaded.
         self.flags = Flags::Host;
     }

@@ -221,20 +221,21 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         .used_registers()
         .iter()
         .any(|r| r.register().full_register() == Register::RSP);
-    let rip_operand = i.is_ip_rel_memory_operand();
     if i.flow_control() != iced_x86::FlowControl::Next {
         return Ok(None);
     }
     let mut copy = *i;
     let mut buffer = Buffer([0; 128]);
     let mut target = None;
-    let mut borrowed = None;
-    if touches_rsp && memory.is_none() {
+    let mut borrowed = Borrowed::default();
+    let names_rsp = (0..i.op_count()).any(|n| {
+        i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP
+    });
+    if names_rsp {
         // Another register stands in for rsp, which the trampoline needs itself.
-        let Some(free) = free_register(i) else {
+        let Some(free) = free_register(i, None) else {
             return Ok(None);
         };
-        let mut named = false;
         for n in 0..i.op_count() {
             if i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP
             {
@@ -244,13 +245,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
                     _ => return Ok(None),
                 };
                 copy.set_op_register(n, stand_in);
-                named = true;
             }
         }
-        if !named {
-            return Ok(None);
-        }
-        borrowed = operand::general(free).map(|p| (p.index, cpu.gpr[4]));
+        borrowed.stack = operand::general(free).map(|p| (p.index, cpu.gpr[4]));
+    } else if touches_rsp && memory.is_none() {
+        return Ok(None);
     }
     if let Some(n) = memory {
         let len = memory_len(i);
@@ -290,17 +289,16 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             cpu.read_bytes(at, &mut buffer.0[..len], Rights::Current)?;
         }
         // A register that the instruction does not name holds the buffer's address.
-        let Some(free) = free_register(i) else {
+        let Some(free) = free_register(i, borrowed.stack) else {
             return Ok(None);
         };
-        borrowed = operand::general(free).map(|p| (p.index, buffer.0.as_mut_ptr() as u64));
+        borrowed.buffer = operand::general(free).map(|p| (p.index, buffer.0.as_mut_ptr() as u64));
         copy.set_memory_base(free);
         copy.set_memory_index(Register::None);
         copy.set_memory_index_scale(1);
         copy.set_memory_displacement64(0);
         copy.set_memory_displ_size(0);
         copy.set_segment_prefix(Register::None);
-        let _ = rip_operand;
     }
     if copy.code() == Code::INVALID {
         return Err(Fault::UD);
@@ -310,11 +308,8 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
         return Ok(None);
     }
     let code = encoder.take_buffer();
-    let Some(after) = run(cpu, &code, borrowed)? else {
+    if run(cpu, &code, borrowed)?.is_none() {
         return Ok(None);
-    };
-    if memory.is_none() && borrowed.is_some() {
-        cpu.gpr[4] = after;
     }
     if let Some((at, len)) = target {
         cpu.write_bytes(at, &buffer.0[..len], Rights::Current)?;
@@ -323,8 +318,17 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
     Ok(Some(Flow::Continue))
 }
 
-/// A register that the instruction does not use.
-fn free_register(i: &Instruction) -> Option<Register> {
+/// Registers that hold something else while an instruction runs: index and value.
+#[derive(Default, Clone, Copy)]
+struct Borrowed {
+    /// Stands in for rsp.
+    stack: Option<(usize, u64)>,
+    /// The address of the memory operand.
+    buffer: Option<(usize, u64)>,
+}
+
+/// A register that the instruction does not use, nor is borrowed already.
+fn free_register(i: &Instruction, taken: Option<(usize, u64)>) -> Option<Register> {
     [
         Register::RAX,
         Register::RCX,
@@ -338,12 +342,12 @@ fn free_register(i: &Instruction) -> Option<Register> {
         !(0..i.op_count())
             .any(|m| i.op_kind(m) == OpKind::Register && i.op_register(m).full_register() == *r)
             && !implicit_use(i, *r)
+            && taken.is_none_or(|(index, _)| index != r.number())
     })
 }
 
-/// Runs encoded code with the guest's registers; the `borrowed` one holds another value meanwhile, and what it holds in the
-/// end is the answer. `None`: there is no memory for code.
-fn run(cpu: &mut Cpu, code: &[u8], borrowed: Option<(usize, u64)>) -> Result<Option<u64>, Fault> {
+/// Runs encoded code with the guest's registers, but those `borrowed`. `None`: there is no memory for code.
+fn run(cpu: &mut Cpu, code: &[u8], borrowed: Borrowed) -> Result<Option<()>, Fault> {
     if cpu.system.stubs.is_none() {
         cpu.system.stubs = Stubs::new();
     }
@@ -361,7 +365,8 @@ fn run(cpu: &mut Cpu, code: &[u8], borrowed: Option<(usize, u64)>) -> Result<Opt
         _pad: [0; 6],
         ymm: cpu.ymm,
     };
-    if let Some((register, value)) = borrowed {
+    let lent = [borrowed.stack, borrowed.buffer];
+    for (register, value) in lent.into_iter().flatten() {
         context.gpr[register] = value;
     }
     // SAFETY: `entry` holds one instruction without control flow that names no memory but the buffer (or none), and a
@@ -390,18 +395,17 @@ fn run(cpu: &mut Cpu, code: &[u8], borrowed: Option<(usize, u64)>) -> Result<Opt
         });
     }
     cpu.mxcsr |= raised;
-    let rsp = cpu.gpr[4];
-    for n in 0..16 {
-        if borrowed.is_none_or(|(register, _)| register != n) {
+    for n in (0..16).filter(|n| *n != 4) {
+        if !lent.iter().flatten().any(|(register, _)| *register == n) {
             cpu.gpr[n] = context.gpr[n];
         }
     }
-    cpu.gpr[4] = rsp;
+    if let Some((register, _)) = borrowed.stack {
+        cpu.gpr[4] = context.gpr[register];
+    }
     cpu.ymm = context.ymm;
     cpu.rflags = cpu.rflags & !flag::NATIVE | context.flags & flag::NATIVE;
-    Ok(Some(
-        borrowed.map_or(0, |(register, _)| context.gpr[register]),
-    ))
+    Ok(Some(()))
 }
 
 /// Registers that an instruction uses without naming them as operands.

@@ -410,6 +410,23 @@ fn an_unmasked_division_by_zero_raises_a_simd_exception_and_changes_nothing() {
 }
 
 #[test]
+fn the_stack_pointer_can_be_what_a_vector_instruction_with_a_memory_operand_writes() {
+    let mut frame = cpu();
+    let cpu = frame.cpu.get_mut();
+    write_ram(cpu, 0x2000, &1234.0f64.to_le_bytes());
+    (cpu.gpr[4], cpu.gpr[1]) = (0x1000, 0x200);
+    // cvtsd2si esp, [rsp + rcx*8]
+    let i = decode(&[0xf2, 0x0f, 0x2d, 0x24, 0xcc], 64);
+    assert_eq!(crate::system::execute(cpu, &i), Ok(Flow::Continue));
+    assert_eq!((cpu.gpr[4], cpu.gpr[1], cpu.gpr[0]), (1234, 0x200, 0));
+    // cvtsd2si rsp, xmm0
+    cpu.ymm[0] = [(-5.0f64).to_bits(), 0, 0, 0];
+    let i = decode(&[0xf2, 0x48, 0x0f, 0x2d, 0xe0], 64);
+    assert_eq!(crate::system::execute(cpu, &i), Ok(Flow::Continue));
+    assert_eq!(cpu.gpr[4] as i64, -5);
+}
+
+#[test]
 fn a_repeated_move_with_overlap_repeats_the_pattern() {
     let mut frame = cpu();
     let cpu = frame.cpu.get_mut();

@@ -3,6 +3,7 @@
 //! faults must agree. `BERTH_SEED` and `BERTH_ROUNDS` choose others and more; `BERTH_COVERAGE=1` lists every opcode,
 //! `BERTH_SHOW=1` each sequence before it runs.
 
+mod calls;
 mod generate;
 mod place;
 mod rig;

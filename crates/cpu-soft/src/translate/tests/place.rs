@@ -17,6 +17,8 @@ fn build(page: &[u8], rip: u64, origin: u64, number: u32, lists: &mut Lists) -> 
         jump_miss: ORIGIN - 0x500,
         jump_gone: ORIGIN - 0x600,
         host_fault: ORIGIN - 0x700,
+        syscall: ORIGIN - 0x800,
+        sysret: ORIGIN - 0x900,
     };
     let offset = (rip & 0xfff) as usize;
     let request = Request {
@@ -36,6 +38,7 @@ fn build(page: &[u8], rip: u64, origin: u64, number: u32, lists: &mut Lists) -> 
         groups: true,
         several: false,
         movable: true,
+        calls: true,
         short: false,
         offers: &|_| true,
     };

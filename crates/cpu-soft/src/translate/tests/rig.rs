@@ -291,7 +291,7 @@ impl Rig {
         (self.get(), end)
     }
 
-    fn load(&mut self, bytes: &[u8], start: u64) {
+    pub fn load(&mut self, bytes: &[u8], start: u64) {
         let jump = END.wrapping_sub(start + bytes.len() as u64 + 5) as u32;
         // SAFETY: inside the mapping; sequences are much shorter than the pages behind `start`.
         unsafe {
