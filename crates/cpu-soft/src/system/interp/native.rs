@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::ptr::NonNull;
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind,
-    Register, RflagsBits,
+    Code, CpuidFeature, Encoder, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 
 use super::operand;
@@ -285,7 +285,15 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
             cpu.write_probe(at, len, Rights::Current)?;
             target = Some((at, len));
         }
-        if access != OpAccess::Write {
+        // An x87 store that raises an exception leaves the memory as it is.
+        let x87 = i.mnemonic() == Mnemonic::Fisttp
+            || i.cpuid_features().iter().any(|f| {
+                matches!(
+                    f,
+                    CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387
+                )
+            });
+        if access != OpAccess::Write || x87 {
             cpu.read_bytes(at, &mut buffer.0[..len], Rights::Current)?;
         }
         // A register that the instruction does not name holds the buffer's address.

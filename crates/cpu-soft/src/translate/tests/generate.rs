@@ -599,9 +599,6 @@ pub fn sequence(random: &mut Random, state: &mut State, start: u64) -> Option<Se
         sequence.segments |= segment_prefix(&i);
         if made + 1 < count && random.one_in(4) {
             // A conditional jump over it.
-            let jump = [0x70 | random.below(16) as u8, bytes.len() as u8];
-            sequence.text.push(decode(&jump, ip));
-            sequence.bytes.extend(jump);
             i.set_ip(ip + 2);
             if i.is_ip_rel_memory_operand() {
                 let mut encoder = Encoder::new(64);
@@ -611,6 +608,9 @@ pub fn sequence(random: &mut Random, state: &mut State, start: u64) -> Option<Se
                 bytes = encoder.take_buffer();
             }
             i = decode(&bytes, ip + 2);
+            let jump = [0x70 | random.below(16) as u8, bytes.len() as u8];
+            sequence.text.push(decode(&jump, ip));
+            sequence.bytes.extend(jump);
         }
         sequence.bytes.extend(&bytes);
         sequence.text.push(i);
