@@ -61,6 +61,19 @@ fn options(params: &Params, headers: &HeaderMap) -> Result<BuildOptions, ApiErro
             "squash is only supported with experimental mode",
         ));
     }
+    if params
+        .get("securityopt")
+        .is_some_and(|list| !matches!(list, "null" | "[]"))
+    {
+        return Err(ApiError::bad_request(
+            "The daemon on this platform does not support setting security options on build",
+        ));
+    }
+    if let Some(other) = params.get("isolation").filter(|name| *name != "default") {
+        return Err(ApiError::bad_request(format!(
+            "Unsupported isolation: {other:?}"
+        )));
+    }
     let tags = params
         .all("t")
         .into_iter()

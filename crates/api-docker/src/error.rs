@@ -16,6 +16,8 @@ pub struct ApiError {
     pub message: String,
     /// The command that fixes it; a field of our own, which Docker's clients do not read.
     pub fix: Option<String>,
+    /// Of a command that failed in a build: clients end with it.
+    pub code: Option<i32>,
 }
 
 impl ApiError {
@@ -25,6 +27,7 @@ impl ApiError {
             status,
             message: message.into(),
             fix: None,
+            code: None,
         }
     }
 
@@ -45,18 +48,21 @@ impl ApiError {
             status: status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
             message: error.to_string(),
             fix: error.fix(),
+            code: None,
         }
     }
 }
 
 impl From<engine::Error> for ApiError {
     fn from(error: engine::Error) -> ApiError {
-        if error.kind() == Kind::Internal {
+        if error.kind() == Kind::Internal && !matches!(error, engine::Error::Step { .. }) {
             tracing::warn!(%error, "request failed");
         }
         let mut answer = ApiError::of(&error);
-        if matches!(error, engine::Error::Unauthorized(_)) {
-            answer.status = StatusCode::UNAUTHORIZED;
+        match error {
+            engine::Error::Unauthorized(_) => answer.status = StatusCode::UNAUTHORIZED,
+            engine::Error::Step { code, .. } => answer.code = Some(code),
+            _ => {}
         }
         answer
     }

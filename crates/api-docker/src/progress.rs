@@ -237,8 +237,12 @@ fn outcome(ended: Result<Result<(), ApiError>, tokio::task::JoinError>) -> Resul
 
 /// The last line of an operation that failed.
 fn error_line(error: &ApiError) -> Bytes {
+    let mut detail = serde_json::json!({ "message": error.message });
+    if let Some(code) = error.code {
+        detail["code"] = code.into();
+    }
     let line = Line {
-        error_detail: Some(serde_json::json!({ "message": error.message })),
+        error_detail: Some(detail),
         error: Some(error.message.clone()),
         ..Line::default()
     };

@@ -204,19 +204,19 @@ impl<T> StrictBody<T> {
     /// # Errors
     /// 400 where there is none.
     pub fn required(self, missing: &str) -> Result<T, ApiError> {
-        self.0.ok_or_else(|| ApiError::bad_request(missing))
+        JsonBody(self.0).required(missing)
     }
 }
 
 impl<T: DeserializeOwned + serde::Serialize, S: Send + Sync> FromRequest<S> for StrictBody<T> {
     type Rejection = ApiError;
-    async fn from_request(request: Request<Body>, _: &S) -> Result<StrictBody<T>, ApiError> {
-        let (parts, body) = request.into_parts();
-        let bytes = read_limited(body, LONGEST_BODY).await?;
-        let Some(input) = parse_json::<serde_json::Value>(&parts.headers, &bytes)? else {
+    async fn from_request(request: Request<Body>, state: &S) -> Result<StrictBody<T>, ApiError> {
+        let JsonBody(Some(input)) =
+            JsonBody::<serde_json::Value>::from_request(request, state).await?
+        else {
             return Ok(StrictBody(None));
         };
-        let value: T = serde_json::from_value(input.clone())
+        let value = T::deserialize(&input)
             .map_err(|error| ApiError::bad_request(format!("invalid JSON: {error}")))?;
         refuse_unknown(&input, &value)?;
         Ok(StrictBody(Some(value)))

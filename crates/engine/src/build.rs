@@ -109,7 +109,13 @@ impl Engine {
             let context = Context::from_tar(engine.images(), archive).map_err(Error::room)?;
             let words = |text: &str| output.write(text);
             ::image::build::build(engine.images(), &context, &build, &runner, &words, &cancel)
-                .map_err(Error::room)
+                .map_err(|error| match error {
+                    ::image::Error::Step { code, .. } => Error::Step {
+                        message: error.to_string(),
+                        code,
+                    },
+                    error => Error::room(error),
+                })
         })
         .await?
         .to_string();
@@ -186,17 +192,13 @@ struct Runner {
     cancel: Cancel,
 }
 
-/// Carries an engine's error through the image room; its text is what the user reads.
+/// Carries an engine's error through the image room as it is.
 fn carried(error: Error) -> ::image::Error {
-    use base::{Classified, Kind};
-    match error.kind() {
-        Kind::Invalid => ::image::Error::Invalid(error.to_string()),
-        Kind::Conflict => ::image::Error::Conflict(error.to_string()),
-        Kind::Unsupported => ::image::Error::Unsupported(error.to_string()),
-        _ => ::image::Error::Io {
-            what: "RUN".into(),
-            source: std::io::Error::other(error),
-        },
+    use base::Classified;
+    ::image::Error::Runner {
+        message: error.to_string(),
+        kind: error.kind(),
+        fix: error.fix(),
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 
+use ::image::layer::compression::{self, Compression};
+use ::image::layer::tree::Scratch;
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 
@@ -42,16 +44,8 @@ fn repository(text: &str) -> Option<Repository<'_>> {
     })
 }
 
-/// A folder that goes with this value; a crash leaves it to the next start.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 impl Engine {
+    /// Where contexts lie while they are read; a crash leaves them to the next start.
     fn scratch_root(&self) -> PathBuf {
         self.config.paths.state.join("tmp")
     }
@@ -62,11 +56,11 @@ impl Engine {
     }
 
     fn scratch(&self) -> Result<Scratch> {
-        let path = self
-            .scratch_root()
-            .join(format!("context-{}", base::Id::random().short()));
-        std::fs::create_dir_all(&path).map_err(Error::io(format!("making {}", path.display())))?;
-        Ok(Scratch(path))
+        let root = self.scratch_root();
+        let path = root.join(format!("context-{}", base::Id::random().short()));
+        std::fs::create_dir_all(&root)
+            .and_then(|()| Scratch::create(path))
+            .map_err(Error::io(format!("making a folder in {}", root.display())))
     }
 
     /// The archive that `address` stands for.
@@ -97,7 +91,7 @@ impl Engine {
             }
         }
         head.truncate(count);
-        if is_archive(&head) {
+        if is_archive(&head)? {
             return Ok(Box::pin(io::Cursor::new(head).chain(body)));
         }
         let mut text = head;
@@ -106,7 +100,7 @@ impl Engine {
         rest.read_to_end(&mut text).await.map_err(failed)?;
         if text.len() > LONGEST_DOCKERFILE || std::str::from_utf8(&text).is_err() {
             return Err(Error::Invalid(format!(
-                "{address} is neither an archive (tar, gzip, bzip2, xz, zstd) nor a Dockerfile"
+                "{address} is neither an archive (tar, plain or with gzip, xz or zstd) nor a Dockerfile"
             )));
         }
         let mut header = tar::Header::new_gnu();
@@ -128,7 +122,7 @@ impl Engine {
             )));
         }
         let scratch = self.scratch()?;
-        let folder = scratch.0.join("repository");
+        let folder = scratch.path().join("repository");
         let address = match wanted.address.strip_prefix("github.com/") {
             Some(path) => format!("https://github.com/{path}"),
             None => wanted.address.to_owned(),
@@ -139,7 +133,7 @@ impl Engine {
             wanted.reference
         };
         let text = folder.display().to_string();
-        git(&scratch.0, &["init", "--quiet", &text]).await?;
+        git(scratch.path(), &["init", "--quiet", &text]).await?;
         let inside = |rest: &[&str]| -> Vec<String> {
             ["-C", &text]
                 .iter()
@@ -149,21 +143,21 @@ impl Engine {
         };
         let shallow = inside(&["fetch", "--quiet", "--depth", "1", &address, reference]);
         // Not every server can leave history out.
-        if git(&scratch.0, &shallow).await.is_err() {
+        if git(scratch.path(), &shallow).await.is_err() {
             git(
-                &scratch.0,
+                scratch.path(),
                 &inside(&["fetch", "--quiet", &address, reference]),
             )
             .await?;
         }
         git(
-            &scratch.0,
+            scratch.path(),
             &inside(&["checkout", "--quiet", "FETCH_HEAD", "--"]),
         )
         .await?;
         if folder.join(".gitmodules").exists() {
             git(
-                &scratch.0,
+                scratch.path(),
                 &inside(&["submodule", "update", "--quiet", "--init", "--recursive"]),
             )
             .await?;
@@ -172,7 +166,7 @@ impl Engine {
         let file = blocking(move || {
             // The guard goes with the closure: the archive is open then, and needs no name.
             let scratch = scratch;
-            packed(&scratch.0, &folder, &subfolder)
+            packed(scratch.path(), &folder, &subfolder)
         })
         .await?;
         Ok(Box::pin(tokio::fs::File::from_std(file)))
@@ -259,9 +253,12 @@ fn packed(scratch: &Path, repository: &Path, folder: &str) -> Result<std::fs::Fi
 }
 
 /// Whether bytes begin an archive, compressed or not.
-fn is_archive(head: &[u8]) -> bool {
-    const MAGIC: [&[u8]; 4] = [b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"];
-    MAGIC.iter().any(|magic| head.starts_with(magic)) || head.get(257..262) == Some(b"ustar")
+///
+/// # Errors
+/// A compression that is not read.
+fn is_archive(head: &[u8]) -> Result<bool> {
+    let compression = compression::detect(head).map_err(Error::room)?;
+    Ok(compression != Compression::None || head.get(257..262) == Some(b"ustar"))
 }
 
 #[cfg(test)]

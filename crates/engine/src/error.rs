@@ -64,6 +64,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A command of a build failed.
+    #[error("{message}")]
+    Step { message: String, code: i32 },
     /// An error of another room, with its kind and its fix.
     #[error("{message}")]
     Room {
@@ -116,7 +119,7 @@ impl Classified for Error {
             Error::Unsupported(_) => Kind::Unsupported,
             Error::Forbidden(_) | Error::Unauthorized(_) => Kind::Permission,
             Error::Capacity(_) => Kind::Capacity,
-            Error::Keeper(_) => Kind::Internal,
+            Error::Keeper(_) | Error::Step { .. } => Kind::Internal,
             Error::Runtime { kind, .. } | Error::Room { kind, .. } => *kind,
             Error::Io { source, .. } => match base::error::kind_of_io(source) {
                 // A file missing inside the daemon is its own defect, never the client's 404.

@@ -538,6 +538,12 @@ impl Engine {
             repository => Some(reference(repository, &options.tag)?),
         };
         let platform = platform(&options.platform)?;
+        if let Some(other) = platform.as_ref().filter(|platform| platform.os != "linux") {
+            return Err(Error::Invalid(format!(
+                "operating system is not supported: {}: linux is",
+                other.os
+            )));
+        }
         let shown = named.as_ref().map(Reference::familiar);
         let options = ::image::ImportOptions {
             reference: named,
@@ -554,6 +560,9 @@ impl Engine {
         })
         .await?
         .to_string();
+        if let Some(name) = &shown {
+            self.image_event("tag", &id, name);
+        }
         self.image_event("import", &id, shown.as_deref().unwrap_or(&id));
         Ok(id)
     }

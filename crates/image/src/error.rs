@@ -131,6 +131,14 @@ pub enum Error {
     #[error("The command '{command}' returned a non-zero code: {code}")]
     Step { command: String, code: i32 },
 
+    /// What runs the steps of a build and pulls its base images says so.
+    #[error("{message}")]
+    Runner {
+        message: String,
+        kind: Kind,
+        fix: Option<String>,
+    },
+
     #[error("cancelled")]
     Cancelled,
 }
@@ -177,6 +185,7 @@ impl Classified for Error {
             Error::Registry {
                 status: 401 | 403, ..
             } => Kind::Permission,
+            Error::Runner { kind, .. } => *kind,
             Error::Unreachable { .. }
             | Error::Registry { .. }
             | Error::Program { .. }
@@ -188,6 +197,7 @@ impl Classified for Error {
     fn fix(&self) -> Option<String> {
         match self {
             Error::MissingProgram { fix, .. } => Some((*fix).to_owned()),
+            Error::Runner { fix, .. } => fix.clone(),
             Error::NoSuchImage(name) => Some(format!("berth pull {name}")),
             Error::NoRoom(_) => Some("berth system prune".to_owned()),
             Error::NoArchive { .. } => Some("name the archive: --mirror URL".to_owned()),

@@ -12,6 +12,8 @@ use crate::{Error, Result};
 pub struct Fetched {
     /// Bytes, where the server says.
     pub length: Option<u64>,
+    /// When the file was last changed, where the server says; seconds since 1970.
+    pub modified: Option<i64>,
     pub body: std::pin::Pin<Box<dyn Stream<Item = std::io::Result<Bytes>> + Send>>,
 }
 
@@ -50,8 +52,14 @@ pub async fn fetch(url: &str) -> Result<Fetched> {
             why: format!("the server answers {}", response.status()),
         });
     }
+    let modified = response
+        .headers()
+        .get("last-modified")
+        .and_then(|value| jiff::fmt::rfc2822::parse(value.to_str().ok()?).ok())
+        .map(|time| time.timestamp().as_second());
     Ok(Fetched {
         length: response.content_length(),
+        modified,
         body: Box::pin(response.bytes_stream().map_err(std::io::Error::other)),
     })
 }

@@ -116,7 +116,12 @@ impl Platform {
         };
         match parts[..] {
             ["linux"] => Ok(Platform::host()),
-            [architecture] => Ok(platform("linux", architecture, None)),
+            [architecture] if is_architecture(architecture) => {
+                Ok(platform("linux", architecture, None))
+            }
+            [other] => Err(Error::Invalid(format!(
+                "{other:?}: unknown operating system or architecture: write linux/amd64 or linux/arm64/v8"
+            ))),
             [os, architecture] => Ok(platform(os, architecture, None)),
             [os, architecture, variant] => Ok(platform(os, architecture, Some(variant))),
             _ => Err(Error::Invalid(format!(
@@ -167,6 +172,15 @@ pub fn go_architecture(name: &str) -> &str {
         "mips64el" => "mips64le",
         other => other,
     }
+}
+
+/// Whether Go, the kernel, Debian or Rust calls an architecture so.
+fn is_architecture(name: &str) -> bool {
+    const KNOWN: [&str; 13] = [
+        "386", "amd64", "arm", "arm64", "loong64", "mips", "mips64", "mips64le", "mipsle", "ppc64",
+        "ppc64le", "riscv64", "s390x",
+    ];
+    KNOWN.contains(&go_architecture(&name.to_ascii_lowercase()))
 }
 
 /// An image manifest.

@@ -451,8 +451,9 @@ pub(crate) fn exec_error(program: &CStr, error: &io::Error) -> Error {
     }
 }
 
-/// Enters the working directory, made where the image lacks it, and proves that it is inside (CVE-2024-21626).
-pub(crate) fn enter_directory(path: &Path) -> Result<()> {
+/// Enters the working directory, made where the image lacks it and `make` says so, and proves that it is inside
+/// (CVE-2024-21626).
+pub(crate) fn enter_directory(path: &Path, make: bool) -> Result<()> {
     let directory = if path.as_os_str().is_empty() {
         Path::new("/")
     } else {
@@ -460,7 +461,7 @@ pub(crate) fn enter_directory(path: &Path) -> Result<()> {
     };
     let enter = || -> io::Result<()> {
         match std::env::set_current_dir(directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(error) if make && error.kind() == io::ErrorKind::NotFound => {
                 std::fs::create_dir_all(directory)?;
                 std::env::set_current_dir(directory)
             }

@@ -36,22 +36,11 @@ struct Place {
     writable: bool,
 }
 
-/// Takes a path apart; `..` goes up within the root.
+/// Takes a path apart; `..` goes up within the root. Whether a link at its end is followed, and whether it ends in a dot.
 fn normal(path: &str) -> (Vec<u8>, bool, bool) {
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            other => parts.push(other),
-        }
-    }
     let dot = path.ends_with("/.") || path == ".";
-    (
-        parts.join("/").into_bytes(),
-        dot || path.ends_with('/'),
-        dot,
-    )
+    let follow = dot || path.ends_with('/');
+    (tree::normal(path.as_bytes()), follow, dot)
 }
 
 impl Engine {
@@ -277,13 +266,13 @@ impl Engine {
             }
             // The layers are mounted for writing in the container, and no two mounts may write one: here they all are
             // lower ones. What is mounted in the container does not belong to an export.
-            let scratch = Scratch::make(&own.directory)?;
+            let scratch = empty_folders(&own.directory)?;
             let mut lower = vec![layers.upper];
             lower.extend(layers.lower);
             let view = ::image::Layers {
                 lower,
-                upper: scratch.0.join("upper"),
-                work: scratch.0.join("work"),
+                upper: scratch.path().join("upper"),
+                work: scratch.path().join("work"),
                 userxattr: layers.userxattr,
             };
             Ok((
@@ -344,9 +333,10 @@ impl Engine {
                 name => Some(format!("{name}:{}", options.tag)),
             };
             let reference = reference
-                .map(|name| ::image::Reference::parse(&name))
+                .map(|name| ::image::Reference::parse(&name).map(::image::Reference::or_latest))
                 .transpose()
                 .map_err(Error::room)?;
+            let named = reference.as_ref().map(::image::Reference::familiar);
             let config = match options.config {
                 Some(config) if config != Default::default() => {
                     // What is not said stays as the container has it.
@@ -377,6 +367,7 @@ impl Engine {
             }
             let config = serde_json::from_value(config)
                 .map_err(|error| Error::Invalid(error.to_string()))?;
+            let comment = options.comment.clone();
             let wanted = ::image::CommitOptions {
                 reference,
                 author: options.author,
@@ -400,11 +391,12 @@ impl Engine {
             })
             .await?;
             let made = made.to_string();
-            engine.tell_with(
-                &container,
-                "commit",
-                &[("imageID", made.clone()), ("comment", String::new())],
-            );
+            let mut attributes = vec![("imageID", made.clone()), ("comment", comment)];
+            if let Some(named) = named {
+                engine.image_event("tag", &made, &named);
+                attributes.push(("imageRef", named));
+            }
+            engine.tell_with(&container, "commit", &attributes);
             Ok(made)
         })
         .await
@@ -433,29 +425,19 @@ fn without_mount_points(mut changes: Vec<Change>) -> Vec<Change> {
     changes
 }
 
-/// Empty folders for a mount that is only read. A crash leaves them; the next start removes them.
-struct Scratch(std::path::PathBuf);
-
-/// What the names of [`Scratch`] begin with.
+/// What the names of scratch folders in a container's begin with. A crash leaves them; the next start removes them.
 pub(crate) const SCRATCH: &str = "export-";
 
-impl Scratch {
-    fn make(directory: &Path) -> Result<Scratch> {
-        let path = directory.join(format!("{SCRATCH}{}", base::Id::random().short()));
-        let scratch = Scratch(path);
+/// Empty folders for a mount that is only read.
+fn empty_folders(directory: &Path) -> Result<tree::Scratch> {
+    let path = directory.join(format!("{SCRATCH}{}", base::Id::random().short()));
+    let made = tree::Scratch::create(path).and_then(|scratch| {
         for name in ["upper", "work"] {
-            let path = scratch.0.join(name);
-            std::fs::create_dir_all(&path)
-                .map_err(Error::io(format!("making {}", path.display())))?;
+            std::fs::create_dir(scratch.path().join(name))?;
         }
         Ok(scratch)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    });
+    made.map_err(Error::io("making a scratch folder"))
 }
 
 fn place_again(place: &Place) -> Result<Place> {

@@ -77,7 +77,7 @@ impl Engine {
         name: Option<String>,
         platform: Option<&::image::Platform>,
         config: ContainerConfig,
-        mut host: HostConfig,
+        host: HostConfig,
         networking: NetworkingConfig,
         step: bool,
     ) -> Result<Created> {
@@ -99,7 +99,26 @@ impl Engine {
                 config.image, image.platform
             )));
         }
+        // From here on nothing is a 404, which clients take for a missing image, and pull: what a new container names and
+        // is not there makes its definition wrong.
+        self.define(name, &image, config, host, networking, step)
+            .map_err(|error| match base::Classified::kind(&error) {
+                base::Kind::NotFound => Error::Invalid(error.to_string()),
+                _ => error,
+            })
+    }
+
+    fn define(
+        self: &Arc<Self>,
+        name: Option<String>,
+        image: &::image::Image,
+        config: ContainerConfig,
+        mut host: HostConfig,
+        networking: NetworkingConfig,
+        step: bool,
+    ) -> Result<Created> {
         let id = Id::random();
+        network::check_conflicts(&config, &host)?;
         let mut config = over_image(config, image.config.config.as_ref())?;
         let mut warnings = self.complete(&mut config, &mut host, &id)?;
         let networks = network::wanted(
@@ -108,8 +127,7 @@ impl Engine {
             &mut host,
             networking,
             &self.inventory,
-        )
-        .map_err(refused)?;
+        )?;
         let bridged = networks
             .keys()
             .find(|name| !matches!(name.as_str(), "host" | "none"));
@@ -129,7 +147,7 @@ impl Engine {
         let links = links::wanted(&host, &self.inventory)?;
         for reference in [&host.ipc_mode, &host.pid_mode, &host.network_mode] {
             if let Some(other) = reference.strip_prefix("container:") {
-                self.inventory.find(other).map_err(refused)?;
+                self.inventory.find(other)?;
             }
         }
         let id = id.to_string();
@@ -174,6 +192,14 @@ impl Engine {
         id: &Id,
     ) -> Result<Vec<String>> {
         let mut warnings = limits::check(&host.resources)?;
+        // How clients say that nothing is said.
+        let resources = &mut host.resources;
+        resources.memory_swappiness = resources.memory_swappiness.filter(|value| *value >= 0);
+        resources.pids_limit = resources.pids_limit.filter(|limit| *limit > 0);
+        if host.network_mode == "host" && (host.publish_all_ports || !host.port_bindings.is_empty())
+        {
+            warnings.push("Published ports are discarded when using host network mode".to_owned());
+        }
         if config.entrypoint.as_ref().is_none_or(|w| w.is_empty())
             && config.cmd.as_ref().is_none_or(|w| w.is_empty())
         {
@@ -293,7 +319,7 @@ impl Engine {
             host.log_config = self.config.log.clone();
             host.log_config.config.extend(asked);
         }
-        crate::container::logs::check(&host.log_config)?;
+        warnings.extend(crate::container::logs::check(&host.log_config)?);
         if host.storage_opt.contains_key("size") {
             return Err(Error::Invalid(
                 "--storage-opt size is not supported by the overlay store".into(),
@@ -392,15 +418,6 @@ impl Engine {
         );
         self.events
             .publish("container", action, &container.id, attributes);
-    }
-}
-
-/// What a new container names and is not there makes its definition wrong. It is no 404: clients take that for a missing
-/// image, and pull.
-fn refused(error: Error) -> Error {
-    match base::Classified::kind(&error) {
-        base::Kind::NotFound => Error::Invalid(error.to_string()),
-        _ => error,
     }
 }
 

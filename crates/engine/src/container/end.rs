@@ -94,6 +94,7 @@ impl Engine {
                 self.tell_network("disconnect", &network, &container);
             }
         }
+        self.tell_mounts("unmount", &container);
         container.milestones.send_modify(|milestones| {
             milestones.exits += 1;
             milestones.code = exit.code;

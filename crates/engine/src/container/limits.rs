@@ -94,6 +94,16 @@ pub(crate) fn check(resources: &Resources) -> Result<Vec<String>> {
             host_cpus().max(cpus) - 1
         ));
     }
+    if let Some(wanted) = highest(&r.cpuset_mems) {
+        let online = std::fs::read_to_string("/sys/devices/system/node/online");
+        let available = online.map_or_else(|_| "0".to_owned(), |text| text.trim().to_owned());
+        if highest(&available).is_some_and(|last| wanted > last) {
+            return invalid(format!(
+                "Requested memory nodes are not available - requested {}, available: {available}",
+                r.cpuset_mems
+            ));
+        }
+    }
     if r.blkio_weight > 0 && !(10..=1000).contains(&r.blkio_weight) {
         return invalid("Range of blkio weight is from 10 to 1000");
     }

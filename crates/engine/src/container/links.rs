@@ -63,7 +63,7 @@ pub(crate) fn wanted(host: &HostConfig, inventory: &Inventory) -> Result<Vec<Lin
         let (name, alias) = parse(text)?;
         let other = inventory.find(name).map_err(|error| match error {
             Error::NoSuchContainer(_) => {
-                Error::Invalid(format!("could not get container for {name}: {error}"))
+                Error::NotFound(format!("could not get container for {name}: {error}"))
             }
             other => other,
         })?;

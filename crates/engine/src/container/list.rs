@@ -147,6 +147,7 @@ impl Engine {
                 return Err(Error::Invalid(format!("invalid filter 'status={status}'")));
             }
         }
+        check_values(filters)?;
         let edge = |name: &str| -> Result<Option<String>> {
             match filters.get(name).first() {
                 Some(reference) => Ok(Some(
@@ -219,7 +220,7 @@ impl Engine {
                 record.image.clone()
             },
             image_id: record.image.clone(),
-            command: record.arguments().join(" "),
+            command: command(&record.arguments()),
             created: record
                 .created
                 .parse::<Timestamp>()
@@ -246,12 +247,61 @@ impl Engine {
     }
 }
 
+/// A command in one line, as dockerd shows it: words with spaces in them are quoted.
+fn command(words: &[String]) -> String {
+    let quoted =
+        words
+            .iter()
+            .enumerate()
+            .map(|(number, word)| match word.contains(' ') && number > 0 {
+                true => format!("'{word}'"),
+                false => word.clone(),
+            });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
+/// Refuses values that fit nothing, so that a misspelt one is not an empty list.
+fn check_values(filters: &Filters) -> Result<()> {
+    let wrong =
+        |name: &str, value: &str| Err(Error::Invalid(format!("invalid filter '{name}={value}'")));
+    for code in filters.get("exited") {
+        if code.parse::<i32>().is_err() {
+            return wrong("exited", code);
+        }
+    }
+    for health in filters.get("health") {
+        if !matches!(
+            health.as_str(),
+            "none" | "starting" | "healthy" | "unhealthy"
+        ) {
+            return Err(Error::Invalid(format!(
+                "unrecognized filter value for health: {health}"
+            )));
+        }
+    }
+    for name in ["publish", "expose"] {
+        for value in filters.get(name) {
+            if ports_of(value).is_none() {
+                return wrong(name, value);
+            }
+        }
+    }
+    filters.boolean("is-task").map(drop)
+}
+
+/// `80`, `80-90`, `53/udp`.
+fn ports_of(wanted: &str) -> Option<(std::ops::RangeInclusive<u16>, &str)> {
+    let (numbers, protocol) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
+    let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
+    let known = matches!(protocol, "tcp" | "udp" | "sctp");
+    let range = first.parse().ok()?..=last.parse().ok()?;
+    known.then_some((range, protocol))
+}
+
 fn matches(record: &Record, filters: &Filters) -> bool {
     let ports = network::ports(record);
     let port = |wanted: &str, public: bool| {
-        let (numbers, protocol) = wanted.split_once('/').unwrap_or((wanted, "tcp"));
-        let (first, last) = numbers.split_once('-').unwrap_or((numbers, numbers));
-        let (Ok(first), Ok(last)) = (first.parse::<u16>(), last.parse::<u16>()) else {
+        let Some((range, protocol)) = ports_of(wanted) else {
             return false;
         };
         ports.iter().any(|port| {
@@ -260,8 +310,7 @@ fn matches(record: &Record, filters: &Filters) -> bool {
             } else {
                 Some(port.private_port)
             };
-            port.protocol == protocol
-                && number.is_some_and(|number| (first..=last).contains(&number))
+            port.protocol == protocol && number.is_some_and(|number| range.contains(&number))
         })
     };
     let health = record
@@ -290,7 +339,8 @@ fn matches(record: &Record, filters: &Filters) -> bool {
         })
         && filters.any("publish", |wanted| port(wanted, true))
         && filters.any("expose", |wanted| port(wanted, false))
-        && filters.any("is-task", |wanted| wanted == "false")
+        // No container here belongs to a task of a swarm.
+        && filters.boolean("is-task").ok().flatten() != Some(true)
 }
 
 /// Docker matches names by a regular expression; of those, clients use parts, `^` and `$`.
@@ -372,6 +422,31 @@ mod tests {
     fn names_are_matched_as_clients_ask() {
         assert!(named("web_1", "web") && named("web_1", "^/web_1$") && named("web_1", "^web"));
         assert!(!named("my_web", "^web") && !named("web_10", "^web_1$"));
+    }
+
+    #[test]
+    fn commands_read_as_dockers() {
+        let words = ["sh", "-c", "echo a; echo b", "x"].map(str::to_owned);
+        assert_eq!(command(&words), "sh -c 'echo a; echo b' x");
+        assert_eq!(command(&[]), "");
+    }
+
+    #[test]
+    fn values_that_fit_nothing_are_refused() {
+        for (name, value) in [
+            ("exited", "x"),
+            ("health", "well"),
+            ("publish", "http"),
+            ("expose", "80/smoke"),
+            ("is-task", "maybe"),
+        ] {
+            let mut filters = Filters::default();
+            filters.add(name, value);
+            assert!(check_values(&filters).is_err(), "{name}={value}");
+        }
+        let good =
+            r#"{"exited":["137"],"health":["none"],"publish":["80-90/udp"],"is-task":["0"]}"#;
+        assert!(check_values(&Filters::parse(good).unwrap()).is_ok());
     }
 
     #[test]

@@ -39,7 +39,8 @@ struct Line<'a> {
 }
 
 /// Refuses log drivers and options that are not there.
-pub(crate) fn check(config: &LogConfig) -> Result<()> {
+pub(crate) fn check(config: &LogConfig) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
     match config.kind.as_str() {
         "" | "json-file" | "local" => {
             for (key, value) in &config.config {
@@ -59,8 +60,12 @@ pub(crate) fn check(config: &LogConfig) -> Result<()> {
                             "max-file cannot be {value:?}: 1 to 1000 are possible"
                         )));
                     }
-                    "max-size" | "max-file" | "labels" | "labels-regex" | "env" | "env-regex"
-                    | "tag" | "compress" | "mode" | "max-buffer-size" => {}
+                    "tag" => drop(tag(value, &Record::default())?),
+                    "labels-regex" | "env-regex" => warnings.push(format!(
+                        "log opt {key} is not applied: name what is wanted with labels and env"
+                    )),
+                    "max-size" | "max-file" | "labels" | "env" | "compress" | "mode"
+                    | "max-buffer-size" => {}
                     other => {
                         return Err(Error::Invalid(format!(
                             "unknown log opt '{other}' for json-file log driver"
@@ -68,13 +73,45 @@ pub(crate) fn check(config: &LogConfig) -> Result<()> {
                     }
                 }
             }
-            Ok(())
+            Ok(warnings)
         }
-        "none" => Ok(()),
+        "none" => Ok(warnings),
         other => Err(Error::Invalid(format!(
             "logger: no log driver named '{other}' is registered: json-file, local and none are known"
         ))),
     }
+}
+
+/// `--log-opt tag`: text with a container's names in it, as `{{.Name}}/{{.ID}}`.
+///
+/// # Errors
+/// [`Error::Invalid`] for what is no such name.
+fn tag(template: &str, record: &Record) -> Result<String> {
+    let short = |id: &str| {
+        let id = id.rsplit(':').next().unwrap_or(id);
+        id.get(..12).unwrap_or(id).to_owned()
+    };
+    let mut pieces = template.split("{{");
+    let mut text = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        let (name, rest) = piece.split_once("}}").unwrap_or((piece, ""));
+        text.push_str(&match name.trim() {
+            ".ID" => short(&record.id),
+            ".FullID" => record.id.clone(),
+            ".Name" => record.name.clone(),
+            ".ImageID" => short(&record.image),
+            ".ImageFullID" => record.image.clone(),
+            ".ImageName" => record.config.image.clone(),
+            ".DaemonName" => "berth".to_owned(),
+            other => {
+                return Err(Error::Invalid(format!(
+                    "log opt tag: {{{{{other}}}}} is not known: .ID, .FullID, .Name, .ImageID, .ImageFullID, .ImageName and .DaemonName are"
+                )));
+            }
+        });
+        text.push_str(rest);
+    }
+    Ok(text)
 }
 
 /// What the keeper is told about a container's log.
@@ -116,6 +153,10 @@ pub(crate) fn record(record: &Record, path: PathBuf) -> LogRecord {
         if let Some((_, value)) = value {
             attributes.insert(key.to_owned(), value.to_owned());
         }
+    }
+    match tag(option("tag"), record) {
+        Ok(tag) if !tag.is_empty() => drop(attributes.insert("tag".to_owned(), tag)),
+        _ => {}
     }
     LogRecord {
         path: Some(path),

@@ -27,7 +27,8 @@ struct Watch {
     signal: AsyncFd<OwnedFd>,
 }
 
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+/// A descriptor that the reactor tells to be readable.
+pub(super) fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is owned by what is made here and closed only with it, so it stays the one registered.
     let watched = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
     Ok(watched?)

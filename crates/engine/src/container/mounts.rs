@@ -5,12 +5,13 @@ use std::path::{Component, Path};
 
 use serde_json::{Value, json};
 
+use crate::Engine;
 use crate::container::config::ContainerConfig;
 use crate::container::host_config::{HostConfig, Mount};
 use crate::container::inspect::MountPoint;
 use crate::container::inventory::Inventory;
 use crate::container::probe;
-use crate::container::record::MountRecord;
+use crate::container::record::{Container, MountRecord};
 use crate::error::{Error, Result};
 use crate::volume::{ANONYMOUS_LABEL, VolumeCreate, VolumeSource, Volumes};
 
@@ -161,6 +162,11 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
             record.subpath = subpath(&options.subpath, "image")?;
         }
         "tmpfs" => {
+            if !mount.source.is_empty() {
+                return invalid(
+                    "invalid mount config for type \"tmpfs\": field Source must not be specified",
+                );
+            }
             let options = mount.tmpfs_options.clone().unwrap_or_default();
             if options.size_bytes > 0 {
                 record.options.push(format!("size={}", options.size_bytes));
@@ -179,6 +185,62 @@ fn of_mount(mount: &Mount) -> Result<MountRecord> {
         }
     }
     Ok(record)
+}
+
+/// The options of `--tmpfs`, but for the access, which is kept elsewhere.
+///
+/// # Errors
+/// [`Error::Invalid`] for one that tmpfs(5) and mount(8) do not know.
+fn tmpfs_options(text: &str) -> Result<Vec<String>> {
+    const FLAGS: [&str; 22] = [
+        "async",
+        "atime",
+        "defaults",
+        "dev",
+        "diratime",
+        "dirsync",
+        "exec",
+        "inode64",
+        "mand",
+        "noatime",
+        "nodev",
+        "nodiratime",
+        "noexec",
+        "nomand",
+        "norelatime",
+        "nostrictatime",
+        "nosuid",
+        "noswap",
+        "relatime",
+        "strictatime",
+        "suid",
+        "sync",
+    ];
+    const VALUES: [&str; 8] = [
+        "gid",
+        "huge",
+        "mode",
+        "mpol",
+        "nr_blocks",
+        "nr_inodes",
+        "size",
+        "uid",
+    ];
+    let mut options = Vec::new();
+    for option in text
+        .split(',')
+        .filter(|option| !matches!(*option, "" | "rw" | "ro"))
+    {
+        let known = match option.split_once('=') {
+            Some((name, _)) => VALUES.contains(&name),
+            None => FLAGS.contains(&option) || PROPAGATIONS.contains(&option),
+        };
+        if !known {
+            return invalid(format!("invalid tmpfs option [{option:?}]"));
+        }
+        options.push(option.to_owned());
+    }
+    Ok(options)
 }
 
 fn subpath(path: &str, of: &str) -> Result<String> {
@@ -206,7 +268,7 @@ const IMAGE_MOUNT: &str = "-image-";
 /// Makes a snapshot of each image that is mounted: while it stands, the image's files do.
 ///
 /// # Errors
-/// [`Error::Invalid`] for an image that is not there. No 404: clients take that for the container's own image, and pull.
+/// [`Error::Invalid`] for an image that is not there.
 pub(crate) fn hold_images(
     id: &str,
     mounts: &mut [MountRecord],
@@ -260,10 +322,7 @@ pub(crate) fn resolve(
     for reference in host.volumes_from.iter().flatten() {
         let (name, mode) = reference.split_once(':').unwrap_or((reference, "rw"));
         let read_only = mode.split(',').any(|option| option == "ro");
-        // No 404: clients take that for a missing image, and pull.
-        let other = inventory
-            .find(name)
-            .map_err(|error| Error::Invalid(error.to_string()))?;
+        let other = inventory.find(name)?;
         for mount in &other.record().mounts {
             if mount.point.kind == "tmpfs" {
                 continue;
@@ -304,11 +363,7 @@ pub(crate) fn resolve(
                 rw: !options.split(',').any(|option| option == "ro"),
                 ..Default::default()
             },
-            options: options
-                .split(',')
-                .filter(|o| !o.is_empty() && *o != "rw" && *o != "ro")
-                .map(str::to_owned)
-                .collect(),
+            options: tmpfs_options(options)?,
             ..Default::default()
         })?;
     }
@@ -361,6 +416,31 @@ pub(crate) fn resolve(
         }
     }
     Ok(mounts)
+}
+
+impl Engine {
+    /// Tells that a container's volumes are mounted or no longer are.
+    pub(crate) fn tell_mounts(&self, action: &str, container: &Container) {
+        let mounts = container.record().mounts.clone();
+        for point in mounts.iter().map(|mount| &mount.point) {
+            if point.kind != "volume" {
+                continue;
+            }
+            let mut attributes = BTreeMap::from([
+                ("container".to_owned(), container.id.clone()),
+                ("driver".to_owned(), point.driver.clone()),
+            ]);
+            if action == "mount" {
+                attributes.extend([
+                    ("destination".to_owned(), point.destination.clone()),
+                    ("propagation".to_owned(), point.propagation.clone()),
+                    ("read/write".to_owned(), point.rw.to_string()),
+                ]);
+            }
+            self.events
+                .publish("volume", action, &point.name, attributes);
+        }
+    }
 }
 
 /// Where a container that is being made says which volumes go with it if it never is.

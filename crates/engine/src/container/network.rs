@@ -17,6 +17,36 @@ use crate::container::networking::{EndpointSettings, NetworkSettings, Networking
 use crate::container::record::{Container, Record};
 use crate::error::{Error, Result};
 
+/// Refuses what is asked for of a container's own network where it uses another's, and a name for the host's.
+///
+/// # Errors
+/// [`Error::Invalid`] in dockerd's words.
+pub(crate) fn check_conflicts(config: &ContainerConfig, host: &HostConfig) -> Result<()> {
+    let conflict = |what: &str| Err(Error::Invalid(format!("conflicting options: {what}")));
+    if host.uts_mode == "host" && !config.hostname.is_empty() {
+        return conflict("hostname and the UTS mode");
+    }
+    if !host.network_mode.starts_with("container:") {
+        return Ok(());
+    }
+    let exposed = config.exposed_ports.as_ref();
+    match () {
+        _ if !config.hostname.is_empty() => conflict("hostname and the network mode"),
+        _ if !host.dns.is_empty() => conflict("dns and the network mode"),
+        _ if host.extra_hosts.as_ref().is_some_and(|h| !h.is_empty()) => {
+            conflict("custom host-to-IP mapping and the network mode")
+        }
+        _ if !config.mac_address.is_empty() => conflict("mac-address and the network mode"),
+        _ if !host.port_bindings.is_empty() || host.publish_all_ports => {
+            conflict("port publishing and the container type network mode")
+        }
+        _ if exposed.is_some_and(|ports| !ports.is_empty()) => {
+            conflict("port exposing and the container type network mode")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The networks of a new container by name; makes the network mode whole.
 ///
 /// # Errors
@@ -43,16 +73,11 @@ pub(crate) fn wanted(
                 "conflicting options: a container's network and own networks".into(),
             ));
         }
-        if !host.port_bindings.is_empty() || host.publish_all_ports {
-            return Err(Error::Invalid(
-                "conflicting options: port publishing and the container type network mode".into(),
-            ));
-        }
         return Ok(BTreeMap::new());
     }
     if host.network_mode == "host" && host.links.as_ref().is_some_and(|links| !links.is_empty()) {
         return Err(Error::Invalid(
-            "conflicting options: host type networking can't be used with links".into(),
+            "conflicting options: host type networking can't be used with links. This would result in undefined behavior".into(),
         ));
     }
     let mut networks = BTreeMap::new();
@@ -420,7 +445,14 @@ pub(crate) fn write_hosts(
     let record = container.record().clone();
     let own = &record.host;
     let gateways = manager.name_servers(endpoints);
-    let domain = Some(record.config.domainname.as_str()).filter(|domain| !domain.is_empty());
+    let (name, domain) = match record.config.domainname.as_str() {
+        // A full name is known by its first part too.
+        "" => match record.config.hostname.split_once('.') {
+            Some((name, domain)) => (name, Some(domain)),
+            None => (record.config.hostname.as_str(), None),
+        },
+        domain => (record.config.hostname.as_str(), Some(domain)),
+    };
     let extra: Vec<(String, String)> = own
         .extra_hosts
         .iter()
@@ -429,13 +461,7 @@ pub(crate) fn write_hosts(
         .map(|(name, address)| (name.to_owned(), address.trim_matches(['[', ']']).to_owned()))
         .chain(linked.iter().cloned())
         .collect();
-    let mut hosts = net::hosts_file(
-        endpoints,
-        &record.config.hostname,
-        domain,
-        &extra,
-        &gateways,
-    );
+    let mut hosts = net::hosts_file(endpoints, name, domain, &extra, &gateways);
     if own.network_mode == "host" {
         // The host's own names hold on its network.
         hosts.push_str(&std::fs::read_to_string("/etc/hosts").unwrap_or_default());
@@ -469,7 +495,12 @@ impl Engine {
                 "container cannot be connected to host network: it is the host's own".into(),
             ));
         }
-        if record.networks.contains_key(&network.name) && network.name != "none" {
+        if network.name == "none" && !record.networks.is_empty() {
+            return Err(Error::Forbidden(
+                "container cannot be connected to multiple networks with one of the networks in private (none) mode".into(),
+            ));
+        }
+        if record.networks.contains_key(&network.name) {
             return Err(Error::Forbidden(format!(
                 "endpoint with name {} already exists in network {}",
                 record.name, network.name

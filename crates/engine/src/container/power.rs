@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use base::pidfd::ProcessKey;
 
 use crate::Engine;
-use crate::container::create::blocking;
+use crate::container::memory::watched;
 use crate::container::record::{Container, Phase};
-use crate::container::signal;
 
 /// The longest a container is waited for, whatever it asks: an init system waits 90 s for the daemon (systemd.service(5),
 /// `TimeoutStopSec`).
@@ -43,35 +44,28 @@ impl Engine {
         let (Some(process), Ok(keeper)) = (record.process, self.keeper().await) else {
             return;
         };
-        let asked = Some(record.config.stop_signal.as_str()).filter(|name| !name.is_empty());
-        let number = asked
-            .and_then(|name| signal::number(name).ok())
-            .unwrap_or(libc::SIGTERM);
-        let timeout = match record.config.stop_timeout {
-            Some(seconds) => u64::try_from(seconds).map_or(LONGEST, Duration::from_secs),
-            None => self.config.stop_timeout,
-        };
-        let over = move |patience: Duration| {
-            blocking(move || {
-                let end = Instant::now() + patience;
-                while matches!(process.open(), Ok(Some(_))) {
-                    if Instant::now() > end {
-                        return Ok(false);
-                    }
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                Ok(true)
-            })
-        };
+        let (number, patience) = self.stop_terms(&record, None);
+        let patience = patience.map_or(LONGEST, |patience| patience.min(LONGEST));
         let _ = keeper.signal(&container.id, number).await;
         if record.phase == Phase::Paused {
             let _ = self.thaw(container).await;
         }
-        if !matches!(over(timeout.min(LONGEST)).await, Ok(true)) {
+        if tokio::time::timeout(patience, gone(process)).await.is_err() {
             let _ = keeper.signal(&container.id, libc::SIGKILL).await;
-            let _ = over(Duration::from_secs(10)).await;
+            let _ = tokio::time::timeout(Duration::from_secs(10), gone(process)).await;
         }
         // The keeper ends when nothing is left that it must tell of.
         let _ = keeper.forget(&container.id).await;
+    }
+}
+
+/// Waits until a process is gone and its parent, the keeper, has taken its end.
+async fn gone(process: ProcessKey) {
+    while let Ok(Some(opened)) = process.open() {
+        // A pidfd is readable as soon as its process has ended (pidfd_open(2)).
+        if let Ok(end) = watched(opened.into()) {
+            let _ = end.readable().await;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

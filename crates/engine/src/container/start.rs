@@ -190,6 +190,7 @@ impl Engine {
                 self.tell_network("connect", &network, container);
             }
         }
+        self.tell_mounts("mount", container);
         self.tell(container, "start");
         self.watch_health(container);
         self.watch_memory(container);

@@ -9,7 +9,7 @@ use crate::Engine;
 use crate::container::create::{blocking, check_name, check_restart};
 use crate::container::host_config::UpdateConfig;
 use crate::container::inspect::{Updated, WaitResult};
-use crate::container::record::{Container, Phase};
+use crate::container::record::{Container, Phase, Record};
 use crate::container::start::detached;
 use crate::container::{Wait, WaitCondition, cgroup, limits, processes, signal};
 use crate::error::{Error, Result};
@@ -62,18 +62,11 @@ impl Engine {
         if !record.phase.lives() {
             return Err(Error::NotModified("container is already stopped".into()));
         }
-        let number = match signal {
-            Some(number) => number,
-            None if record.config.stop_signal.is_empty() => libc::SIGTERM,
-            None => signal::number(&record.config.stop_signal)?,
-        };
-        let timeout = timeout
-            .or(record.config.stop_timeout)
-            .unwrap_or(self.config.stop_timeout.as_secs() as i64);
+        let (own, patience) = self.stop_terms(&record, timeout);
         container.note(|record| record.stopped_by_user = true);
         let mut ends = container.milestones.subscribe();
         let before = ends.borrow_and_update().exits;
-        self.send(container, number).await?;
+        self.send(container, signal.unwrap_or(own)).await?;
         if record.phase == Phase::Paused {
             self.thaw(container).await?;
         }
@@ -82,11 +75,9 @@ impl Engine {
                 .wait_for(|milestones| milestones.exits != before || milestones.removed)
                 .await;
         };
-        let stopped = match u64::try_from(timeout) {
-            Ok(seconds) => tokio::time::timeout(Duration::from_secs(seconds), gone)
-                .await
-                .is_ok(),
-            Err(_) => {
+        let stopped = match patience {
+            Some(patience) => tokio::time::timeout(patience, gone).await.is_ok(),
+            None => {
                 gone.await;
                 true
             }
@@ -96,6 +87,21 @@ impl Engine {
         }
         self.tell(container, "stop");
         Ok(())
+    }
+
+    /// The signal that stops a container, and how long it may take then: `timeout` seconds, else its own, else the
+    /// daemon's; none where that is negative, which is for ever.
+    pub(crate) fn stop_terms(
+        &self,
+        record: &Record,
+        timeout: Option<i64>,
+    ) -> (i32, Option<Duration>) {
+        let own = &record.config.stop_signal;
+        let patience = match timeout.or(record.config.stop_timeout) {
+            Some(seconds) => u64::try_from(seconds).ok().map(Duration::from_secs),
+            None => Some(self.config.stop_timeout),
+        };
+        (signal::number(own).unwrap_or(libc::SIGTERM), patience)
     }
 
     /// Kills all of it and waits until that has been handled.
@@ -188,7 +194,7 @@ impl Engine {
                 )));
             }
         }
-        let stop = signal::number(&record.config.stop_signal).unwrap_or(libc::SIGTERM);
+        let (stop, _) = self.stop_terms(&record, None);
         if number == libc::SIGKILL || number == stop {
             container.note(|record| record.stopped_by_user = true);
         }

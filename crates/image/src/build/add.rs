@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use parse_dockerfile::{Flag, Source};
+use parse_dockerfile::{Flag, Instruction, Source};
 
 use super::copy::{self, Choice, Manner};
 use super::ignore::Ignore;
@@ -15,18 +15,39 @@ use crate::snapshot::mount_detached;
 use crate::{Digest, Error, Result};
 
 /// One COPY or ADD as it is written.
-pub(super) struct Written<'a> {
+pub(super) struct Written<'a, 'text> {
     pub add: bool,
     /// For the cache's key.
     pub shown: &'a str,
     /// The text the instruction stands in.
     pub text: &'a str,
-    pub options: &'a [Flag<'a>],
-    pub sources: &'a [Source<'a>],
+    pub options: &'a [Flag<'text>],
+    pub sources: &'a [Source<'text>],
     pub dest: &'a str,
 }
 
-impl Written<'_> {
+impl<'a, 'text> Written<'a, 'text> {
+    /// None where the instruction is another.
+    pub fn of(
+        instruction: &'a Instruction<'text>,
+        shown: &'a str,
+        text: &'a str,
+    ) -> Option<Written<'a, 'text>> {
+        let (add, options, sources, dest) = match instruction {
+            Instruction::Copy(i) => (false, &i.options, &i.src, &i.dest),
+            Instruction::Add(i) => (true, &i.options, &i.src, &i.dest),
+            _ => return None,
+        };
+        Some(Written {
+            add,
+            shown,
+            text,
+            options,
+            sources,
+            dest: &dest.value,
+        })
+    }
+
     fn word(&self) -> &'static str {
         if self.add { "ADD" } else { "COPY" }
     }
@@ -43,7 +64,7 @@ struct Flags {
 }
 
 impl Flags {
-    fn parse(written: &Written<'_>, escape: char, lookup: Lookup<'_>) -> Result<Flags> {
+    fn parse(written: &Written<'_, '_>, escape: char, lookup: Lookup<'_>) -> Result<Flags> {
         let word = written.word();
         let mut flags = Flags::default();
         for option in written.options {
@@ -99,7 +120,7 @@ struct Sources {
 
 impl Sources {
     fn parse(
-        written: &Written<'_>,
+        written: &Written<'_, '_>,
         flags: &Flags,
         escape: char,
         lookup: Lookup<'_>,
@@ -166,7 +187,7 @@ impl Build<'_> {
     pub(super) fn copy_step(
         &mut self,
         stage: &mut Stage,
-        written: &Written<'_>,
+        written: &Written<'_, '_>,
         lookup: Lookup<'_>,
     ) -> Result<()> {
         let word = written.word();
@@ -211,10 +232,11 @@ impl Build<'_> {
                 flags.chown, flags.mode
             ),
         );
+        if self.reuse(stage, &key)? {
+            return Ok(());
+        }
         let lease = self.store.lease();
-        let layer = if self.lookup(&key).is_some() {
-            None
-        } else {
+        let layer = {
             let (snapshot, layers) = self.temporary(stage)?;
             let into = mount_detached(&layers, true)?;
             // A context's owners mean nothing here; those of a stage or an image are kept.
@@ -231,19 +253,9 @@ impl Build<'_> {
             copy::copy(&opened.root, &items, &into, &target, &manner)?;
             // The overlay must be gone before its upper folder is read as it is.
             drop(into);
-            Some(self.layer_of(&snapshot, &lease)?)
+            self.layer_of(&snapshot, &lease)?
         };
         drop(opened);
-        if layer.is_none() {
-            return if self.reuse(stage, &key)? {
-                Ok(())
-            } else {
-                Err(Error::Conflict(
-                    "the build cache was emptied meanwhile: build again".to_owned(),
-                ))
-            };
-        }
-        self.cached = false;
         let text = format!(
             "/bin/sh -c #(nop) {word} {kind}:{} in {target} ",
             hash.hex()
@@ -252,7 +264,7 @@ impl Build<'_> {
             stage,
             Made {
                 text,
-                layer,
+                layer: Some(layer),
                 key: Some(&key),
             },
         )

@@ -3,6 +3,7 @@
 use parse_dockerfile::{Command, HealthcheckArguments, Instruction, JsonOrStringArray};
 use serde_json::{Map, Value};
 
+use super::heredoc;
 use super::words::{Lookup, expand, join_lines, pairs, split};
 use crate::config::{Healthcheck, RunConfig};
 use crate::layer::tree;
@@ -15,6 +16,7 @@ use crate::{Error, Result};
 pub fn apply_changes(run: &mut RunConfig, changes: &[String]) -> Result<()> {
     for change in changes {
         let text = format!("FROM scratch\n{change}\n");
+        let text = heredoc::fold(&text, '\\');
         let file = parse_dockerfile::parse(&text)
             .map_err(|e| Error::Dockerfile(format!("{change:?}: {e}")))?;
         for instruction in file.instructions.iter().skip(1) {
@@ -104,7 +106,8 @@ pub(super) fn apply(
         }
         Instruction::Cmd(cmd) => run.cmd = Some(command(run, &cmd.arguments, escape)),
         Instruction::Entrypoint(entrypoint) => {
-            run.entrypoint = Some(command(run, &entrypoint.arguments, escape));
+            let words = command(run, &entrypoint.arguments, escape);
+            run.entrypoint = Some(heredoc::words_of_entrypoint(words));
             // A command of the base image was meant for its own entry point.
             run.cmd = None;
         }
@@ -184,7 +187,8 @@ pub(super) fn apply(
                     "Chaining ONBUILD, FROM and MAINTAINER is not allowed".to_owned(),
                 ));
             }
-            run.on_build.push(join_lines(trigger, escape));
+            run.on_build
+                .push(heredoc::written(join_lines(trigger, escape)));
         }
         Instruction::Healthcheck(check) => {
             let mut health = Healthcheck::default();

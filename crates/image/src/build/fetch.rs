@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::time::Duration;
 
 use futures_util::StreamExt;
 
@@ -11,7 +10,6 @@ use crate::error::At;
 use crate::layer::tree::{self, Scratch};
 use crate::layer::unpack;
 use crate::progress::Cancel;
-use crate::registry::chain;
 use crate::{Digest, Error, Result, Store};
 
 /// Whether a source of ADD is fetched from the web.
@@ -76,33 +74,20 @@ pub(super) fn fetch(
 }
 
 async fn download(store: &Store, address: &str, file: File, cancel: &Cancel) -> Result<Digest> {
-    let failed = |why: String| Error::Dockerfile(format!("ADD failed: {address}: {why}"));
-    let http = reqwest::Client::builder()
-        .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(Duration::from_secs(15))
-        .read_timeout(Duration::from_secs(60))
-        .build()
-        .map_err(|e| failed(chain(&e)))?;
-    let response = http
-        .get(address)
-        .send()
-        .await
-        .map_err(|e| failed(chain(&e)))?;
-    if !response.status().is_success() {
-        return Err(failed(format!("the server answered {}", response.status())));
-    }
-    let modified = response
-        .headers()
-        .get("last-modified")
-        .and_then(|v| jiff::fmt::rfc2822::parse(v.to_str().ok()?).ok())
-        .map(|time| (time.timestamp().as_second(), 0));
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::Dockerfile(format!("ADD failed: {address}: {error}"))
+    };
+    let fetched = crate::fetch::fetch(address).await.map_err(|e| match e {
+        Error::NotFound { why, .. } => failed(&why),
+        other => failed(&other),
+    })?;
     let mut file = std::io::BufWriter::with_capacity(256 << 10, file);
     let mut hasher = Hasher::default();
-    let mut stream = response.bytes_stream();
+    let mut stream = fetched.body;
     let mut until_check = 0usize;
     while let Some(chunk) = stream.next().await {
         cancel.check()?;
-        let chunk = chunk.map_err(|e| failed(chain(&e)))?;
+        let chunk = chunk.map_err(|e| failed(&e))?;
         if until_check < chunk.len() {
             until_check = 64 << 20;
             if tree::free_bytes(file.get_ref()).is_ok_and(|free| free < store.0.limits.keep_free) {
@@ -117,8 +102,8 @@ async fn download(store: &Store, address: &str, file: File, cancel: &Cancel) -> 
             .doing(|| format!("fetching {address}"))?;
     }
     file.flush().doing(|| format!("fetching {address}"))?;
-    if let Some(modified) = modified {
-        rustix::fs::futimens(file.get_ref(), &unpack::times(modified))
+    if let Some(modified) = fetched.modified {
+        rustix::fs::futimens(file.get_ref(), &unpack::times((modified, 0)))
             .doing(|| format!("fetching {address}"))?;
     }
     Ok(hasher.finish())

@@ -1,4 +1,4 @@
-//! Here-documents (Dockerfile reference, "Here-documents").
+//! Here-documents (Dockerfile reference, "Here-documents"), and what else is put into words the parser reads.
 
 use std::borrow::Cow;
 
@@ -9,10 +9,17 @@ use crate::RunConfig;
 /// The word that ends a command put into a here-document by [`fold`].
 const FOLDED: &str = "BERTH-FOLDED-HERE-DOCUMENT";
 
+/// The word of `ENTRYPOINT []`, which the parser takes only with one.
+const NO_ENTRYPOINT: &str = "[\"BERTH-NO-ENTRYPOINT\"]";
+
 /// Puts `RUN` commands that have here-documents among their words (`RUN cat <<EOF >/x`) into one here-document each,
-/// which is what their shell gets: the parser reads here-documents only where they are the whole command.
+/// which is what their shell gets: the parser reads here-documents only where they are the whole command. An entry point
+/// without words gets one: [`words_of_entrypoint`].
 pub(super) fn fold(text: &str, escape: char) -> Cow<'_, str> {
-    if !text.contains("<<") || text.contains(FOLDED) {
+    let empty = text
+        .lines()
+        .any(|line| without_words(line, escape).is_some());
+    if (!text.contains("<<") && !empty) || text.contains(FOLDED) {
         return Cow::Borrowed(text);
     }
     let lines: Vec<&str> = text.split_inclusive('\n').collect();
@@ -50,6 +57,11 @@ pub(super) fn fold(text: &str, escape: char) -> Cow<'_, str> {
             folded.push_str(FOLDED);
             folded.push('\n');
             changed = true;
+        } else if let Some(head) = without_words(&line, escape) {
+            folded.push_str(head);
+            folded.push_str(NO_ENTRYPOINT);
+            folded.push('\n');
+            changed = true;
         } else {
             folded.push_str(&line);
             folded.push_str(&body);
@@ -70,6 +82,33 @@ pub(super) fn unfold(shown: &str, script: &str) -> Option<String> {
         "{head}{}",
         script.lines().next().unwrap_or_default()
     ))
+}
+
+/// What stands before the brackets of an `ENTRYPOINT []`, also as an `ONBUILD`.
+fn without_words(line: &str, escape: char) -> Option<&str> {
+    let words = split(line, escape);
+    let instruction = words
+        .iter()
+        .position(|word| !word.eq_ignore_ascii_case("ONBUILD"))?;
+    let entrypoint = words[instruction].eq_ignore_ascii_case("ENTRYPOINT");
+    (entrypoint && words[instruction + 1..].concat() == "[]")
+        .then(|| &line[..line.rfind('[').unwrap_or(line.len())])
+}
+
+/// The words of an entry point as they were written before [`fold`].
+pub(super) fn words_of_entrypoint(words: Vec<String>) -> Vec<String> {
+    match words.as_slice() {
+        [word] if NO_ENTRYPOINT.contains(word.as_str()) && !word.is_empty() => Vec::new(),
+        _ => words,
+    }
+}
+
+/// An instruction as it was written before [`fold`] gave its entry point a word.
+pub(super) fn written(shown: String) -> String {
+    match shown.strip_suffix(NO_ENTRYPOINT) {
+        Some(head) => format!("{head}[]"),
+        None => shown,
+    }
 }
 
 /// The line after the one that `start` goes on to.
@@ -233,6 +272,32 @@ mod tests {
         ] {
             assert!(matches!(fold(text, '\\'), Cow::Borrowed(_)), "{text}");
         }
+    }
+
+    #[test]
+    fn an_entry_point_without_words_is_read_and_shown_as_it_was_written() {
+        let text = "FROM x\nentrypoint [ ]\nRUN <<E\nENTRYPOINT []\nE\nONBUILD ENTRYPOINT []\n";
+        let folded = fold(text, '\\');
+        let file = parse_dockerfile::parse(&folded).unwrap();
+        let parse_dockerfile::Instruction::Run(run) = &file.instructions[2] else {
+            panic!("{folded}");
+        };
+        assert_eq!(run.here_docs[0].value, "ENTRYPOINT []\n");
+        let mut image = RunConfig {
+            entrypoint: Some(vec!["/of/the/base".to_owned()]),
+            cmd: Some(vec!["word".to_owned()]),
+            ..RunConfig::default()
+        };
+        for instruction in [&file.instructions[1], &file.instructions[3]] {
+            assert!(change::apply(&mut image, instruction, &folded, '\\', &|_| None).unwrap());
+        }
+        assert_eq!(image.entrypoint, Some(Vec::new()));
+        assert_eq!(image.cmd, None);
+        assert_eq!(image.on_build, ["ENTRYPOINT []"]);
+        assert_eq!(
+            written(format!("ENTRYPOINT {NO_ENTRYPOINT}")),
+            "ENTRYPOINT []"
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod words;
 
 pub use change::apply_changes;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
@@ -243,7 +244,7 @@ struct Build<'a> {
     /// Build args that an ARG declared.
     consumed: BTreeSet<String>,
     /// Once a step was not in the cache, none after it is.
-    cached: bool,
+    cached: Cell<bool>,
 }
 
 /// Builds an image and names it.
@@ -276,8 +277,7 @@ pub fn build(
         })?,
     };
     let text = heredoc::fold(&text, escape_of(&text));
-    let file =
-        parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(format!("{name}: {e}")))?;
+    let file = parse_dockerfile::parse(&text).map_err(|e| Error::Dockerfile(e.to_string()))?;
     let ignored = match context.read(&format!("{name}.dockerignore"))? {
         Some(text) => Some(text),
         None => context.read(".dockerignore")?,
@@ -320,17 +320,19 @@ pub fn build(
         step: 0,
         steps,
         consumed: BTreeSet::new(),
-        cached: !options.no_cache,
+        cached: Cell::new(!options.no_cache),
     };
     let id = build.run(&file, last)?;
-    let unused: Vec<&String> = options
+    let unused: Vec<&str> = options
         .args
         .keys()
-        .filter(|name| !build.consumed.contains(*name) && !PROXIES.contains(&name.as_str()))
+        .map(String::as_str)
+        .filter(|name| !build.consumed.contains(*name) && !PROXIES.contains(name))
         .collect();
     if !unused.is_empty() {
         output.write(&format!(
-            "[Warning] One or more build-args {unused:?} were not consumed\n"
+            "[Warning] One or more build-args [{}] were not consumed\n",
+            unused.join(" ")
         ));
     }
     output.write(&format!("Successfully built {}\n", id.short()));
@@ -409,7 +411,7 @@ impl Build<'_> {
                     .first()
                     .and_then(|script| heredoc::unfold(&shown, &script.value))
                     .unwrap_or(shown),
-                _ => shown,
+                _ => heredoc::written(shown),
             }
         };
         let text_of: BTreeMap<usize, String> = file
@@ -505,7 +507,7 @@ impl Build<'_> {
 
     /// The image that an earlier build made by the same step.
     fn lookup(&self, key: &Digest) -> Option<ImageId> {
-        if !self.cached {
+        if !self.cached.get() {
             return None;
         }
         let text = fs::read_to_string(self.cache_path(key)).ok()?;

@@ -214,6 +214,9 @@ impl Build<'_> {
         let escape = self.escape;
         let known = self.variables(stage);
         let lookup = move |name: &str| known.get(name).cloned();
+        if let Some(written) = Written::of(instruction, shown, text) {
+            return self.copy_step(stage, &written, &lookup);
+        }
         match instruction {
             Instruction::From(_) => Err(Error::Dockerfile("FROM is not allowed here".to_owned())),
             Instruction::Arg(argument) => {
@@ -232,28 +235,6 @@ impl Build<'_> {
             Instruction::Run(run) => {
                 let command = run::command(&stage.run(), run, escape)?;
                 self.run_step(stage, command, &run.options, &lookup)
-            }
-            Instruction::Copy(i) => {
-                let written = Written {
-                    add: false,
-                    shown,
-                    text,
-                    options: &i.options,
-                    sources: &i.src,
-                    dest: &i.dest.value,
-                };
-                self.copy_step(stage, &written, &lookup)
-            }
-            Instruction::Add(i) => {
-                let written = Written {
-                    add: true,
-                    shown,
-                    text,
-                    options: &i.options,
-                    sources: &i.src,
-                    dest: &i.dest.value,
-                };
-                self.copy_step(stage, &written, &lookup)
             }
             other => {
                 let run = stage.config.config.get_or_insert_default();
@@ -316,9 +297,9 @@ impl Build<'_> {
     }
 
     /// Takes the image an earlier build made, if there is one.
-    pub(super) fn reuse(&mut self, stage: &mut Stage, key: &Digest) -> Result<bool> {
+    pub(super) fn reuse(&self, stage: &mut Stage, key: &Digest) -> Result<bool> {
         let Some(id) = self.lookup(key) else {
-            self.cached = false;
+            self.cached.set(false);
             return Ok(false);
         };
         let after = Stage::of(&self.store.inspect(&id.to_string())?);

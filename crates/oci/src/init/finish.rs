@@ -25,6 +25,8 @@ pub(crate) struct Finish<'a> {
     pub preserve_fds: u32,
     pub listen_fds: u32,
     pub no_new_keyring: bool,
+    /// Make the working directory where it is not there.
+    pub make_directory: bool,
     /// Else the runtime has set them from outside.
     pub set_limits: bool,
     pub start_hooks: Option<(&'a [Hook], HookState<'a>)>,
@@ -47,7 +49,7 @@ impl Finish<'_> {
             scheduling::set_scheduler(scheduler)?;
         }
         process::own_stdio(process.user().uid());
-        process::enter_directory(process.cwd())?;
+        process::enter_directory(process.cwd(), self.make_directory)?;
         let arguments = process::arguments(process)?;
         let environment = process::environment(process, self.listen_fds)?;
         let program = process::find_program(&arguments[0], &environment)?;

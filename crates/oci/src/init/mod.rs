@@ -65,6 +65,7 @@ pub(crate) fn run(mut init: Init<'_, '_>) -> ! {
                 preserve_fds: init.launch.preserve_fds,
                 listen_fds: init.launch.listen_fds,
                 no_new_keyring: init.launch.no_new_keyring,
+                make_directory: true,
                 set_limits: !init.namespaces.is_new(libc::CLONE_NEWUSER),
                 start_hooks: spec.hooks().as_ref().and_then(|hooks| {
                     let hooks = hooks.start_container().as_deref()?;

@@ -92,6 +92,7 @@ pub fn exec(request: Exec<'_>) -> Result<Running> {
                 preserve_fds: request.preserve_fds,
                 listen_fds: request.listen_fds,
                 no_new_keyring: request.no_new_keyring,
+                make_directory: false,
                 set_limits: flags & libc::CLONE_NEWUSER == 0,
                 start_hooks: None,
                 label: None,

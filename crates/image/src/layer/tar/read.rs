@@ -369,14 +369,14 @@ impl<R: Read> TarReader<R> {
     }
 
     fn skip_content(&mut self) -> io::Result<()> {
-        let mut skip = self.left + self.padding;
         let mut sink = [0u8; 4096];
-        while skip > 0 {
-            let part = skip.min(sink.len() as u64) as usize;
-            self.source.read_exact(&mut sink[..part])?;
-            skip -= part as u64;
+        while self.left > 0 {
+            self.read(&mut sink)?;
         }
-        (self.left, self.padding) = (0, 0);
+        // docker's client ends the archive of `build -f -` right behind its last file's content.
+        let mut padding = (&mut self.source).take(self.padding);
+        io::copy(&mut padding, &mut io::sink())?;
+        self.padding = 0;
         Ok(())
     }
 
