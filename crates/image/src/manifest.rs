@@ -175,7 +175,7 @@ pub fn go_architecture(name: &str) -> &str {
 }
 
 /// Whether Go, the kernel, Debian or Rust calls an architecture so.
-fn is_architecture(name: &str) -> bool {
+pub(crate) fn is_architecture(name: &str) -> bool {
     const KNOWN: [&str; 13] = [
         "386", "amd64", "arm", "arm64", "loong64", "mips", "mips64", "mips64le", "mipsle", "ppc64",
         "ppc64le", "riscv64", "s390x",

@@ -301,6 +301,10 @@ fn exec_has_streams_exit_codes_and_environment() {
     );
     let output = daemon.try_docker(&["exec", "exec", "no-such-program"]);
     assert_eq!(output.status.code(), Some(127), "{output:?}");
+    // A folder that is not there is not made for an exec, as it is for the container's own process.
+    let output = daemon.try_docker(&["exec", "-w", "/nowhere", "exec", "pwd"]);
+    assert_eq!(output.status.code(), Some(126), "{output:?}");
+    assert_eq!(daemon.docker(&["diff", "exec"]), "");
     daemon.docker(&["exec", "-d", "exec", "touch", "/tmp/detached"]);
     eventually("a detached exec runs", || {
         daemon

@@ -1,5 +1,6 @@
 //! `docker image …`, `docker import`.
 
+use std::io::Write;
 use std::process::{Child, Command, Stdio};
 
 use crate::daemon::{busybox_archive, eventually, has_busybox, has_docker, shared};
@@ -11,6 +12,7 @@ crate::tests! {
     dangling_images_are_pruned,
     searching_says_that_it_is_not_there,
     images_go_to_a_registry_and_come_back,
+    a_login_opens_a_registry_until_the_logout,
     images_are_saved_and_loaded,
     a_dockerfile_is_built_with_its_cache,
     a_build_that_fails_says_where,
@@ -155,6 +157,11 @@ pub struct Registry {
 
 impl Registry {
     pub fn start(test: &str) -> Option<Registry> {
+        Registry::with(test, None)
+    }
+
+    /// One that lets in only those whom a file of `htpasswd -B` names.
+    fn with(test: &str, passwords: Option<&str>) -> Option<Registry> {
         let home = tempfile::tempdir().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
@@ -164,10 +171,18 @@ impl Registry {
         let address = format!("127.0.0.1:{port}");
         let config = home.path().join("config.yml");
         let root = home.path().join("root");
-        let text = format!(
+        let mut text = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
             root.display()
         );
+        if let Some(passwords) = passwords {
+            let file = home.path().join("passwords");
+            std::fs::write(&file, passwords).unwrap();
+            text.push_str(&format!(
+                "auth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+                file.display()
+            ));
+        }
         std::fs::write(&config, text).unwrap();
         let started = Command::new("docker-registry")
             .arg("serve")
@@ -256,6 +271,66 @@ fn images_go_to_a_registry_and_come_back() {
         String::from_utf8_lossy(&login.stderr)
     );
     daemon.docker(&["rmi", &name]);
+}
+
+fn a_login_opens_a_registry_until_the_logout() {
+    /// `user` and `secret`, as `htpasswd -B` writes them.
+    const PASSWORDS: &str = "user:$2y$05$dZoTMBlMmUFnhyn2G82aTO4kP5vF1TSQXEEjX.nXOulron.Y.kVwC\n";
+    if !has_docker("login") {
+        return;
+    }
+    let Some(registry) = Registry::with("login", Some(PASSWORDS)) else {
+        return;
+    };
+    let daemon = shared();
+    let name = format!("{}/private:1", registry.address);
+    let imported = daemon.docker_with(&["import", "-", &name], &small_archive("private"));
+    assert!(imported.status.success());
+    let refused = |what: &[&str]| {
+        let said = daemon.docker_fails(what);
+        assert!(
+            said.contains("no basic auth credentials") || said.contains("refused access"),
+            "{what:?}: {said}"
+        );
+    };
+    refused(&["push", &name]);
+    let login = |password: &[u8]| {
+        daemon.docker_with(
+            &["login", "-u", "user", "--password-stdin", &registry.address],
+            password,
+        )
+    };
+    let wrong = login(b"wrong");
+    assert!(!wrong.status.success(), "{wrong:?}");
+    refused(&["push", &name]);
+    let right = login(b"secret");
+    assert!(
+        right.status.success()
+            && String::from_utf8_lossy(&right.stdout).contains("Login Succeeded"),
+        "{right:?}"
+    );
+    let pushed = daemon.docker(&["push", &name]);
+    assert!(pushed.contains("1: digest: sha256:"), "{pushed}");
+    daemon.docker(&["rmi", &name]);
+    daemon.docker(&["pull", &name]);
+    // A build's base image is pulled with the same credentials.
+    daemon.docker(&["rmi", &name]);
+    let mut build = daemon.command(&["build", "-q", "-"]);
+    build.env("DOCKER_BUILDKIT", "0").stdin(Stdio::piped());
+    let mut build = build.stdout(Stdio::null()).spawn().unwrap();
+    let text = format!("FROM {name}\nLABEL built=here\n");
+    build
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(text.as_bytes())
+        .unwrap();
+    assert!(build.wait().unwrap().success());
+    let gone = daemon.docker(&["logout", &registry.address]);
+    assert!(gone.contains("Removing login credentials"), "{gone}");
+    refused(&["pull", &name]);
+    refused(&["push", &name]);
+    daemon.docker(&["rmi", "-f", &name]);
 }
 
 fn images_are_saved_and_loaded() {

@@ -5,13 +5,16 @@
 
 mod daemon;
 
+mod builds;
 mod compose;
 mod containers;
 mod images;
 mod limits;
+mod lists;
 mod networks;
 mod python;
 mod remote;
+mod terminals;
 mod verbs;
 mod volumes;
 mod wire;
@@ -53,6 +56,9 @@ fn main() -> ExitCode {
         verbs::TESTS,
         limits::TESTS,
         compose::TESTS,
+        lists::TESTS,
+        builds::TESTS,
+        terminals::TESTS,
     ];
     let chosen: Vec<Test> = all
         .into_iter()

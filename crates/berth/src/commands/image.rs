@@ -526,8 +526,8 @@ pub async fn prune(context: &Context, args: PruneArgs) -> Result<ExitCode, Failu
 /// Makes an image from a distribution's own package archive; no registry is needed.
 #[derive(Debug, Args)]
 pub struct BootstrapArgs {
-    /// Architecture in the distribution's words, as in arm64; the host's own if not given.
-    #[arg(long)]
+    /// Architecture in the distribution's words or as a platform, as in arm64 or linux/arm64; the host's own if not given.
+    #[arg(long, visible_alias = "platform")]
     pub arch: Option<String>,
     /// Further package; may be given many times, or as a comma-separated list.
     #[arg(

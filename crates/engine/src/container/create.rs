@@ -101,17 +101,20 @@ impl Engine {
         }
         // From here on nothing is a 404, which clients take for a missing image, and pull: what a new container names and
         // is not there makes its definition wrong.
-        self.define(name, &image, config, host, networking, step)
+        let asked_platform = platform.is_some();
+        self.define(name, &image, asked_platform, config, host, networking, step)
             .map_err(|error| match base::Classified::kind(&error) {
                 base::Kind::NotFound => Error::Invalid(error.to_string()),
                 _ => error,
             })
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn define(
         self: &Arc<Self>,
         name: Option<String>,
         image: &::image::Image,
+        asked_platform: bool,
         config: ContainerConfig,
         mut host: HostConfig,
         networking: NetworkingConfig,
@@ -121,6 +124,13 @@ impl Engine {
         network::check_conflicts(&config, &host)?;
         let mut config = over_image(config, image.config.config.as_ref())?;
         let mut warnings = self.complete(&mut config, &mut host, &id)?;
+        let own = ::image::Platform::host();
+        if !asked_platform && image.platform.architecture != own.architecture {
+            warnings.push(format!(
+                "The requested image's platform ({}) does not match the detected host platform ({own}) and no specific platform was requested",
+                image.platform
+            ));
+        }
         let networks = network::wanted(
             &self.networks,
             &config,

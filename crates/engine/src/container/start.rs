@@ -157,6 +157,7 @@ impl Engine {
                 })
                 .await;
                 let (error, code) = explain(error);
+                let error = self.explain_platform(error, &record);
                 container.note(|record| {
                     record.endpoints.clear();
                     record.networks.values_mut().for_each(network::hide);
@@ -166,6 +167,29 @@ impl Engine {
                 });
                 Err(error)
             }
+        }
+    }
+
+    /// Says of a program that the kernel cannot run that it is another processor's, where it is.
+    fn explain_platform(&self, error: Error, record: &Record) -> Error {
+        let host = ::image::Platform::host();
+        match (error, self.images.inspect(&record.image)) {
+            (Error::Runtime { message, kind }, Ok(image))
+                if message.contains("exec format error")
+                    && image.platform.architecture != host.architecture =>
+            {
+                Error::Room {
+                    message: format!(
+                        "{message}: the image is for {}, and this host runs {host}",
+                        image.platform
+                    ),
+                    kind,
+                    fix: Some(format!(
+                        "take an image for {host}, or have the kernel emulate the other: apt-get install qemu-user-static binfmt-support"
+                    )),
+                }
+            }
+            (error, _) => error,
         }
     }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::config::{History, ImageConfig, RunConfig};
 use crate::error::At;
 use crate::layer::tree::Scratch;
-use crate::manifest::go_architecture;
+use crate::manifest::{go_architecture, is_architecture};
 use crate::progress::{Cancel, Event, Progress};
 use crate::{Error, ImageId, Platform, Reference, RemoveOptions, Result, Store};
 
@@ -27,7 +27,7 @@ pub struct BootstrapOptions {
     pub distribution: String,
     /// `bookworm`, `sid`, `stable`, or a number (`12`).
     pub suite: String,
-    /// In Go's or Debian's words; this host's where empty.
+    /// In Go's or Debian's words, or a platform (`linux/arm64`); this host's where empty.
     pub arch: String,
     /// Packages beyond the minimum.
     pub packages: Vec<String>,
@@ -47,7 +47,7 @@ impl BootstrapOptions {
     /// The options that a name like `debian:bookworm` or `debian:12` stands for.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for other distributions.
+    /// [`Error::Invalid`] for other distributions.
     pub fn named(name: &str) -> Result<BootstrapOptions> {
         let (distribution, suite) = name.split_once(':').unwrap_or((name, "stable"));
         let options = BootstrapOptions {
@@ -61,11 +61,12 @@ impl BootstrapOptions {
 
     fn check(&self) -> Result<()> {
         if self.distribution != "debian" {
-            return Err(Error::Unsupported(format!(
+            return Err(Error::Invalid(format!(
                 "only debian can be bootstrapped, not {:?}: write debian:bookworm",
                 self.distribution
             )));
         }
+        self.architecture()?;
         // These end on the command lines of apt and in a sources.list.
         let word = |text: &str| {
             !text.is_empty()
@@ -96,6 +97,21 @@ impl BootstrapOptions {
             return wrong("an archive's address (http://HOST/debian)", mirror);
         }
         Ok(())
+    }
+
+    /// The architecture in Go's words.
+    fn architecture(&self) -> Result<String> {
+        if self.arch.is_empty() {
+            return Ok(Platform::host().architecture);
+        }
+        match Platform::parse(&self.arch)? {
+            Platform {
+                os, architecture, ..
+            } if os == "linux" && is_architecture(&architecture) => Ok(architecture),
+            other => Err(Error::Invalid(format!(
+                "debian is not made for {other}: name an architecture as in amd64 or arm64"
+            ))),
+        }
     }
 
     /// The names the image gets.
@@ -153,11 +169,7 @@ pub fn bootstrap(
     options.check()?;
     let references = options.references()?;
     let suite = sources::suite_of(&options.suite);
-    let architecture = if options.arch.is_empty() {
-        Platform::host().architecture
-    } else {
-        go_architecture(&options.arch).to_owned()
-    };
+    let architecture = options.architecture()?;
     let keyring = options
         .keyring
         .as_ref()
@@ -260,22 +272,7 @@ pub fn bootstrap(
             store.remove(&id.to_string(), RemoveOptions::default(), &|_| Vec::new())?;
         }
         let words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
-        // Errors first; without any, the end of what it said.
-        let errors: Vec<String> = words
-            .iter()
-            .filter(|l| l.starts_with("E:") || l.starts_with("Err:"))
-            .cloned()
-            .collect();
-        let said = if errors.is_empty() {
-            words.iter().rev().take(5).rev().cloned().collect()
-        } else {
-            errors
-        };
-        return Err(Error::Program {
-            program: "mmdebstrap".to_owned(),
-            status: status.to_string(),
-            last_words: said.join("; "),
-        });
+        return Err(explain(&words, &suite, &architecture, &status.to_string()));
     }
     let id = imported?;
     for reference in &references {
@@ -283,6 +280,63 @@ pub fn bootstrap(
         progress.report(Event::message(format!("Tagged {}", reference.familiar())));
     }
     Ok(id)
+}
+
+/// What went wrong, from the tool's last words.
+fn explain(words: &VecDeque<String>, suite: &str, architecture: &str, status: &str) -> Error {
+    // What the tool says of itself after apt has said why.
+    const NOISE: [&str; 5] = [
+        "E: mmdebstrap failed",
+        "E: apt-get ",
+        "E: setup failed",
+        "E: Some index files failed",
+        "E: Unable to correct problems",
+    ];
+    let errors: Vec<&str> = words
+        .iter()
+        .filter(|line| line.starts_with("E:") && !NOISE.iter().any(|noise| line.starts_with(noise)))
+        .map(|line| line[2..].trim())
+        .collect();
+    let packages: Vec<&str> = errors
+        .iter()
+        .filter_map(|line| line.strip_prefix("Unable to locate package "))
+        .collect();
+    if !packages.is_empty() {
+        return Error::NotFound {
+            what: format!("package {}", packages.join(", ")),
+            why: format!("the archive has none of this name in {suite} for {architecture}"),
+        };
+    }
+    let missing = errors.iter().find_map(|line| {
+        let (_, rest) = line.split_once("The repository '")?;
+        let (repository, _) = rest.split_once(" Release' does not have a Release file")?;
+        repository.split_once(' ')
+    });
+    if let Some((uri, name)) = missing {
+        return Error::NotFound {
+            what: format!("suite {name}"),
+            why: format!("the archive {uri} has none of this name, see {uri}/dists/"),
+        };
+    }
+    let mut said = if errors.is_empty() {
+        words.iter().rev().take(5).rev().cloned().collect()
+    } else {
+        errors
+            .iter()
+            .map(|line| (*line).to_owned())
+            .collect::<Vec<_>>()
+    };
+    if errors.iter().any(|line| line.contains("is expired")) {
+        said.push(format!(
+            "this host's clock says {}: where that is right, the archive is no longer kept up, and --mirror URL names another",
+            base::time::now_rfc3339()
+        ));
+    }
+    Error::Program {
+        program: "mmdebstrap".to_owned(),
+        status: status.to_owned(),
+        last_words: said.join("; "),
+    }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -637,6 +691,55 @@ mod tests {
         write("enabled\ninterpreter /x\nflags: POF\n");
         check().unwrap();
         assert!(check_emulation(&Platform::host().architecture, handlers.path()).is_ok());
+    }
+
+    #[test]
+    fn what_the_archive_lacks_is_said_by_its_name() {
+        let told = |lines: &[&str]| {
+            let words = lines.iter().map(|line| (*line).to_owned()).collect();
+            explain(&words, "bookworm", "amd64", "exit status: 25")
+        };
+        let error = told(&[
+            "E: Unable to locate package nosuch",
+            "E: setup failed: E: apt-get failed",
+            "E: mmdebstrap failed to run",
+        ]);
+        assert!(matches!(&error, Error::NotFound { what, .. } if what == "package nosuch"));
+        let error = told(&[
+            "Err:4 http://host/debian nosuch Release",
+            "E: The repository 'http://host/debian nosuch Release' does not have a Release file.",
+            "E: apt-get update --error-on=any failed",
+        ]);
+        assert!(
+            matches!(&error, Error::NotFound { what, why } if what == "suite nosuch" && why.contains("http://host/debian/dists/"))
+        );
+        let error = told(&[
+            "E: Failed to fetch http://host/x  Could not connect",
+            "E: mmdebstrap failed to run",
+        ]);
+        assert_eq!(
+            error.to_string(),
+            "mmdebstrap failed (exit status: 25): Failed to fetch http://host/x  Could not connect"
+        );
+        let error = told(&["E: Release file for http://host/InRelease is expired (since 1d)."]);
+        assert!(error.to_string().contains("clock says"), "{error}");
+    }
+
+    #[test]
+    fn an_architecture_may_be_a_platform() {
+        let of = |arch: &str| {
+            let options = BootstrapOptions {
+                arch: arch.to_owned(),
+                ..BootstrapOptions::named("debian:12").unwrap()
+            };
+            options.check().and_then(|()| options.architecture()).ok()
+        };
+        for arch in ["arm64", "aarch64", "linux/arm64", "linux/arm64/v8"] {
+            assert_eq!(of(arch).as_deref(), Some("arm64"), "{arch}");
+        }
+        for wrong in ["bogus", "windows/amd64", "a/b/c/d", "linux/", "linux/bogus"] {
+            assert_eq!(of(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
