@@ -284,12 +284,13 @@ async fn one(
     }
 }
 
-/// Fields that older versions of the API had; docker-compose 1.29 still reads `ContainerConfig`.
+/// Fields that older versions of the API had.
 fn inspect_as_of(image: &ImageInspect, version: ApiVersion) -> Result<Value, ApiError> {
     let mut value = serde_json::to_value(image).map_err(internal)?;
+    // docker-compose 1.29 speaks the newest version and cannot recreate a container without this.
+    value["ContainerConfig"] = value["Config"].clone();
     if version < ApiVersion::minor(45) {
         value["Container"] = json!("");
-        value["ContainerConfig"] = value["Config"].clone();
     }
     if version < ApiVersion::minor(44) {
         value["VirtualSize"] = value["Size"].clone();

@@ -43,6 +43,9 @@ pub struct Line {
     pub error_detail: Option<serde_json::Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The command that fixes the error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
 }
 
 /// How far a part is.
@@ -237,13 +240,16 @@ fn outcome(ended: Result<Result<(), ApiError>, tokio::task::JoinError>) -> Resul
 
 /// The last line of an operation that failed.
 fn error_line(error: &ApiError) -> Bytes {
-    let mut detail = serde_json::json!({ "message": error.message });
+    // The status and the fix are fields of our own.
+    let mut detail =
+        serde_json::json!({ "message": error.message, "status": error.status.as_u16() });
     if let Some(code) = error.code {
         detail["code"] = code.into();
     }
     let line = Line {
         error_detail: Some(detail),
         error: Some(error.message.clone()),
+        fix: error.fix.clone(),
         ..Line::default()
     };
     let mut text = serde_json::to_vec(&line).unwrap_or_default();
@@ -278,7 +284,9 @@ mod tests {
         let late = text(late.await).await;
         assert!(late.starts_with("{\"status\":\"begun\"}\r\n"), "{late}");
         assert!(
-            late.ends_with("{\"errorDetail\":{\"message\":\"gone\"},\"error\":\"gone\"}\r\n"),
+            late.ends_with(
+                "{\"errorDetail\":{\"message\":\"gone\",\"status\":404},\"error\":\"gone\"}\r\n"
+            ),
             "{late}"
         );
     }

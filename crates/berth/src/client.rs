@@ -277,6 +277,19 @@ pub async fn read_json<T: DeserializeOwned>(response: Response<Incoming>) -> Res
     })
 }
 
+/// What kind of failure a status is, or the word beside it.
+pub fn kind_of(word: Option<&str>, status: u16) -> Kind {
+    match (word, status) {
+        (Some("capacity"), _) | (_, 507) => Kind::Capacity,
+        (Some("unsupported"), _) | (_, 501) => Kind::Unsupported,
+        (_, 400 | 422) => Kind::Invalid,
+        (_, 401 | 403) => Kind::Permission,
+        (_, 404) => Kind::NotFound,
+        (_, 409) => Kind::Conflict,
+        _ => Kind::Internal,
+    }
+}
+
 async fn failure_of(response: Response<Incoming>) -> Failure {
     let status = response.status().as_u16();
     let bytes = collect(response).await.unwrap_or_default();
@@ -285,17 +298,8 @@ async fn failure_of(response: Response<Incoming>) -> Failure {
         || String::from_utf8_lossy(&bytes).trim().to_owned(),
         str::to_owned,
     );
-    let kind = match (body["kind"].as_str(), status) {
-        (Some("capacity"), _) | (_, 507) => Kind::Capacity,
-        (Some("unsupported"), _) | (_, 501) => Kind::Unsupported,
-        (_, 400 | 422) => Kind::Invalid,
-        (_, 401 | 403) => Kind::Permission,
-        (_, 404) => Kind::NotFound,
-        (_, 409) => Kind::Conflict,
-        _ => Kind::Internal,
-    };
     let mut failure = Failure::new(
-        kind,
+        kind_of(body["kind"].as_str(), status),
         if message.is_empty() {
             format!("the daemon answered {status}")
         } else {

@@ -41,7 +41,10 @@ impl Progress {
                 .as_str()
                 .or(message["error"].as_str())
             {
-                let mut failure = Failure::internal(error);
+                let status = message["errorDetail"]["status"].as_u64();
+                let status = status.and_then(|status| u16::try_from(status).ok());
+                let mut failure =
+                    Failure::new(crate::client::kind_of(None, status.unwrap_or(500)), error);
                 failure.fix = message["fix"].as_str().map(str::to_owned);
                 if let Some(code) = message["errorDetail"]["code"]
                     .as_u64()

@@ -348,7 +348,7 @@ impl Engine {
             (wanted, _) => wanted,
         };
         let security = spec::security(host)?;
-        let process = spec::process(
+        let mut process = spec::process(
             &config.cmd,
             environment,
             directory,
@@ -358,6 +358,7 @@ impl Engine {
             &set,
             security.no_new_privileges,
         );
+        spec::bound(&mut process, host);
         let process = serde_json::from_value(process)
             .map_err(|error| Error::Invalid(format!("exec: {error}")))?;
         let made = protocol::Exec {

@@ -78,6 +78,20 @@ volumes:
         "{again}"
     );
     compose(&["logs", "web"]);
+    // What has changed is made anew, with its volume.
+    compose(&["exec", "-T", "web", "sh", "-c", "echo kept > /data/file"]);
+    compose(&["up", "-d", "--force-recreate", "-t", "0", "web"]);
+    assert!(
+        compose(&["exec", "-T", "web", "cat", "/data/file"]).contains("kept"),
+        "the volume is another"
+    );
+    compose(&["up", "-d", "-t", "0", "--scale", "client=2"]);
+    assert!(compose(&["ps"]).contains("client_2"));
+    assert!(compose(&["run", "--rm", "-T", "client", "echo", "ran"]).contains("ran"));
+    compose(&["pause", "client"]);
+    compose(&["unpause", "client"]);
+    assert!(compose(&["top", "client"]).contains("sleep"));
+    assert!(compose(&["port", "web", "80"]).contains("127.0.0.1:"));
     compose(&["stop", "-t", "0"]);
     compose(&["start"]);
     compose(&["restart", "-t", "0"]);

@@ -112,8 +112,15 @@ fn limits_reach_the_kernel() {
     if let Some(rate) = &rate {
         words.extend(["--device-write-bps", rate]);
     }
+    words.extend(["--ulimit", "nofile=100:200", "--oom-score-adj", "300"]);
     words.extend(["busybox", "sleep", "1000"]);
     daemon.docker(&words);
+    // What is executed later is bound as the container's own process is.
+    let script = "ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj";
+    assert_eq!(
+        daemon.docker(&["exec", "limited", "sh", "-c", script]),
+        "100\n200\n300"
+    );
     let pid = daemon.docker(&["inspect", "-f", "{{.State.Pid}}", "limited"]);
     let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let value = |controller: &str, file: &str| {

@@ -83,16 +83,20 @@ impl Engine {
         let opening = || format!("opening the file system of container {}", container.id);
         if let (true, Some(process)) = (record.phase.lives(), record.process) {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let root =
-                rustix::fs::open(format!("/proc/{}/root", process.pid), flags, Mode::empty())
-                    .map_err(|error| Error::io(opening())(error.into()))?;
-            return Ok(Place {
-                root,
-                path: inside,
-                name,
-                follow,
-                writable,
-            });
+            match rustix::fs::open(format!("/proc/{}/root", process.pid), flags, Mode::empty()) {
+                Ok(root) => {
+                    return Ok(Place {
+                        root,
+                        path: inside,
+                        name,
+                        follow,
+                        writable,
+                    });
+                }
+                // It has just ended, which is not noted yet.
+                Err(Errno::NOENT | Errno::SRCH) => {}
+                Err(error) => return Err(Error::io(opening())(error.into())),
+            }
         }
         if let Some(mount) = mount
             && let Some(source) = match mount.point.kind.as_str() {

@@ -288,6 +288,15 @@ pub(crate) fn process(
     process
 }
 
+/// Gives a process the container's own limits of a process: an exec'd one has them too.
+pub(crate) fn bound(process: &mut Value, host: &HostConfig) {
+    process["oomScoreAdj"] = json!(host.oom_score_adj);
+    let rlimits = limits::rlimits(&host.resources);
+    if !rlimits.is_empty() {
+        process["rlimits"] = json!(rlimits);
+    }
+}
+
 /// The whole spec.
 ///
 /// # Errors
@@ -324,11 +333,7 @@ pub(crate) fn build(record: &Record, around: Surroundings<'_>) -> Result<Value> 
         &set,
         security.no_new_privileges,
     );
-    process["oomScoreAdj"] = json!(host.oom_score_adj);
-    let rlimits = limits::rlimits(&host.resources);
-    if !rlimits.is_empty() {
-        process["rlimits"] = json!(rlimits);
-    }
+    bound(&mut process, host);
     let taken: Vec<&Value> = around
         .mounts
         .iter()

@@ -490,7 +490,7 @@ fn command(
     command
 }
 
-/// Proxies and certificates the host's apt is told of, without which the archive may be out of reach.
+/// Proxies, certificates and clocks the host's apt is told of, without which the archive may be out of reach.
 fn host_apt_options() -> Vec<String> {
     let Ok(output) = Command::new("apt-config")
         .args(["dump", "--no-empty"])
@@ -507,6 +507,9 @@ fn host_apt_options() -> Vec<String> {
         "Acquire::https::Verify-Peer",
         "Acquire::https::Verify-Host",
         "Acquire::ForceIPv4",
+        "Acquire::Check-Date",
+        "Acquire::Check-Valid-Until",
+        "Acquire::Max-FutureTime",
     ];
     String::from_utf8_lossy(&output.stdout)
         .lines()

@@ -369,10 +369,8 @@ impl<R: Read> TarReader<R> {
     }
 
     fn skip_content(&mut self) -> io::Result<()> {
-        let mut sink = [0u8; 4096];
-        while self.left > 0 {
-            self.read(&mut sink)?;
-        }
+        let left = self.left;
+        io::copy(&mut self.by_ref().take(left), &mut io::sink())?;
         // docker's client ends the archive of `build -f -` right behind its last file's content.
         let mut padding = (&mut self.source).take(self.padding);
         io::copy(&mut padding, &mut io::sink())?;
