@@ -17,6 +17,12 @@ use crate::error::{Error, Result};
 /// How long a killed container may take to be gone and cleaned up: many at once on a busy host take their time.
 const KILL_WAIT: Duration = Duration::from_secs(60);
 
+/// The number of a signal that a request names; an empty text names none.
+fn asked(signal: Option<&str>) -> Result<Option<i32>> {
+    let named = signal.filter(|signal| !signal.is_empty());
+    named.map(signal::number).transpose()
+}
+
 impl Engine {
     /// Stops it: `signal` (its own stop signal), then after `timeout` seconds (its own; negative: never) SIGKILL.
     /// [`Error::NotModified`] where it does not run.
@@ -27,10 +33,7 @@ impl Engine {
         signal: Option<&str>,
     ) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let signal = signal
-            .filter(|signal| !signal.is_empty())
-            .map(signal::number)
-            .transpose()?;
+        let signal = asked(signal)?;
         let engine = self.clone();
         detached(async move {
             let _operation = container.operation.lock().await;
@@ -149,10 +152,7 @@ impl Engine {
         signal: Option<&str>,
     ) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let signal = signal
-            .filter(|signal| !signal.is_empty())
-            .map(signal::number)
-            .transpose()?;
+        let signal = asked(signal)?;
         let engine = self.clone();
         detached(async move {
             let _operation = container.operation.lock().await;
