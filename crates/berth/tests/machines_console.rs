@@ -91,6 +91,11 @@ fn no_byte_of_a_burst_is_lost_to_an_attached_console_even_when_the_machine_ends_
     host.eventually("the guest is ready again", || {
         logs(&host, "vm").matches("READY").count() == 2
     });
-    type_line(&host, "vm", "insmod /modules/virtio_console.ko");
+    // Its ports come after the module: a line that is written before makes a file of that name.
+    type_line(
+        &host,
+        "vm",
+        "insmod /modules/virtio_console.ko; until test -c /dev/hvc0; do sleep 0.1; done",
+    );
     burst(&host, &["--virtio"], "/dev/hvc0");
 }
