@@ -1,4 +1,4 @@
-//! What this host says of itself: its boot, its kernel, its programs.
+//! What this host says of itself: its boot, its kernel, its programs, its size.
 
 use std::path::PathBuf;
 
@@ -28,6 +28,17 @@ fn version_of(release: &str) -> (u32, u32) {
         .split(|letter: char| !letter.is_ascii_digit())
         .map(|number| number.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Bytes of memory this host has.
+pub fn memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram as u64 * u64::from(info.mem_unit.max(1))
+}
+
+/// The logical processors this process may use.
+pub fn processors() -> u32 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
 /// Where a program is: in PATH, or where the system's own are even if PATH does not say so.

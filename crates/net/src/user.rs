@@ -169,9 +169,7 @@ impl UserNet {
             udp_forwards,
         })
     }
-}
 
-impl UserNet {
     /// Waits until it ends by itself, which is when its link does.
     pub fn wait(mut self) {
         if let Some(thread) = self.thread.take() {

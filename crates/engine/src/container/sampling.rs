@@ -112,7 +112,7 @@ fn read(record: &Record, group: &str) -> Stats {
             throttled_time: used.cpu.throttling.throttled_time,
         },
     };
-    let total = total_memory();
+    let total = base::host::memory();
     let limit = used.memory.usage.limit;
     out.memory_stats = MemoryStats {
         usage: Some(used.memory.usage.usage),
@@ -164,11 +164,6 @@ fn system_cpu() -> Option<u64> {
         .filter_map(|field| field.parse::<u64>().ok())
         .sum();
     Some(ticks * 10_000_000)
-}
-
-fn total_memory() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram as u64 * u64::from(info.mem_unit)
 }
 
 /// Reads `/proc/PID/net/dev`, but for the loopback interface.

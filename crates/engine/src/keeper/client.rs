@@ -1,12 +1,9 @@
 //! The daemon's side of the keeper's socket.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -73,7 +70,8 @@ impl Keeper {
                 Err(error) => tracing::warn!(%error, "the keeper that was there does not answer"),
             }
         }
-        spawn(run, &path, command).map_err(Error::io("starting the container keeper"))?;
+        base::companion::start("keeper", run, &path, command)
+            .map_err(Error::io("starting the container keeper"))?;
         let socket = connect(&path).map_err(Error::io("connecting to the container keeper"))?;
         Keeper::greet(socket).await
     }
@@ -386,48 +384,4 @@ fn connect(path: &Path) -> io::Result<OwnedFd> {
     )?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
-}
-
-/// Starts a keeper that listens at `path`. The socket is made here, so that a connection waits instead of failing.
-fn spawn(run: &Path, path: &Path, command: &[PathBuf]) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?;
-    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    rustix::net::listen(&listener, 4)?;
-    let journal = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(run.join("keeper.log"))?;
-    let (program, arguments) = command.split_first().ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "no keeper command is configured",
-        )
-    })?;
-    let status = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .env(
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
-        .stdin(Stdio::from(listener))
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(journal))
-        .status()?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(io::Error::other(format!("the keeper ended with {status}")))
-    }
 }

@@ -775,19 +775,6 @@ impl Keeper {
     }
 }
 
-/// Raises this process's limit of open files to what is allowed.
-pub(super) fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    );
-}
-
 impl Failure {
     pub fn invalid(message: impl Into<String>) -> Failure {
         Failure {

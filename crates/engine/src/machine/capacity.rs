@@ -16,15 +16,6 @@ use super::record::{Machine, MachineSpec};
 use super::{Machines, RECORD, disk};
 use crate::{Error, Result};
 
-pub(super) fn host_memory() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram as u64 * u64::from(info.mem_unit.max(1))
-}
-
-pub(super) fn host_cpus() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
-}
-
 /// Memory of the machines that run or are about to, in bytes. Its own lock, a leaf, is what two starts at once meet at.
 #[derive(Default)]
 pub(super) struct Ledger(Mutex<HashMap<Id, u64>>);
@@ -228,14 +219,14 @@ impl Storage {
 
 impl Machines {
     pub(super) fn check_capacity(&self, spec: &MachineSpec, in_use: u64) -> Result<()> {
-        let cpus = host_cpus();
+        let cpus = base::host::processors();
         if spec.cpus > cpus {
             return Err(Error::Capacity(format!(
                 "{} CPUs were asked for; this host has {cpus} logical processors. Ask for at most {cpus}",
                 spec.cpus
             )));
         }
-        if spec.memory.saturating_add(in_use) > host_memory() && !spec.overcommit {
+        if spec.memory.saturating_add(in_use) > base::host::memory() && !spec.overcommit {
             let running = if in_use > 0 {
                 format!(", of which running machines have {}", format_size(in_use))
             } else {
@@ -244,7 +235,7 @@ impl Machines {
             return Err(Error::Capacity(format!(
                 "{} of memory were asked for; this host has {}{running}. Ask for less, stop a machine, or say --overcommit",
                 format_size(spec.memory),
-                format_size(host_memory())
+                format_size(base::host::memory())
             )));
         }
         Ok(())

@@ -2,14 +2,11 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 use super::protocol::{Reply, Request, VERSION, receive, send, socket_path};
 use crate::endpoint::Protocol;
 use crate::error::{Error, Result};
+use crate::manager::lock;
 use crate::namespace::within;
 
 /// How long an answer may take.
@@ -54,10 +52,6 @@ impl std::fmt::Debug for Gateway {
             .field("run", &self.run)
             .finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Gateway {
@@ -166,7 +160,7 @@ impl Gateway {
     fn ask(&self, request: &Request) -> io::Result<Reply> {
         let mut connection = lock(&self.connection);
         match exchange(&connection.socket, request) {
-            Err(error) if error.raw_os_error() != Some(libc::EAGAIN) && is_lost(&error) => {
+            Err(error) if is_lost(&error) => {
                 self.restart(&mut connection)?;
                 exchange(&connection.socket, request)
             }
@@ -307,40 +301,12 @@ fn unexpected(reply: &Reply) -> io::Error {
     }
 }
 
-/// Starts a gateway and says what namespace to serve. The socket is made here, so that a connection waits instead of failing.
+/// Starts a gateway and says what namespace to serve.
 fn start(
     run: &Path,
     command: &[PathBuf],
     netns: Option<BorrowedFd<'_>>,
 ) -> io::Result<(Connection, u32, OwnedFd)> {
-    let path = socket_path(run);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let flags = SocketFlags::CLOEXEC;
-    let listener =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new(&path)?)?;
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600))?;
-    rustix::net::listen(&listener, 4)?;
-    let journal = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(run.join("gateway.log"))?;
-    let (program, arguments) = command
-        .split_first()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no gateway is configured"))?;
-    let status = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .stdin(Stdio::from(listener))
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(journal))
-        .status()?;
-    if !status.success() {
-        return Err(io::Error::other(format!("the gateway ended with {status}")));
-    }
+    base::companion::start("gateway", run, &socket_path(run), command)?;
     hello(connect(run)?, netns)
 }

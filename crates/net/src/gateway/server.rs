@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use base::Kind;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SocketFlags, accept_with, sockopt};
+use rustix::net::{SocketFlags, accept_with};
 
 use super::protocol::{Reply, Request, VERSION, receive, send};
-use super::world::{World, drop_privileges};
+use super::world::World;
 use crate::endpoint::Protocol;
 use crate::proxy::{Proxy, bound_port, listen, start};
 use crate::user::UserNet;
@@ -54,47 +54,22 @@ pub fn main(args: impl IntoIterator<Item = String>) -> ExitCode {
 }
 
 fn run() -> io::Result<()> {
-    let stdin = io::stdin();
-    if !matches!(sockopt::socket_acceptconn(stdin.as_fd()), Ok(true)) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "descriptor 0 is no listening socket; the daemon starts the gateway itself",
-        ));
+    let listener = base::companion::take_listener("gateway")?;
+    // SAFETY: this process has one thread.
+    if !unsafe { base::companion::detach(c"berth-gateway") }? {
+        return Ok(());
     }
-    let listener = rustix::io::fcntl_dupfd_cloexec(stdin.as_fd(), 3)?;
-    rustix::stdio::dup2_stdin(&std::fs::File::open("/dev/null")?)?;
-    // SAFETY: this process has one thread, so the child may do anything its parent may.
-    match unsafe { libc::fork() } {
-        -1 => return Err(io::Error::last_os_error()),
-        0 => {}
-        _ => return Ok(()),
-    }
-    let _ = rustix::process::setsid();
-    rustix::process::chdir("/")?;
     // What is sent to the daemon's group is not meant for what outlives it.
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
         // SAFETY: a signal is ignored; no handler runs.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    let _ = rustix::thread::set_name(c"berth-gateway");
-    raise_descriptor_limit();
     rustix::io::ioctl_fionbio(&listener, true)?;
     let Some((daemon, world)) = first(&listener)? else {
         return Ok(());
     };
-    drop_privileges()?;
+    base::privileges::drop_all()?;
     serve(&listener, daemon, world)
-}
-
-/// Each connection is two descriptors.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let most = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    let _ = setrlimit(Resource::Nofile, most);
 }
 
 /// The first daemon, which says what namespace to serve; `None` where it went away.
@@ -252,16 +227,7 @@ impl Server {
             // What a container had that is gone.
             self.published.remove(&(protocol, address));
         }
-        let mut tried = listen(address, protocol);
-        // The kernel lets go of a socket a moment after the proxy's task has.
-        for _ in 0..20 {
-            if !matches!(&tried, Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE)) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-            tried = listen(address, protocol);
-        }
-        let socket = tried?;
+        let socket = listen(address, protocol)?;
         let port = bound_port(&socket)?;
         let proxy = start(&self.world.inside, socket, protocol, target)?;
         let published = Published {

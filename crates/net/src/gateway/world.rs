@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use rustix::thread::UnshareFlags;
 use tokio::runtime::{Builder, Handle};
 
 use crate::address::{Mac, Subnet};
@@ -54,7 +54,7 @@ impl World {
             .spawn(move || {
                 let laid = lay_here(netns).and_then(|laid| {
                     let runtime = Builder::new_current_thread().enable_all().build()?;
-                    drop_privileges()?;
+                    base::privileges::drop_all()?;
                     Ok((laid, runtime))
                 });
                 match laid {
@@ -191,18 +191,6 @@ fn open_wire(index: u32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(socket)
-}
-
-/// The calling thread, and those it starts, can do no more than their user.
-pub(super) fn drop_privileges() -> io::Result<()> {
-    rustix::thread::set_no_new_privs(true)?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    rustix::thread::set_capabilities(None, none)?;
-    Ok(())
 }
 
 /// Tries whether the calling user could have such networks, and leaves nothing. For a process with one thread that ends next.

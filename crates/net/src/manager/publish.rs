@@ -17,7 +17,7 @@ use crate::proxy::{Proxy, bound_port, listen};
 
 /// A port of the host that is ours while this lives.
 pub(super) enum Reservation {
-    /// A kernel without SCTP sockets may still forward SCTP.
+    /// Nothing but the rules: a kernel without SCTP sockets may still forward SCTP.
     None,
     Socket {
         _socket: OwnedFd,
@@ -238,7 +238,12 @@ impl Manager {
         if let Some(holder) = holder {
             return Err(in_use(format!(" by container {holder}")));
         }
-        let (port, reservation) = match self.take_port(endpoint, address, port, wish) {
+        let (port, reservation) = match self.take_port(
+            endpoint,
+            address,
+            port,
+            (wish.container_port, wish.protocol),
+        ) {
             Ok(taken) => taken,
             Err(error) => match error.raw_os_error() {
                 Some(libc::EADDRINUSE) => return Err(in_use(String::new())),
@@ -277,9 +282,8 @@ impl Manager {
         endpoint: &Endpoint,
         address: IpAddr,
         port: u16,
-        wish: &PortMap,
+        (container_port, protocol): (u16, Protocol),
     ) -> io::Result<(u16, Reservation)> {
-        let protocol = wish.protocol;
         let same_family = match address {
             IpAddr::V4(_) => endpoint
                 .ipv4()
@@ -290,20 +294,23 @@ impl Manager {
                 .map(IpAddr::V6)
                 .or(endpoint.ipv4().map(IpAddr::V4)),
         };
-        let target = same_family.map(|ip| SocketAddr::new(ip, wish.container_port));
+        let target = same_family.map(|ip| SocketAddr::new(ip, container_port));
         let address = SocketAddr::new(address, port);
         if let (Some(gateway), Some(target)) = (&self.config.gateway, target) {
-            let (port, _published) = gateway.publish(protocol, address, target)?;
-            return Ok((port, Reservation::Gateway { _published }));
+            let (port, published) = gateway.publish(protocol, address, target)?;
+            let reservation = Reservation::Gateway {
+                _published: published,
+            };
+            return Ok((port, reservation));
         }
-        let _socket = listen(address, protocol)?;
-        let port = bound_port(&_socket)?;
+        let socket = listen(address, protocol)?;
+        let port = bound_port(&socket)?;
         let wanted = protocol == Protocol::Tcp || (protocol == Protocol::Udp && address.is_ipv6());
         let Some(target) = target.filter(|_| wanted) else {
-            return Ok((port, Reservation::Socket { _socket }));
+            return Ok((port, Reservation::Socket { _socket: socket }));
         };
-        match self.services.proxy(_socket, protocol, target) {
-            Ok(_proxy) => Ok((port, Reservation::Proxy { _proxy })),
+        match self.services.proxy(socket, protocol, target) {
+            Ok(proxy) => Ok((port, Reservation::Proxy { _proxy: proxy })),
             Err(error) => {
                 tracing::warn!(%error, port, "no proxy for a published port");
                 Ok((port, Reservation::None))
@@ -334,13 +341,8 @@ impl Manager {
             .filter_map(|port| forward_of(endpoint, port))
             .collect();
         let reservations = endpoint.ports.iter().filter_map(|port| {
-            let wish = PortMap {
-                container_port: port.container_port,
-                protocol: port.protocol,
-                host_ip: None,
-                host_ports: None,
-            };
-            self.take_port(endpoint, port.host_ip, port.host_port, &wish)
+            let inside = (port.container_port, port.protocol);
+            self.take_port(endpoint, port.host_ip, port.host_port, inside)
                 .inspect_err(|error| tracing::warn!(%error, port = port.host_port, "a published port is held by another program"))
                 .map(|(_, reservation)| reservation)
                 .ok()

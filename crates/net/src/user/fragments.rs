@@ -15,7 +15,7 @@ struct Partial {
     /// Ethernet's and IPv4's of the first piece.
     head: Vec<u8>,
     body: Vec<u8>,
-    /// What is there, as first byte and end; in order, and none touches the next.
+    /// What is there, as first byte and end, as it came; none overlaps another.
     have: Vec<(usize, usize)>,
     /// Known with the last piece.
     length: Option<usize>,

@@ -129,7 +129,7 @@ pub(super) fn arp_reply(addresses: (Mac, Mac), asked: Ipv4Addr, asker: Ipv4Addr)
 }
 
 /// The Internet checksum (RFC 1071).
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u32;
     for part in parts {
         for pair in part.chunks(2) {

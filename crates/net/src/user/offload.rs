@@ -1,5 +1,7 @@
 //! `virtio_net_hdr` (virtio 1.2 section 5.1.6, <linux/virtio_net.h>): work that the two sides of a link leave to each other.
 
+use super::frame::checksum;
+
 /// Bytes, without the count of buffers.
 pub(super) const HEADER: usize = 10;
 
@@ -37,14 +39,8 @@ pub(super) fn leave_checksum(packet: &mut [u8], segment: u16) -> [u8; HEADER] {
     header[6..8].copy_from_slice(&(ETHERNET + 20).to_ne_bytes());
     header[8..10].copy_from_slice(&TCP_CHECKSUM.to_ne_bytes());
     // The sum of the pseudo-header (RFC 9293 section 3.1), which the rest is added to.
-    let mut sum = 6 + u32::from(length);
-    for pair in packet[12..20].chunks_exact(2) {
-        sum += u32::from(u16::from_be_bytes([pair[0], pair[1]]));
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    packet[36..38].copy_from_slice(&(sum as u16).to_be_bytes());
+    let sum = !checksum(&[&packet[12..20], &[0, 6], &length.to_be_bytes()]);
+    packet[36..38].copy_from_slice(&sum.to_be_bytes());
     header
 }
 

@@ -89,8 +89,7 @@ pub struct BootArgs {
 
 /// Refuses what the host has no memory for, and warns of CPUs that would only take turns.
 fn check_host(cpus: u32, memory: u64, overcommit: bool) -> Result<(), Failure> {
-    let about = rustix::system::sysinfo();
-    let total = about.totalram as u64 * u64::from(about.mem_unit);
+    let total = base::host::memory();
     if memory > total && !overcommit {
         let message = format!(
             "{} of memory were asked for; this host has {}",
@@ -100,7 +99,7 @@ fn check_host(cpus: u32, memory: u64, overcommit: bool) -> Result<(), Failure> {
         let failure = Failure::new(base::Kind::Capacity, message);
         return Err(failure.with_fix("ask for less, or say --overcommit"));
     }
-    let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
+    let processors = base::host::processors();
     if cpus > processors {
         eprintln!(
             "berth: {cpus} CPUs were asked for; this host has {processors} logical processors, which they share"

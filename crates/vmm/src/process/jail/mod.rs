@@ -16,9 +16,7 @@ use landlock::{
     ABI, Access as _, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
     path_beneath_rules,
 };
-use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities, unshare_unsafe,
-};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 pub use calls::{Thread, confine};
 use root::Access;
@@ -63,7 +61,7 @@ pub fn enter(reach: Reach<'_>) -> Vec<String> {
     }
     step(
         "its capabilities",
-        drop_capabilities().map_err(|e| e.to_string()),
+        base::privileges::drop_all().map_err(|e| e.to_string()),
     );
     step("sight of the host's files", restrict_files(reach));
     step(
@@ -114,23 +112,6 @@ fn leave_root(reach: Reach<'_>) -> io::Result<()> {
         files.push((Path::new(RESOLVERS), Access::Read));
     }
     root::enter(reach.folder, &files)
-}
-
-fn drop_capabilities() -> io::Result<()> {
-    rustix::thread::set_no_new_privs(true)?;
-    for number in 0..64 {
-        // SAFETY: PR_CAPBSET_DROP takes a number and touches no memory.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) } != 0 {
-            break;
-        }
-    }
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    set_capabilities(None, none)?;
-    Ok(())
 }
 
 fn restrict_files(reach: Reach<'_>) -> Result<(), String> {
