@@ -10,6 +10,8 @@ use crate::RunConfig;
 const FOLDED: &str = "BERTH-FOLDED-HERE-DOCUMENT";
 
 /// The word of `ENTRYPOINT []`, which the parser takes only with one.
+const NO_WORD: &str = "BERTH-NO-ENTRYPOINT";
+/// The brackets with it.
 const NO_ENTRYPOINT: &str = "[\"BERTH-NO-ENTRYPOINT\"]";
 
 /// Puts `RUN` commands that have here-documents among their words (`RUN cat <<EOF >/x`) into one here-document each,
@@ -98,7 +100,7 @@ fn without_words(line: &str, escape: char) -> Option<&str> {
 /// The words of an entry point as they were written before [`fold`].
 pub(super) fn words_of_entrypoint(words: Vec<String>) -> Vec<String> {
     match words.as_slice() {
-        [word] if NO_ENTRYPOINT.contains(word.as_str()) && !word.is_empty() => Vec::new(),
+        [word] if word == NO_WORD => Vec::new(),
         _ => words,
     }
 }
@@ -294,6 +296,8 @@ mod tests {
         assert_eq!(image.entrypoint, Some(Vec::new()));
         assert_eq!(image.cmd, None);
         assert_eq!(image.on_build, ["ENTRYPOINT []"]);
+        let own = vec!["NO".to_owned()];
+        assert_eq!(words_of_entrypoint(own.clone()), own);
         assert_eq!(
             written(format!("ENTRYPOINT {NO_ENTRYPOINT}")),
             "ENTRYPOINT []"
