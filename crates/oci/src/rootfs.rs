@@ -85,6 +85,16 @@ impl Root {
         Some((found, self.path.join(clean(path))))
     }
 
+    /// What `path` is, made where it is missing, and its true path.
+    pub fn find(&self, path: &Path, is_directory: bool) -> io::Result<(OwnedFd, PathBuf)> {
+        if let Some(found) = self.plain(path, is_directory) {
+            return Ok(found);
+        }
+        let target = self.target(path, is_directory)?;
+        let true_path = self.true_path(target.as_fd())?;
+        Ok((target, true_path))
+    }
+
     /// The directory `path`, made with its parents where it is missing.
     pub fn directory(&self, path: &Path) -> io::Result<OwnedFd> {
         make_directory(self.mount.as_fd(), path, 0)

@@ -145,45 +145,34 @@ impl Init<'_, '_> {
             };
             let stat = rustix::fs::fstat(&tree).during(what)?;
             let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            let (target, true_path) = match root.plain(destination, directory) {
-                Some(found) => found,
-                None => {
-                    let target = root.target(destination, directory).during(what)?;
-                    let true_path = root.true_path(target.as_fd()).during(what)?;
-                    (target, true_path)
-                }
-            };
+            let (target, true_path) = root.find(destination, directory).during(what)?;
             let is_proc = syscall::is_filesystem(&tree, mount::PROC_SUPER_MAGIC).during(what)?;
             mount::check_proc_target(&true_path, &root.path, is_proc, destination)?;
             syscall::attach(tree.as_fd(), target.as_fd()).during(what)?;
             mount::set_propagation(tree.as_fd(), options).during(what)?;
             return Ok(None);
         }
-        let kernels = kind == "proc" || kind == "sysfs";
-        let mut found = root.plain(destination, true);
-        if kernels && found.is_none() {
-            // It may have to be made. A link here would put the kernel's files where the image wants them
-            // (CVE-2019-16884).
-            root.directory(destination).during(what)?;
-            found = root.plain(destination, true);
-            if found.is_none() {
-                return Err(Error::invalid(format!(
+        let target = if kind == "proc" || kind == "sysfs" {
+            // A link here would put the kernel's files where the image wants them (CVE-2019-16884).
+            let found = match root.plain(destination, true) {
+                None => {
+                    root.directory(destination).during(what)?;
+                    root.plain(destination, true)
+                }
+                found => found,
+            };
+            let (target, _) = found.ok_or_else(|| {
+                Error::invalid(format!(
                     "mount {kind} at {}: it must be an ordinary directory",
                     destination.display()
-                )));
-            }
-        }
-        let (target, true_path) = match found {
-            Some(found) => found,
-            None => {
-                let target = root.directory(destination).during(what)?;
-                let true_path = root.true_path(target.as_fd()).during(what)?;
-                (target, true_path)
-            }
-        };
-        if !kernels {
+                ))
+            })?;
+            target
+        } else {
+            let (target, true_path) = root.find(destination, true).during(what)?;
             mount::check_proc_target(&true_path, &root.path, false, destination)?;
-        }
+            target
+        };
         let mut extra = Vec::new();
         if kind == "tmpfs"
             && !options
