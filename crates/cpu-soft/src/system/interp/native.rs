@@ -228,24 +228,21 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Result<Option<Flow>, Fault> {
     let mut buffer = Buffer([0; 128]);
     let mut target = None;
     let mut borrowed = Borrowed::default();
-    let names_rsp = (0..i.op_count()).any(|n| {
-        i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP
-    });
-    if names_rsp {
+    let is_rsp = |n: &u32| {
+        i.op_kind(*n) == OpKind::Register && i.op_register(*n).full_register() == Register::RSP
+    };
+    if (0..i.op_count()).any(|n| is_rsp(&n)) {
         // Another register stands in for rsp, which the trampoline needs itself.
         let Some(free) = free_register(i, None) else {
             return Ok(None);
         };
-        for n in 0..i.op_count() {
-            if i.op_kind(n) == OpKind::Register && i.op_register(n).full_register() == Register::RSP
-            {
-                let stand_in = match i.op_register(n).size() {
-                    8 => free,
-                    4 => free.full_register32(),
-                    _ => return Ok(None),
-                };
-                copy.set_op_register(n, stand_in);
-            }
+        for n in (0..i.op_count()).filter(is_rsp) {
+            let stand_in = match i.op_register(n).size() {
+                8 => free,
+                4 => free.full_register32(),
+                _ => return Ok(None),
+            };
+            copy.set_op_register(n, stand_in);
         }
         borrowed.stack = operand::general(free).map(|p| (p.index, cpu.gpr[4]));
     } else if touches_rsp && memory.is_none() {
