@@ -5,7 +5,7 @@ mod host;
 
 use std::path::{Path, PathBuf};
 
-use guest::{import_idle, import_tiny, inspect, kernel_package, logs, ready};
+use guest::{import_idle, import_tiny, inspect, kernel_package, logs, ready, start_tiny};
 use host::{Host, has_all, open_tun, start_as, start_as_with};
 
 /// An id that no account has.
@@ -117,12 +117,12 @@ fn the_guest_of_an_ordinary_user_is_reached_by_a_published_port() {
     };
     let Some(host) = start_daemon() else { return };
     import_tiny(&host, &package);
-    create(
+    start_tiny(
         &host,
         "vm",
+        "256M",
+        "256M",
         &[
-            "--image",
-            "tiny",
             "--append",
             "init=/sbin/init",
             "--network",
@@ -131,7 +131,6 @@ fn the_guest_of_an_ordinary_user_is_reached_by_a_published_port() {
             "127.0.0.1:18081:80",
         ],
     );
-    host.ok(&["machine", "start", "vm"]);
     ready(&host, "vm", 1);
     assert!(logs(&host, "vm").contains("LEASE 10.0.2.15"));
     let words = ["busybox", "wget", "-qO-", "http://127.0.0.1:18081/"];

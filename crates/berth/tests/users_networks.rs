@@ -97,6 +97,20 @@ fn is_echoed(pid: u32, to: SocketAddr, data: &[u8]) -> bool {
     })
 }
 
+/// Words that fetch a page in a container on `network`.
+fn fetch<'a>(network: &'a str, address: &'a str) -> [&'a str; 8] {
+    [
+        "run",
+        "--rm",
+        "--network",
+        network,
+        "busybox",
+        "wget",
+        "-qO-",
+        address,
+    ]
+}
+
 fn page(host: &Host, address: &str) -> String {
     let words = ["busybox", "wget", "-qO-", address];
     let output = host.in_network(&words);
@@ -170,18 +184,7 @@ fn containers_of_an_ordinary_user_have_networks_names_and_published_ports() {
     });
 
     // By name and by alias, from a container of the same network and from no other.
-    let ask = |network: &str, to: &str| {
-        host.berth(&[
-            "run",
-            "--rm",
-            "--network",
-            network,
-            "busybox",
-            "wget",
-            "-qO-",
-            to,
-        ])
-    };
+    let ask = |network: &str, to: &str| host.berth(&fetch(network, to));
     for name in ["http://web/", "http://www/", "http://web.app/"] {
         assert_eq!(ask("app", name).stdout, b"the page\n", "{name}");
     }
@@ -273,17 +276,7 @@ fn containers_of_an_ordinary_user_have_networks_names_and_published_ports() {
         "127.0.0.1:18053".parse().unwrap(),
         b"again"
     ));
-    let words = [
-        "run",
-        "--rm",
-        "--network",
-        "app",
-        "busybox",
-        "wget",
-        "-qO-",
-        "http://web/",
-    ];
-    assert_eq!(host.ok(&words), "the page");
+    assert_eq!(host.ok(&fetch("app", "http://web/")), "the page");
     assert_eq!(
         host.ok(&["exec", "web", "nc", "10.99.0.1", "7001"]),
         "hello 10.99.0.1"
@@ -461,31 +454,11 @@ fn the_docker_command_publishes_ports_of_an_ordinary_users_containers() {
     host.eventually("the page is there", || {
         page(&host, "http://127.0.0.1:18081/") == "by docker"
     });
-    let words = [
-        "run",
-        "--rm",
-        "--network",
-        "app",
-        "busybox",
-        "wget",
-        "-qO-",
-        "http://dk/",
-    ];
-    assert_eq!(docker(&words), "by docker");
+    assert_eq!(docker(&fetch("app", "http://dk/")), "by docker");
     // A network that is connected later.
     docker(&["network", "create", "other"]);
     docker(&["network", "connect", "other", "dk"]);
-    let words = [
-        "run",
-        "--rm",
-        "--network",
-        "other",
-        "busybox",
-        "wget",
-        "-qO-",
-        "http://dk/",
-    ];
-    assert_eq!(docker(&words), "by docker");
+    assert_eq!(docker(&fetch("other", "http://dk/")), "by docker");
     docker(&["rm", "-f", "dk"]);
     docker(&["network", "rm", "app", "other"]);
     assert!(Path::new(&host.docker_socket()).exists());
