@@ -284,7 +284,7 @@ impl Table {
                     .collect();
                 about.insert("Labels".to_owned(), Value::String(labels.join(",")));
             }
-            if template.heading && lines.is_empty() {
+            if template.has_heading() && lines.is_empty() {
                 let titles = about
                     .keys()
                     .map(|key| {
@@ -293,11 +293,11 @@ impl Table {
                         (key.clone(), Value::String(title))
                     })
                     .collect();
-                lines.push(template.render(&Value::Object(titles))?);
+                lines.push(template.render_heading(&Value::Object(titles))?);
             }
             lines.push(template.render(&Value::Object(about))?);
         }
-        if !template.heading {
+        if !template.has_heading() {
             return Ok(lines.iter().map(|line| format!("{line}\n")).collect());
         }
         let mut rows = lines
