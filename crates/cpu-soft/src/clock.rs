@@ -90,7 +90,8 @@ pub fn ticks_to_duration(ticks: u64) -> Duration {
 struct Clock {
     known: Mutex<Vec<Weak<Mailbox>>>,
     changed: Condvar,
-    /// Host TSC the thread sleeps until.
+    /// Host TSC the thread sleeps until; the end of time while it looks at the alarms, so that whoever sets one then that
+    /// it may have passed by waits for it to sleep, and wakes it.
     next: AtomicU64,
 }
 
@@ -129,6 +130,7 @@ fn tick() {
     let clock = clock();
     let mut known = clock.known.lock().unwrap_or_else(|e| e.into_inner());
     loop {
+        clock.next.store(u64::MAX, Ordering::SeqCst);
         let now = host_tsc();
         let mut next = u64::MAX;
         for mailbox in known.iter().filter_map(Weak::upgrade) {
@@ -161,5 +163,28 @@ fn tick() {
                 .unwrap_or_else(|e| e.into_inner())
                 .0
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::request;
+
+    #[test]
+    fn an_alarm_that_is_set_while_the_last_one_rings_rings_too() {
+        let mailbox = Arc::new(Mailbox::new());
+        register(&mailbox);
+        for round in 0..20_000 {
+            mailbox.set_alarm(host_tsc() + 2_000);
+            let begun = Instant::now();
+            while mailbox.requests.swap(0, Ordering::SeqCst) & request::ALARM == 0 {
+                assert!(
+                    begun.elapsed() < Duration::from_secs(60),
+                    "the alarm of round {round} was lost"
+                );
+                std::hint::spin_loop();
+            }
+        }
     }
 }
