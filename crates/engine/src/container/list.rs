@@ -100,11 +100,7 @@ impl Engine {
             graph_driver: driver,
             size_rw,
             size_root_fs,
-            mounts: record
-                .mounts
-                .iter()
-                .map(|mount| mount.point.clone())
-                .collect(),
+            mounts: record.listed_mounts(),
             network_settings: network::settings(&record),
             host_config: HostConfig {
                 links: self.shown_links(&record),
@@ -238,11 +234,7 @@ impl Engine {
             network_settings: SummaryNetworkSettings {
                 networks: record.networks.clone(),
             },
-            mounts: record
-                .mounts
-                .iter()
-                .map(|mount| mount.point.clone())
-                .collect(),
+            mounts: record.listed_mounts(),
         }
     }
 }

@@ -364,6 +364,7 @@ pub(crate) fn resolve(
                 ..Default::default()
             },
             options: tmpfs_options(options)?,
+            unlisted: true,
             ..Default::default()
         })?;
     }

@@ -80,6 +80,9 @@ pub(crate) struct MountRecord {
     /// tmpfs options.
     #[serde(default)]
     pub options: Vec<String>,
+    /// Of `--tmpfs`, which docker shows among the host's settings alone.
+    #[serde(default)]
+    pub unlisted: bool,
     /// Whether image content is copied into the (empty) volume.
     #[serde(default)]
     pub copy: bool,
@@ -134,6 +137,15 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// The mounts, as docker lists them.
+    pub fn listed_mounts(&self) -> Vec<MountPoint> {
+        self.mounts
+            .iter()
+            .filter(|mount| !mount.unlisted)
+            .map(|mount| mount.point.clone())
+            .collect()
+    }
+
     /// The program and its arguments: entrypoint and command together.
     pub fn arguments(&self) -> Vec<String> {
         let entrypoint = self
