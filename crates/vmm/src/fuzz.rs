@@ -636,18 +636,22 @@ pub fn fuzz_board(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Write as _;
+
     use proptest::prelude::*;
+
+    use super::*;
 
     /// Fails the whole test run with a word where a device hangs.
     fn watched(kind: Kind, data: &[u8]) {
         let (done, wait) = std::sync::mpsc::channel::<()>();
         let text = format!("{kind:?} {data:?}");
         let watch = std::thread::spawn(move || {
-            if wait.recv_timeout(std::time::Duration::from_secs(60))
+            if wait.recv_timeout(std::time::Duration::from_secs(300))
                 == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
             {
-                eprintln!("a device hangs: {text}");
+                // Not by eprintln!, which the test harness keeps to itself until a test's end.
+                let _ = writeln!(std::io::stderr(), "a device hangs: {text}");
                 std::process::abort();
             }
         });

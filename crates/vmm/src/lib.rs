@@ -13,6 +13,7 @@ mod carrier;
 mod complaint;
 pub mod control;
 pub mod crash;
+mod defect;
 pub mod devices;
 pub mod fuzz;
 pub mod machine;

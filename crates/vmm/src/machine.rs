@@ -373,13 +373,9 @@ impl Machine {
                     // A defect in a device or a CPU ends this machine with a word, not the process.
                     let run = std::panic::AssertUnwindSafe(|| run_cpu(&vcpu, &control, &mut port));
                     if let Err(panic) = std::panic::catch_unwind(run) {
-                        let text = panic
-                            .downcast_ref::<String>()
-                            .map(String::as_str)
-                            .or_else(|| panic.downcast_ref::<&str>().copied())
-                            .unwrap_or("no message");
+                        let text = crate::defect::words(&*panic);
                         control.end(Outcome::Crash(format!(
-                            "a defect in CPU {id}'s thread: {text}"
+                            "a defect in thread cpu{id}: {text}"
                         )));
                     }
                 })

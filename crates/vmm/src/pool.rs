@@ -40,12 +40,11 @@ impl Shared {
             if let Some(job) = inner.jobs.pop_front() {
                 inner.running += 1;
                 drop(inner);
-                job();
-                inner = self.lock();
-                inner.running -= 1;
-                if inner.running == 0 && inner.jobs.is_empty() {
-                    self.idle.notify_all();
+                {
+                    let _running = Runs(self);
+                    job();
                 }
+                inner = self.lock();
             } else if inner.closed {
                 return;
             } else {
@@ -54,6 +53,19 @@ impl Shared {
                     .wait(inner)
                     .unwrap_or_else(PoisonError::into_inner);
             }
+        }
+    }
+}
+
+/// A job that runs, until this goes.
+struct Runs<'a>(&'a Shared);
+
+impl Drop for Runs<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        inner.running -= 1;
+        if inner.running == 0 && inner.jobs.is_empty() {
+            self.0.idle.notify_all();
         }
     }
 }
@@ -124,7 +136,7 @@ impl Pool {
         let threads =
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
-            let _ = thread.join();
+            crate::defect::join(thread);
         }
     }
 }

@@ -99,15 +99,26 @@ impl Outlet {
 
     /// Waits until all is written and ends the thread. Later output is dropped.
     pub fn close(&self) {
-        self.shared.lock().closed = true;
-        self.shared.changed.notify_all();
+        self.end();
         let writer = self
             .writer
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if let Some(writer) = writer {
-            let _ = writer.join();
+            crate::defect::join(writer);
         }
+    }
+
+    fn end(&self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for Outlet {
+    /// The thread writes what there is and ends by itself: nobody waits for a stopped terminal.
+    fn drop(&mut self) {
+        self.end();
     }
 }

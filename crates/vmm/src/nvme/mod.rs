@@ -646,7 +646,7 @@ impl Persist for Controller {
         let workers =
             std::mem::take(&mut *self.workers.lock().unwrap_or_else(PoisonError::into_inner));
         for worker in workers {
-            let _ = worker.join();
+            crate::defect::join(worker);
         }
         self.shared.carrier.drain();
         let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
@@ -656,7 +656,7 @@ impl Persist for Controller {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if let Some(landing) = landing {
-            let _ = landing.join();
+            crate::defect::join(landing);
         }
         self.shared.land_some();
         self.shared.pool.close();

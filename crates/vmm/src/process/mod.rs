@@ -560,6 +560,7 @@ fn run_once(
     };
     let mut machine = Machine::new(machine_config, Box::new(console))?;
     watch.begin(machine.control.clone());
+    crate::defect::ends(&machine.control);
     let notes = running.console.clone();
     let room = Room::new(machine.control.clone(), config.on_disk_full, move |text| {
         notes.note(text);

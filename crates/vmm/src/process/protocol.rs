@@ -22,6 +22,7 @@ use super::disks::DiskCounts;
 use super::jail::{self, Thread};
 use super::{Handles, Running};
 use crate::control::Outcome;
+use crate::defect::BYSTANDERS;
 use crate::virtio::balloon::Statistics;
 
 /// A request longer than this is none.
@@ -152,7 +153,7 @@ pub fn parse(line: &str) -> Result<Request, String> {
 pub(super) fn serve(listener: UnixListener, running: Arc<Running>) -> io::Result<()> {
     let count = Arc::new(());
     std::thread::Builder::new()
-        .name("control".into())
+        .name(BYSTANDERS[0].into())
         .spawn(move || {
             jail::confine(Thread::Control);
             for stream in listener.incoming() {
@@ -162,7 +163,7 @@ pub(super) fn serve(listener: UnixListener, running: Arc<Running>) -> io::Result
                 }
                 let (running, held) = (running.clone(), count.clone());
                 let _ = std::thread::Builder::new()
-                    .name("connection".into())
+                    .name(BYSTANDERS[1].into())
                     .stack_size(128 << 10)
                     .spawn(move || {
                         let _held = held;

@@ -128,7 +128,9 @@ impl Balloon {
 
     /// Drops the whole pages within a range of guest memory.
     fn drop_range(&self, dma: &Dma, address: u64, len: u64) {
-        let start = address.next_multiple_of(PAGE);
+        let Some(start) = address.checked_next_multiple_of(PAGE) else {
+            return;
+        };
         let Some(end) = address
             .checked_add(len)
             .map(|end| end / PAGE * PAGE)

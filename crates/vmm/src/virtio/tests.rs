@@ -336,6 +336,8 @@ fn ballooned_pages_are_dropped() {
     rig.dma.write(DATA, &u32::MAX.to_le_bytes()).unwrap();
     rig.offer(0, 3, &[(DATA, 4, false)]);
     rig.used(0);
+    rig.offer(3, 3, &[(u64::MAX - 7, 4, true)]);
+    rig.used(3);
 }
 
 #[test]

@@ -20,22 +20,14 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// False while paused.
-    pub(super) fn enter(&self) -> bool {
+    /// `None` while paused; who is inside is waited for.
+    pub(super) fn enter(&self) -> Option<Inside<'_>> {
         let mut state = self.lock();
-        if !state.paused {
-            state.active += 1;
-        }
-        !state.paused
-    }
-
-    pub(super) fn leave(&self) {
-        let mut state = self.lock();
-        state.active -= 1;
-        // Each notice is a system call, and nearly always for nobody.
         if state.paused {
-            self.changed.notify_all();
+            return None;
         }
+        state.active += 1;
+        Some(Inside(self))
     }
 
     pub(super) fn pause(&self) {
@@ -51,5 +43,19 @@ impl Gate {
 
     pub(super) fn open(&self) {
         self.lock().paused = false;
+    }
+}
+
+/// A piece of work inside the gate; it ends with this, however it ends.
+pub(super) struct Inside<'a>(&'a Gate);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.active -= 1;
+        // Each notice is a system call, and nearly always for nobody.
+        if state.paused {
+            self.0.changed.notify_all();
+        }
     }
 }

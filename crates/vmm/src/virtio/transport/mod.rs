@@ -339,11 +339,11 @@ impl Shared {
             if ready[0] {
                 drain(wake.as_fd());
             }
-            if !self.gate.enter() {
+            let Some(_inside) = self.gate.enter() else {
                 // Resuming notifies every queue again.
                 std::thread::park_timeout(Duration::from_millis(20));
                 continue;
-            }
+            };
             if let Some(features) = self.running_features() {
                 let access = Queues {
                     dma: &self.dma,
@@ -370,7 +370,6 @@ impl Shared {
                     .iter()
                     .for_each(|index| drain(self.slots[*index].event.as_fd()));
             }
-            self.gate.leave();
         }
     }
 
@@ -534,7 +533,7 @@ impl Persist for Transport {
         for thread in
             std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner))
         {
-            let _ = thread.join();
+            crate::defect::join(thread);
         }
         self.shared.move_doorbells(None);
         self.shared.backend.close();
