@@ -722,7 +722,14 @@ fn processes_see_what_they_are_given() {
         "700"
     );
     let both = ["--tmpfs", "/a", "--mount", "type=tmpfs,dst=/b"];
-    daemon.docker(&[&["create", "--name", "tmp"], &both[..], &["busybox"]].concat());
+    daemon.docker(
+        &[
+            &["create", "--name", "tmp"],
+            &both[..],
+            &["busybox", "true"],
+        ]
+        .concat(),
+    );
     let template = "{{range .Mounts}}{{.Destination}} {{end}}{{json .HostConfig.Tmpfs}}";
     let listed = daemon.docker(&["inspect", "-f", template, "tmp"]);
     assert_eq!(listed.trim(), r#"/b {"/a":""}"#);
