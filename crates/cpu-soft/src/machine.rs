@@ -66,8 +66,11 @@ impl Alone {
     }
 
     pub(crate) fn give(&self) {
-        *self.busy.lock().unwrap_or_else(|e| e.into_inner()) = false;
+        let mut busy = self.busy.lock().unwrap_or_else(|e| e.into_inner());
+        *busy = false;
+        // With the lock: the next one wants it from the moment it is to be had.
         self.wanted.store(false, Ordering::SeqCst);
+        drop(busy);
         self.over.notify_all();
     }
 }
@@ -168,8 +171,10 @@ impl Machine {
             let stop = ((at | 0xfff) + 1).min(end);
             if let Some(bits) = self.granules(at) {
                 let hit = granule_mask(at, stop - at);
-                if bits.load(Ordering::SeqCst) & hit != 0 {
-                    bits.fetch_and(!hit, Ordering::SeqCst);
+                // The marks go when the others know, and nobody marks anew in between.
+                let marking = (bits.load(Ordering::SeqCst) & hit != 0)
+                    .then(|| self.marking.lock().unwrap_or_else(|e| e.into_inner()));
+                if marking.is_some() && bits.load(Ordering::SeqCst) & hit != 0 {
                     found = true;
                     let first = at & !63;
                     let last = (stop + 63) & !63;
@@ -192,6 +197,7 @@ impl Machine {
                             mailbox.ring();
                         }
                     }
+                    bits.fetch_and(!hit, Ordering::SeqCst);
                 }
             }
             at = stop;
@@ -211,6 +217,7 @@ impl Machine {
         by: u32,
     ) -> bool {
         if self.vcpus < 2 {
+            let _marking = self.marking.lock().unwrap_or_else(|e| e.into_inner());
             return bits.fetch_or(mask, Ordering::SeqCst) == 0;
         }
         let others = self.others(by);

@@ -88,6 +88,8 @@ impl Vm for SoftVm {
     }
 
     fn memory_written(&self, gpa: u64, len: u64) {
+        // What was written comes before the look at the marks.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         self.machine.drop_code(gpa, len, None);
     }
 }

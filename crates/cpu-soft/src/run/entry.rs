@@ -109,6 +109,8 @@ pub(super) unsafe extern "sysv64" fn instruction_entry(cpu: *mut Cpu, descriptor
                 && !opens
                 && !cpu.interrupt_shadow
                 && cpu.debug.hit == 0
+                // Code that others wrote before is the new code behind what serializes.
+                && (cpu.replay.is_some() || cpu.attention.load(Ordering::Relaxed) == 0)
                 && cpu.rip == start.wrapping_add(instruction.len() as u64)
             {
                 cpu.scratch[4] = descriptor + 8;

@@ -440,6 +440,7 @@ pub fn page_read(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> bool {
     };
     if matches!(offset >> 4, reg::TIMER_CURRENT) {
         tick(cpu);
+        reconsider(cpu);
     }
     let value = cpu.system.apic.read(offset >> 4).unwrap_or(0);
     let bytes = value.to_le_bytes();

@@ -427,7 +427,7 @@ pub fn iret(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
     if outer {
         segment::drop_privileged(cpu);
     }
-    cpu.system.nmi_masked = false;
+    unmask_nmi(cpu);
     Ok(Flow::EndBlock)
 }
 
@@ -478,8 +478,16 @@ fn iret_real(cpu: &mut Cpu, bytes: usize) -> Result<Flow, Fault> {
         writable |= flag::RF | flag::AC | flag::ID;
     }
     cpu.rflags = (cpu.rflags & !writable) | (flags & writable) | flag::FIXED;
-    cpu.system.nmi_masked = false;
+    unmask_nmi(cpu);
     Ok(Flow::EndBlock)
+}
+
+/// One that came meanwhile is next.
+fn unmask_nmi(cpu: &mut Cpu) {
+    cpu.system.nmi_masked = false;
+    if cpu.system.nmi_pending {
+        cpu.attention.store(1, std::sync::atomic::Ordering::SeqCst);
+    }
 }
 
 fn iret_to_v86(
@@ -515,6 +523,6 @@ fn iret_to_v86(
             unusable: false,
         };
     }
-    cpu.system.nmi_masked = false;
+    unmask_nmi(cpu);
     Ok(Flow::EndBlock)
 }
