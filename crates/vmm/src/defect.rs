@@ -58,6 +58,8 @@ pub fn join(thread: JoinHandle<()>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
 
     fn panics(name: &str, panic: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
@@ -65,6 +67,24 @@ mod tests {
             .name(name.to_owned())
             .spawn(panic)
             .unwrap()
+    }
+
+    fn defects_of_jobs_leave_the_others_to_be_done() {
+        let pool = crate::pool::Pool::new("test").unwrap();
+        let done = Arc::new(AtomicU32::new(0));
+        for number in 0..20 {
+            let done = done.clone();
+            pool.run(move || {
+                assert!(number % 2 == 0, "an odd job");
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+        pool.wait_idle();
+        assert_eq!(done.load(Ordering::SeqCst), 10);
+        let closing = std::panic::AssertUnwindSafe(|| pool.close());
+        let said = std::panic::catch_unwind(closing).unwrap_err();
+        assert_eq!(words(&*said), "an odd job");
+        pool.close();
     }
 
     // In one test: what one of them does on purpose must not end the machine of another.
@@ -76,6 +96,8 @@ mod tests {
 
         let joined = std::panic::catch_unwind(|| join(panics("worker", || panic!("a word"))));
         assert_eq!(words(&*joined.unwrap_err()), "a word");
+
+        defects_of_jobs_leave_the_others_to_be_done();
 
         let control = Control::new();
         ends(&control);

@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -34,7 +35,9 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A thread's life. A defect of one job, which ends the machine, leaves the others to be done; it goes on at the end.
     fn work(&self) {
+        let mut defect = None;
         let mut inner = self.lock();
         loop {
             if let Some(job) = inner.jobs.pop_front() {
@@ -42,10 +45,16 @@ impl Shared {
                 drop(inner);
                 {
                     let _running = Runs(self);
-                    job();
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                        defect.get_or_insert(panic);
+                    }
                 }
                 inner = self.lock();
             } else if inner.closed {
+                drop(inner);
+                if let Some(panic) = defect {
+                    resume_unwind(panic);
+                }
                 return;
             } else {
                 inner = self
@@ -102,9 +111,15 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Runs `job` on one of the threads, in the order of the calls but several at once.
+    /// Runs `job` on one of the threads, in the order of the calls but several at once. It is dropped once the pool is
+    /// closed.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
-        self.shared.lock().jobs.push_back(Box::new(job));
+        let mut inner = self.shared.lock();
+        if inner.closed {
+            return;
+        }
+        inner.jobs.push_back(Box::new(job));
+        drop(inner);
         self.shared.work.notify_one();
     }
 
@@ -182,5 +197,8 @@ mod tests {
         give(50);
         pool.close();
         assert_eq!(done.load(Ordering::SeqCst), 150);
+        // Nobody would do these: who waits for one is told.
+        assert_eq!(pool.call(|| 7), None);
+        pool.wait_idle();
     }
 }

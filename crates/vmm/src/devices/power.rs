@@ -45,10 +45,9 @@ impl Power {
 
     /// Presses the power button: a guest with ACPI shuts down in its own time.
     pub fn press_button(&self) {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .events |= EVENT_POWER_BUTTON;
+        // Held over the pulse: two at once would leave the wire up.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.events |= EVENT_POWER_BUTTON;
         self.irq.pulse();
     }
 }

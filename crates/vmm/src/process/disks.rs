@@ -172,12 +172,12 @@ impl Room {
         waiting.writes -= 1;
         if waiting.writes == 0 {
             waiting.problem = None;
-            let paused = std::mem::take(&mut waiting.paused);
-            drop(waiting);
-            (self.notice)("there is room again");
-            if paused {
+            // With the lock: a person may pause it from here on.
+            if std::mem::take(&mut waiting.paused) {
                 self.control.resume();
             }
+            drop(waiting);
+            (self.notice)("there is room again");
         }
     }
 

@@ -251,7 +251,7 @@ pub(crate) struct Running {
     /// Bytes of the guest's memory that were asked back.
     pub wanted: AtomicU64,
     pub resets: AtomicU64,
-    /// A person ended the machine while its guest was between two boots.
+    /// A person ended the machine, which may be between two boots of its guest.
     pub left: Mutex<bool>,
     pub leaving: Condvar,
     /// How the guest crashed last, where it was started again.
@@ -268,12 +268,8 @@ impl Running {
         self.leaving.notify_all();
     }
 
-    /// Whether a guest crashed before, so that no machine now means one to come.
-    pub fn boots_again(&self) -> bool {
-        self.last_crash
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
+    fn has_left(&self) -> bool {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits, unless a person ends the machine meanwhile: true then.
@@ -498,6 +494,10 @@ fn run_to_its_end(
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
         match &outcome {
+            // Asked for while the guest was on its way to the next boot.
+            Outcome::Reset | Outcome::Crash(_) if running.has_left() => {
+                return Ok(Outcome::Killed);
+            }
             Outcome::Reset => {}
             Outcome::Crash(why) if config.on_crash == OnCrash::Restart => {
                 let pause = patience.after(begun.elapsed());
@@ -601,6 +601,9 @@ fn run_once(
         cpu: machine.vm.name(),
         note: machine.cpu_note.clone(),
     });
+    if running.has_left() {
+        machine.control.end(Outcome::Killed);
+    }
     machine.start()?;
     Ok(machine.wait())
 }

@@ -287,6 +287,10 @@ fn memory_of(running: &Running, machine: &Handles) -> GuestMemory {
 }
 
 fn answer(request: &Request, running: &Running) -> Answer {
+    if matches!(request, Request::Kill) {
+        // Before the look at the machine: the one that is being made finds it.
+        running.leave();
+    }
     let machine = handles(running);
     match request {
         Request::Status => {
@@ -311,8 +315,11 @@ fn answer(request: &Request, running: &Running) -> Answer {
     }
     let Some(machine) = machine else {
         // Between a crash and the next boot there is no guest to ask.
-        if matches!(request, Request::Kill | Request::PowerButton) && running.boots_again() {
+        if matches!(request, Request::Kill | Request::PowerButton) {
             running.leave();
+            if let Some(made) = handles(running) {
+                made.control.end(Outcome::Killed);
+            }
             return Answer {
                 ok: true,
                 ..Answer::default()
@@ -323,7 +330,10 @@ fn answer(request: &Request, running: &Running) -> Answer {
     let done = match request {
         Request::Pause => {
             machine.room.keep_paused();
-            machine.control.pause()
+            let paused = machine.control.pause();
+            // A write that began to wait meanwhile must not let it go on either.
+            machine.room.keep_paused();
+            paused
         }
         Request::Resume => {
             // Its CPUs would only wait for the disk, and time out.

@@ -133,6 +133,19 @@ impl Block {
         Ok(0)
     }
 
+    /// Begins as many requests as the guest is told of together; whether there may be more.
+    fn begin_some(&self, index: usize, queue: &mut Queue, dma: &Dma) -> Result<bool, QueueError> {
+        let (mut count, mut bytes) = (0, 0);
+        while count < TELL_COUNT && bytes < TELL_BYTES {
+            let Some(chain) = queue.pop(dma)? else {
+                return Ok(false);
+            };
+            bytes += self.begin(index, chain, queue, dma)?;
+            count += 1;
+        }
+        Ok(true)
+    }
+
     fn carry(
         &self,
         index: usize,
@@ -257,17 +270,10 @@ impl Backend for Block {
     fn serve(&self, index: usize, queues: &Queues<'_>) -> Result<(), QueueError> {
         for _ in 0..TURN {
             let more = queues.with(index, |queue, dma| {
-                let (mut count, mut bytes) = (0, 0);
-                let mut more = true;
-                while more && count < TELL_COUNT && bytes < TELL_BYTES {
-                    match queue.pop(dma)? {
-                        Some(chain) => bytes += self.begin(index, chain, queue, dma)?,
-                        None => more = false,
-                    }
-                    count += 1;
-                }
+                let begun = self.begin_some(index, queue, dma);
+                // Those that were begun before an error too.
                 self.requests[index].submit();
-                Ok(more)
+                begun
             })?;
             if !more {
                 return Ok(());

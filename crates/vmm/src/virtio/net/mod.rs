@@ -270,10 +270,14 @@ impl Net {
             Ok(count) => missing + count,
             Err(rustix::io::Errno::INTR) => return Ok(true),
             Err(rustix::io::Errno::AGAIN) => return Ok(false),
+            // What the host could not hand over is lost, as networks lose frames.
+            Err(
+                rustix::io::Errno::INVAL | rustix::io::Errno::NOMEM | rustix::io::Errno::NOBUFS,
+            ) => return Ok(true),
             Err(error) => {
                 // An interface that is gone would say so again and again: the guest's next buffer asks next.
                 tracing::debug!("a frame could not be taken: {error}");
-                receiver.starved = true;
+                receiver.starved = !queue.unwatch(dma)?;
                 return Ok(false);
             }
         };
