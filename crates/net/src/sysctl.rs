@@ -18,9 +18,15 @@ pub(crate) struct Settings {
 impl Settings {
     pub(crate) fn open(directory: &Path) -> Result<Settings> {
         let record = directory.join("sysctl.json");
-        let before = read_json(&record)
-            .context(|| "reading the saved settings".into())?
-            .unwrap_or_default();
+        let before = match read_json(&record) {
+            Ok(before) => before.unwrap_or_default(),
+            // Cut off with the host's power: what was is not known any more, and nothing to refuse all networks for.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                tracing::warn!(%error, "the host's settings from before cannot be read");
+                BTreeMap::new()
+            }
+            Err(error) => return Err(error).context(|| "reading the saved settings".into()),
+        };
         Ok(Settings { record, before })
     }
 
@@ -36,7 +42,7 @@ impl Settings {
         }
         if !self.before.contains_key(key) {
             self.before.insert(key.to_owned(), now);
-            write_json(&self.record, &self.before, Durability::Process)
+            write_json(&self.record, &self.before, Durability::Host)
                 .context(|| "saving the settings".into())?;
         }
         write(key, value).context(|| format!("setting net/{key} to {value}"))

@@ -287,8 +287,11 @@ fn exchange(socket: &OwnedFd, request: &Request) -> io::Result<Reply> {
 
 /// Whether the gateway is gone, as opposed to one that refused.
 fn is_lost(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::UnexpectedEof
-        || matches!(error.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET))
+    // An answer that is late would be taken for that of the next request.
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    ) || matches!(error.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET))
 }
 
 fn unexpected(reply: &Reply) -> io::Error {

@@ -81,12 +81,22 @@ impl Manager {
             .iter()
             .filter_map(|port| forward_of(endpoint, port))
             .collect();
-        self.firewall.add_forwards(&forwards)?;
+        // Whoever puts the table back meanwhile takes what `state` says for all there is.
+        let mut setup = lock(&self.setup);
+        self.firewall
+            .add_forwards(&forwards)
+            .or_else(|error| match setup.table {
+                true => self
+                    .install_table(&mut setup)
+                    .and_then(|()| self.firewall.add_forwards(&forwards)),
+                false => Err(error),
+            })?;
         crate::conntrack::forget(&forwards);
         self.allow_return(endpoint);
         let mut state = lock(&self.state);
         let Some(held) = state.endpoints.get_mut(&endpoint.id) else {
             drop(state);
+            drop(setup);
             self.withdraw(&forwards);
             return Err(Error::NotConnected {
                 container: endpoint.container.clone(),
