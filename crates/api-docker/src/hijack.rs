@@ -21,6 +21,7 @@ use futures_util::TryStreamExt;
 use hyper::ext::ReasonPhrase;
 use hyper_util::rt::TokioIo;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -84,15 +85,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
             self.begins = None;
         }
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-        if buffer.filled().len() == before
-            && buffer.remaining() > 0
-            && let Some(settled) = &mut self.settled
-        {
+        let read = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
+        // A stream whose input was not read to its end ends in an error.
+        let ended = read.is_err() || (buffer.filled().len() == before && buffer.remaining() > 0);
+        if ended && let Some(settled) = &mut self.settled {
             ready!(settled.as_mut().poll(context));
             self.settled = None;
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(read)
     }
 }
 
@@ -168,47 +168,85 @@ where
     ([(header::CONTENT_TYPE, kind)], body).into_response()
 }
 
-/// Copies both ways until the container's side ends. The client's end of input is passed on as just that.
-async fn pump<A, B>(client: A, container: B)
+/// Copies both ways until the container's side ends, or the client has gone; what that has typed is passed on before. The
+/// client's end of input is passed on as just that.
+pub async fn pump<A, B>(client: A, container: B)
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (mut from_container, mut to_container) = tokio::io::split(container);
+    // The client takes no more output: it has gone, or is about to. What it typed before still counts.
+    let deaf = AtomicBool::new(false);
+    let typed = AtomicBool::new(false);
     let input = async {
-        let copied = copy(&mut from_client, &mut to_container).await;
-        if copied.is_ok() {
-            let _ = to_container.shutdown().await;
+        match copy(&mut from_client, &mut to_container).await {
+            Ok(()) => {
+                let _ = to_container.shutdown().await;
+            }
+            Err(Broken::Source) => return,
+            Err(Broken::Target) => {
+                if read_away(&mut from_client).await.is_err() {
+                    return;
+                }
+            }
         }
+        typed.store(true, Ordering::Relaxed);
         // Output goes on after the end of input, until the container closes it.
-        std::future::pending::<()>().await;
+        if !deaf.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
     };
     let output = async {
-        let _ = copy(&mut from_container, &mut to_client).await;
+        if let Err(Broken::Target) = copy(&mut from_container, &mut to_client).await {
+            deaf.store(true, Ordering::Relaxed);
+            if !typed.load(Ordering::Relaxed) {
+                let _ = read_away(&mut from_container).await;
+            }
+        }
         let _ = to_client.shutdown().await;
     };
     tokio::select! {
         () = input => {}
         () = output => {}
     }
+    // Closed with input in it, the connection would break for the client instead of ending.
+    let _ = tokio::time::timeout(PARTING, read_away(&mut from_client)).await;
+}
+
+/// How long a client may go on sending what nobody takes before its connection is closed on it.
+const PARTING: Duration = Duration::from_secs(2);
+
+/// Which side a copy broke at.
+enum Broken {
+    Source,
+    Target,
 }
 
 async fn copy(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
-) -> io::Result<()> {
+) -> Result<(), Broken> {
     use tokio::io::AsyncReadExt;
     let mut buffer = vec![0u8; BUFFER];
     loop {
-        let count = from.read(&mut buffer).await?;
+        let count = from.read(&mut buffer).await.map_err(|_| Broken::Source)?;
         if count == 0 {
             return Ok(());
         }
-        to.write_all(&buffer[..count]).await?;
+        to.write_all(&buffer[..count])
+            .await
+            .map_err(|_| Broken::Target)?;
         // Each piece goes out at once: somebody may be typing.
-        to.flush().await?;
+        to.flush().await.map_err(|_| Broken::Target)?;
     }
+}
+
+async fn read_away(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+    tokio::io::copy(from, &mut tokio::io::sink())
+        .await
+        .map(drop)
 }
 
 #[cfg(test)]
@@ -233,6 +271,24 @@ mod tests {
         let mut got = String::new();
         from_daemon.read_to_string(&mut got).await.unwrap();
         assert_eq!(got, "late output");
+        pumping.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_a_client_typed_before_it_went_is_passed_on() {
+        let (client, here) = tokio::io::duplex(64);
+        let (mut container, there) = tokio::io::duplex(64);
+        let mut client = client;
+        client.write_all(b"typed").await.unwrap();
+        container
+            .write_all(b"output that nobody takes")
+            .await
+            .unwrap();
+        drop(client);
+        let pumping = tokio::spawn(pump(here, there));
+        let mut got = String::new();
+        container.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "typed");
         pumping.await.unwrap();
     }
 

@@ -23,6 +23,8 @@ use crate::error::{Answer, ApiError};
 const PACE: Duration = Duration::from_millis(100);
 /// Lines waiting for a slow client beyond which counts are dropped.
 const BACKLOG: usize = 512;
+/// Lines waiting for a slow client beyond which whoever makes them waits too.
+const LONGEST_BACKLOG: usize = 4096;
 
 /// One line, as Docker's `jsonmessage.JSONMessage`.
 #[derive(Debug, Default, Serialize)]
@@ -79,8 +81,13 @@ impl Lines {
         }
     }
 
-    /// A piece of a builder's output.
+    /// A piece of a builder's output. It waits for a client that is far behind: call it where waiting is allowed.
     pub fn stream(&self, text: impl Into<String>) {
+        while self.inner.waiting.load(Ordering::Relaxed) > LONGEST_BACKLOG
+            && !self.inner.sender.is_closed()
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         self.send(&Line {
             stream: Some(text.into()),
             ..Line::default()

@@ -15,7 +15,6 @@ use engine::machine::{Line, MachineChange, MachineSpec, Machines};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
 
 /// An engine's error as an answer.
@@ -347,20 +346,7 @@ async fn upgraded(
         let Ok(machine) = tokio::net::UnixStream::from_std(stream) else {
             return;
         };
-        let (mut from_client, mut to_client) = tokio::io::split(TokioIo::new(upgraded));
-        let (mut from_machine, mut to_machine) = machine.into_split();
-        let input = async {
-            let _ = tokio::io::copy(&mut from_client, &mut to_machine).await;
-            // The client's end, or the machine's, which still has output for the client: that ends both.
-            let _ = to_machine.shutdown().await;
-            std::future::pending::<()>().await;
-        };
-        tokio::select! {
-            _ = tokio::io::copy(&mut from_machine, &mut to_client) => {
-                let _ = to_client.shutdown().await;
-            }
-            () = input => {}
-        }
+        api_docker::hijack::pump(TokioIo::new(upgraded), machine).await;
     });
     let response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)

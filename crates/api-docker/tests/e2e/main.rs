@@ -14,6 +14,7 @@ mod lists;
 mod networks;
 mod python;
 mod remote;
+mod streams;
 mod terminals;
 mod verbs;
 mod volumes;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         lists::TESTS,
         builds::TESTS,
         terminals::TESTS,
+        streams::TESTS,
     ];
     let chosen: Vec<Test> = all
         .into_iter()

@@ -48,6 +48,19 @@ pub(crate) struct Keeper {
     pub pid: i32,
 }
 
+/// Why a keeper did not greet.
+enum Greeting {
+    /// It is there and says nothing.
+    Late,
+    Failed(Error),
+}
+
+impl From<Error> for Greeting {
+    fn from(error: Error) -> Greeting {
+        Greeting::Failed(error)
+    }
+}
+
 impl Keeper {
     /// Whether the connection has ended.
     pub fn is_lost(&self) -> bool {
@@ -67,18 +80,33 @@ impl Keeper {
                     let _ = keeper.quit().await;
                 }
                 Ok(keeper) => return Ok(keeper),
-                Err(error) => tracing::warn!(%error, "the keeper that was there does not answer"),
+                // Another one would take its containers for dead, and end them.
+                Err(Greeting::Late) => {
+                    return Err(Error::Keeper(format!(
+                        "it has not answered for {} s: a start of a container may hang in it (in a network file system, or \
+                         a hook). Its containers run on: mend what it waits for and try again, or end them all by killing \
+                         the process berth-keeper that holds {}",
+                        GREETING.as_secs(),
+                        path.display()
+                    )));
+                }
+                Err(Greeting::Failed(error)) => {
+                    tracing::warn!(%error, "the keeper that was there is lost")
+                }
             }
         }
         base::companion::start("keeper", run, &path, command)
             .map_err(Error::io("starting the container keeper"))?;
         let socket = connect(&path).map_err(Error::io("connecting to the container keeper"))?;
-        Keeper::greet(socket).await
+        Keeper::greet(socket).await.map_err(|error| match error {
+            Greeting::Late => Error::Keeper("it does not greet".into()),
+            Greeting::Failed(error) => error,
+        })
     }
 
     async fn greet(
         socket: OwnedFd,
-    ) -> Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>)> {
+    ) -> std::result::Result<(Keeper, Vec<Held>, mpsc::UnboundedReceiver<Notice>), Greeting> {
         let lost = |error: ProtocolError| Error::Keeper(error.to_string());
         // SAFETY: the descriptor is owned by what is made here and closed only with it, so it stays the one registered.
         let socket = unsafe {
@@ -94,7 +122,7 @@ impl Keeper {
         loop {
             let reply = tokio::time::timeout(GREETING, receive(&socket, &mut buffer))
                 .await
-                .map_err(|_| Error::Keeper("it does not greet".into()))?
+                .map_err(|_| Greeting::Late)?
                 .map_err(lost)?;
             match reply {
                 Reply::Hello { version, pid } => {
@@ -135,6 +163,10 @@ impl Keeper {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         lock(&self.pending).insert(serial, sender);
+        if self.is_lost() {
+            // Nobody listens for the answer any more.
+            lock(&self.pending).remove(&serial);
+        }
         if let Err(error) = self.tell(&make(serial), fd).await {
             lock(&self.pending).remove(&serial);
             return Err(error);

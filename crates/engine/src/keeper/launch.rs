@@ -235,6 +235,13 @@ fn terminal_streams(terminal: &OwnedFd) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((output, input))
 }
 
+/// The side of a terminal that its programs have.
+pub(super) fn other_side(terminal: &OwnedFd) -> Option<OwnedFd> {
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    ioctl_tiocgptpeer(terminal, flags).ok()
+}
+
 fn not_blocking(fd: OwnedFd) -> io::Result<OwnedFd> {
     rustix::io::ioctl_fionbio(&fd, true)?;
     Ok(fd)

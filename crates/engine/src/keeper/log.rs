@@ -134,6 +134,17 @@ impl JsonLog {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
+        if self.path.exists() {
+            self.make_room()?;
+        }
+        // Else that has been done, and no new file could be had then.
+        self.file = append(&self.path)?;
+        self.size = 0;
+        Ok(())
+    }
+
+    /// Gives every file the next name; the oldest goes.
+    fn make_room(&self) -> io::Result<()> {
         for index in (1..self.max_files.saturating_sub(1)).rev() {
             match fs::rename(rotated(&self.path, index), rotated(&self.path, index + 1)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -146,8 +157,6 @@ impl JsonLog {
             // A new file rather than a truncated one: a reader that follows sees where the old one ended.
             fs::remove_file(&self.path)?;
         }
-        self.file = append(&self.path)?;
-        self.size = 0;
         Ok(())
     }
 }

@@ -51,6 +51,8 @@ pub(super) struct Process {
     waiting: Option<Waiting>,
     pub stdio: StdioRecord,
     pub terminal: Option<OwnedFd>,
+    /// The terminal's other side, until the process ends: one that closes its terminal may open it again.
+    pub terminals_end: Option<OwnedFd>,
     /// Stdout (or the terminal) and stderr.
     pub outputs: [Option<Output>; 2],
     pub input: Option<OwnedFd>,
@@ -620,6 +622,7 @@ impl Keeper {
                 end_token,
                 waiting,
                 stdio,
+                terminals_end: spawned.terminal.as_ref().and_then(launch::other_side),
                 terminal: spawned.terminal,
                 outputs,
                 input: spawned.input,
@@ -707,6 +710,9 @@ impl Keeper {
     }
 
     fn ended(&mut self, id: &Rc<str>, code: i32) {
+        if let Some(process) = self.processes.get_mut(id) {
+            process.terminals_end = None;
+        }
         self.drain(id);
         let Some(process) = self.processes.get_mut(id) else {
             return;
@@ -722,7 +728,9 @@ impl Keeper {
         };
         process.exit = Some(exit.clone());
         process.waiting = None;
-        process.input = None;
+        if let Some(input) = process.input.take() {
+            let _ = epoll::delete(&self.epoll, &input);
+        }
         process.input_queue = VecDeque::new();
         let _ = epoll::delete(&self.epoll, &process.pidfd);
         let (end, input) = (process.end_token, process.input_token);

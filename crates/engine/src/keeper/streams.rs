@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::EventFlags;
+use rustix::event::epoll::{self, EventFlags};
 use rustix::io::Errno;
 
 use crate::keeper::launch::Failure;
@@ -128,12 +128,14 @@ impl Keeper {
             self.read_client(key);
         }
         if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
-            // What it sent before it went still counts.
-            while self.clients.get(&key).is_some_and(|c| c.reads && c.stdin)
-                && self.read_client(key)
-            {}
+            self.read_last(key);
             self.drop_client(key);
         }
+    }
+
+    /// What a client sent before it went still counts.
+    fn read_last(&mut self, key: u64) {
+        while self.clients.get(&key).is_some_and(|c| c.reads && c.stdin) && self.read_client(key) {}
     }
 
     /// Takes input of a client. False when there is no more for now.
@@ -183,8 +185,12 @@ impl Keeper {
                 true
             }
             Err(Errno::AGAIN | Errno::INTR) => false,
+            // It has gone, with output in its socket that it did not read.
             Err(_) => {
                 client.reads = false;
+                if client.stdin {
+                    self.input_ended(&id);
+                }
                 false
             }
         };
@@ -298,6 +304,8 @@ impl Keeper {
         if let Some(process) = self.processes.get_mut(id)
             && let Some(output) = process.outputs[index].take()
         {
+            // A terminal has more descriptors of the same file, which would keep it in the set.
+            let _ = epoll::delete(self.epoll(), &output.fd);
             self.release(output.token);
             self.settle(id);
         }
@@ -382,7 +390,10 @@ impl Keeper {
         }
         let low = client.queue.len() < LOW_WATER;
         let id = client.process.clone();
-        if broken || (client.closing && client.queue.is_empty()) {
+        if broken {
+            self.read_last(key);
+            self.drop_client(key);
+        } else if client.closing && client.queue.is_empty() {
             self.drop_client(key);
         } else {
             self.arm_client(key);
