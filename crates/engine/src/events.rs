@@ -148,17 +148,7 @@ impl Events {
         let fits = move |event: &Event| {
             limit.is_none_or(|limit| event.time_nano <= limit) && matches(event, &filters)
         };
-        let live = futures_util::stream::unfold(receiver, |mut receiver| async move {
-            loop {
-                match receiver.recv().await {
-                    Ok(event) => return Some((event, receiver)),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(broadcast::error::RecvError::Closed) => return None,
-                }
-            }
-        });
-        let all = futures_util::stream::iter(past).chain(live);
-        let wait = async move {
+        let over = async move {
             match until {
                 Some(until) => {
                     let left = until.duration_since(Timestamp::now());
@@ -168,8 +158,26 @@ impl Events {
                 None => std::future::pending().await,
             }
         };
+        let live = futures_util::stream::unfold(
+            (receiver, Box::pin(over)),
+            |(mut receiver, mut over)| async move {
+                loop {
+                    // What has happened is told before the end.
+                    let next = tokio::select! {
+                        biased;
+                        next = receiver.recv() => next,
+                        () = &mut over => return None,
+                    };
+                    match next {
+                        Ok(event) => return Some((event, (receiver, over))),
+                        Err(broadcast::error::RecvError::Lagged(_)) => {}
+                        Err(broadcast::error::RecvError::Closed) => return None,
+                    }
+                }
+            },
+        );
+        let all = futures_util::stream::iter(past).chain(live);
         Ok(all
-            .take_until(wait)
             .filter(move |event| std::future::ready(fits(event)))
             .boxed())
     }

@@ -83,6 +83,8 @@ struct ExecState {
     ended: Option<Instant>,
 }
 
+/// How long a process may take to be in its container, on a busy host.
+const LAUNCH: Duration = Duration::from_secs(60);
 /// How long an exec that has ended can be asked for.
 const KEPT: Duration = Duration::from_secs(300);
 
@@ -396,6 +398,19 @@ impl Engine {
         true
     }
 
+    /// Those whose process has started and not ended.
+    pub(crate) fn running_execs(&self) -> Vec<String> {
+        let execs = lock(&self.execs);
+        execs
+            .values()
+            .filter(|exec| {
+                let state = exec.state.borrow();
+                state.pid != 0 && state.exit_code.is_none()
+            })
+            .map(|exec| exec.id.clone())
+            .collect()
+    }
+
     /// Forgets the execs of a container that is no more.
     pub(crate) fn forget_execs(&self, container: &Container) {
         lock(&self.execs).retain(|_, exec| exec.container != container.id);
@@ -414,9 +429,12 @@ impl Engine {
         let _ = tokio::time::timeout(Duration::from_secs(1), self.exec_wait(id)).await;
     }
 
-    /// Kills its process.
+    /// Kills its process, which may still be on its way into the container.
     pub(crate) async fn exec_kill(self: &Arc<Self>, id: &str) -> Result<()> {
         let exec = self.exec(id)?;
+        let mut state = exec.state.subscribe();
+        let there = state.wait_for(|state| state.pid != 0 || state.exit_code.is_some());
+        let _ = tokio::time::timeout(LAUNCH, there).await;
         self.keeper().await?.signal(&exec.id, libc::SIGKILL).await
     }
 

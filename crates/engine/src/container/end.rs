@@ -48,13 +48,14 @@ impl Engine {
         let ran =
             Timestamp::now().duration_since(record.started_at.parse().unwrap_or(Timestamp::now()));
         let ran = Duration::try_from(ran).unwrap_or_default();
-        let again = wants_restart(&record, exit.code);
         let networks: Vec<_> = record
             .endpoints
             .iter()
             .map(|endpoint| endpoint.network.clone())
             .collect();
-        container.note(|record| {
+        let again = container.note(|record| {
+            // Somebody may have stopped it meanwhile.
+            let again = wants_restart(record, exit.code);
             record.phase = if again {
                 Phase::Restarting
             } else {
@@ -73,6 +74,7 @@ impl Engine {
             if again {
                 record.restart_count += 1;
             }
+            again
         });
         let _ = std::fs::remove_dir_all(&container.run);
         if let Ok(keeper) = self.keeper().await {
@@ -154,12 +156,13 @@ impl Engine {
                 return;
             };
             tracing::warn!(container = container.id, %error, "a restart failed");
-            let again = wants_restart(&container.record(), container.record().exit_code.max(1));
-            container.note(|record| {
+            let again = container.note(|record| {
+                let again = wants_restart(record, record.exit_code.max(1));
                 record.restart_count += 1;
                 if !again {
                     record.phase = Phase::Exited;
                 }
+                again
             });
             if again {
                 self.restart_later(container.clone(), Duration::ZERO);

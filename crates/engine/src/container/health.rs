@@ -119,8 +119,9 @@ impl Engine {
             Ok(Ok(code)) => (code, String::from_utf8_lossy(&output).into_owned()),
             Ok(Err(error)) => (-1, error.to_string()),
             Err(_) => {
-                if let Some(id) = &id {
-                    let _ = self.exec_kill(id).await;
+                if let Some(id) = id.take() {
+                    let engine = self.clone();
+                    tokio::spawn(async move { engine.exec_kill(&id).await });
                 }
                 (
                     -1,

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::Engine;
 use crate::container::host_config::LogConfig;
-use crate::container::record::{Container, Record};
+use crate::container::record::{Container, Phase, Record};
 use crate::container::{LogStream, LogsOptions};
 use crate::error::{Error, Result};
 use crate::keeper::log::rotated;
@@ -23,6 +23,8 @@ use crate::keeper::protocol::LogRecord;
 
 /// The longest record that is read; the writer cuts lines far below it.
 const MAX_RECORD: u64 = 1 << 20;
+/// Files of one log, at most.
+const MOST_ROTATED: u32 = 1000;
 /// How often a followed log is looked at. Docker's clients are line-oriented; nobody sees the difference.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -236,23 +238,76 @@ impl Choice {
     }
 }
 
+fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// The files of a log, oldest first, opened before any can be rotated away.
 fn open_all(path: &Path) -> io::Result<Vec<File>> {
+    // The newest first: whatever is rotated meanwhile is met further on.
+    let newest = open(path)?;
+    let inode = newest.as_ref().map(inode_of).transpose()?;
     let mut files = Vec::new();
-    for index in 1..=1000 {
-        match File::open(rotated(path, index)) {
-            Ok(file) => files.push(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-            Err(error) => return Err(error),
+    for index in places(path).filter(|index| *index > 0) {
+        let Some(file) = open(&rotated(path, index))? else {
+            continue;
+        };
+        if Some(inode_of(&file)?) == inode {
+            // The ones before it are newer still.
+            files.clear();
+        } else {
+            files.push(file);
         }
     }
     files.reverse();
-    match File::open(path) {
-        Ok(file) => files.push(file),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
+    files.extend(newest);
     Ok(files)
+}
+
+/// The places that files of a log have, 0 the newest. One may be empty for a moment, while the files move on.
+fn places(path: &Path) -> impl Iterator<Item = u32> {
+    let mut gap = false;
+    (0..=MOST_ROTATED)
+        .map_while(move |index| {
+            let there = place(path, index).exists();
+            let more = there || !gap;
+            gap = !there;
+            more.then_some((index, there))
+        })
+        .filter_map(|(index, there)| there.then_some(index))
+}
+
+fn place(path: &Path, index: u32) -> PathBuf {
+    match index {
+        0 => path.to_owned(),
+        index => rotated(path, index),
+    }
+}
+
+/// Where the file with this inode lies now.
+fn place_of(path: &Path, inode: u64) -> Option<u32> {
+    places(path).find(|index| {
+        std::fs::metadata(place(path, *index))
+            .is_ok_and(|found| std::os::unix::fs::MetadataExt::ino(&found) == inode)
+    })
+}
+
+/// The file that comes after the one with this inode, which was rotated; the oldest there is where that is gone already.
+/// `None` while the files move on.
+fn file_after(path: &Path, inode: u64) -> io::Result<Option<File>> {
+    let at = place_of(path, inode);
+    let next = match at {
+        Some(0) => return Ok(None),
+        Some(at) => at - 1,
+        None => places(path).last().unwrap_or(0),
+    };
+    let file = open(&place(path, next))?;
+    let still = place_of(path, inode) == at;
+    Ok(file.filter(|_| still))
 }
 
 fn read_record(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
@@ -382,7 +437,7 @@ fn stream(
     sender: &Sender,
 ) -> io::Result<()> {
     // Looked at before reading: what is written after the end of this is not missed.
-    let mut lives = follow.is_some_and(|container| container.phase().lives());
+    let mut lives = follow.is_some_and(will_write);
     let send = |bytes: Bytes| sender.blocking_send(Ok(bytes)).is_ok();
     let Some((mut reader, mut line)) = read_past(open_all(path)?, choice, send)? else {
         // No file yet: a container that has not been started.
@@ -395,6 +450,8 @@ fn stream(
         return Ok(());
     };
     let mut inode = inode_of(reader.get_ref())?;
+    // Another file has taken the name of this one.
+    let mut left = false;
     loop {
         let before = line.len();
         (&mut reader)
@@ -418,9 +475,18 @@ fn stream(
         }
         // At the end: of this file, where another has taken its name, or of what there is.
         match std::fs::metadata(path) {
+            // It ended before that, so that its last words are there by now.
+            Ok(metadata) if std::os::unix::fs::MetadataExt::ino(&metadata) != inode && !left => {
+                left = true;
+                continue;
+            }
             Ok(metadata) if std::os::unix::fs::MetadataExt::ino(&metadata) != inode => {
-                reader = BufReader::with_capacity(64 << 10, File::open(path)?);
+                let Some(next) = file_after(path, inode)? else {
+                    continue;
+                };
+                reader = BufReader::with_capacity(64 << 10, next);
                 inode = inode_of(reader.get_ref())?;
+                left = false;
                 line.clear();
                 continue;
             }
@@ -429,6 +495,7 @@ fn stream(
                 continue;
             }
             Ok(_) => {}
+            Err(_) if path.parent().is_some_and(Path::exists) => {}
             Err(_) => return Ok(()),
         }
         if !lives {
@@ -437,8 +504,7 @@ fn stream(
         if sender.is_closed() {
             return Ok(());
         }
-        lives = container.phase().lives()
-            || container.phase() == crate::container::record::Phase::Restarting;
+        lives = will_write(container);
         if let Some(until) = choice.options.until
             && Timestamp::now() > until
         {
@@ -450,6 +516,12 @@ fn stream(
     }
 }
 
+/// Whether more may come from it without anybody's doing.
+fn will_write(container: &Container) -> bool {
+    let phase = container.phase();
+    phase.lives() || phase == Phase::Restarting
+}
+
 fn wait_for_file(
     path: &Path,
     choice: &Choice,
@@ -457,7 +529,7 @@ fn wait_for_file(
     sender: &Sender,
 ) -> io::Result<()> {
     while !sender.is_closed() {
-        let lives = container.phase().lives();
+        let lives = will_write(container);
         if path.exists() {
             return stream(path, choice, Some(container), sender);
         }

@@ -62,6 +62,13 @@ fn by_signal(init: i32, held: bool) -> Result<()> {
             }
         }
         if Instant::now() > end {
+            if held {
+                // Not half of it.
+                let all = by_namespace(init).into_iter();
+                for pid in all.filter_map(rustix::process::Pid::from_raw) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
+                }
+            }
             return Err(Error::Runtime {
                 message:
                     "a process of the container hangs in the kernel and does not take the signal"

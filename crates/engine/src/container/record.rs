@@ -195,6 +195,8 @@ pub(crate) struct Milestones {
     pub rests: u64,
     pub code: i32,
     pub removed: bool,
+    /// How often its removal was tried in vain.
+    pub failed_removals: u64,
 }
 
 /// A container in the inventory.

@@ -85,6 +85,9 @@ impl Engine {
                 record.phase = Phase::Dead;
                 record.error = error.to_string();
             });
+            container
+                .milestones
+                .send_modify(|milestones| milestones.failed_removals += 1);
             return Err(error);
         }
         // The name is free from here on.
@@ -158,23 +161,13 @@ impl Engine {
                     continue;
                 }
             }
-            let _operation = container.operation.lock().await;
-            if !matches!(
-                container.phase(),
-                Phase::Created | Phase::Exited | Phase::Dead
-            ) {
-                continue;
-            }
-            let images = self.images.clone();
-            let id = container.id.clone();
-            let size =
-                blocking(move || Ok(images.snapshot_usage(&id).map_or(0, |usage| usage.bytes)))
-                    .await?;
-            match self.discard(&container, false).await {
-                Ok(()) => {
+            let (engine, own) = (self.clone(), container.clone());
+            match detached(async move { engine.discard_idle(&own).await }).await {
+                Ok(Some(size)) => {
                     report.containers_deleted.push(container.id.clone());
                     report.space_reclaimed += size;
                 }
+                Ok(None) => {}
                 Err(error) => {
                     tracing::warn!(container = container.id, %error, "a container is not pruned")
                 }
@@ -183,5 +176,21 @@ impl Engine {
         let attributes = [("reclaimed".to_owned(), report.space_reclaimed.to_string())].into();
         self.events.publish("container", "prune", "", attributes);
         Ok(report)
+    }
+
+    /// Removes a container unless it is used after all; how many bytes it had written.
+    async fn discard_idle(self: &Arc<Self>, container: &Arc<Container>) -> Result<Option<u64>> {
+        let _operation = container.operation.lock().await;
+        if !matches!(
+            container.phase(),
+            Phase::Created | Phase::Exited | Phase::Dead
+        ) {
+            return Ok(None);
+        }
+        let (images, id) = (self.images.clone(), container.id.clone());
+        let size =
+            blocking(move || Ok(images.snapshot_usage(&id).map_or(0, |usage| usage.bytes))).await?;
+        self.discard(container, false).await?;
+        Ok(Some(size))
     }
 }

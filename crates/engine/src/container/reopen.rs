@@ -18,6 +18,19 @@ use crate::error::{Error, Result};
 use crate::keeper::client::{Keeper, Notice};
 use crate::keeper::protocol::{Exit, Held};
 
+const RECONNECT: Duration = Duration::from_secs(1);
+const LONGEST_RECONNECT: Duration = Duration::from_secs(30);
+
+/// The end of a process that nobody has seen.
+fn unseen(pid: i32) -> Exit {
+    Exit {
+        code: 255,
+        oom: false,
+        finished: base::time::now_rfc3339(),
+        pid,
+    }
+}
+
 impl Engine {
     pub(crate) fn containers_folder(&self) -> PathBuf {
         self.config.paths.state.join("containers")
@@ -37,10 +50,12 @@ impl Engine {
             Keeper::connect(&self.config.paths.run, &self.config.keeper_command).await?;
         let keeper = Arc::new(keeper);
         *slot = Some(keeper.clone());
-        drop(slot);
         self.listen(notices);
-        // A keeper that died took the streams of its containers with it: they are ended, so that none runs unseen.
+        // A keeper that died took the streams of its containers with it: they are ended, so that none runs unseen. Before
+        // anybody starts one with the new keeper, which is not among those it held.
         self.settle_with(&held);
+        drop(slot);
+        self.settle_execs_with(&keeper, held);
         Ok(keeper)
     }
 
@@ -69,8 +84,11 @@ impl Engine {
                     Notice::Lost => {
                         // Found out now rather than at the next request: what ended meanwhile must be handled.
                         tokio::spawn(async move {
-                            if let Err(error) = engine.keeper().await {
+                            let mut pause = RECONNECT;
+                            while let Err(error) = engine.keeper().await {
                                 tracing::error!(%error, "the container keeper cannot be reached");
+                                tokio::time::sleep(pause).await;
+                                pause = (pause * 2).min(LONGEST_RECONNECT);
                             }
                         });
                         return;
@@ -106,6 +124,30 @@ impl Engine {
         Box::pin(async move { self.ended(container, exit).await })
     }
 
+    /// Ends the execs whose process nobody holds, and lets the keeper forget those that have ended.
+    fn settle_execs_with(self: &Arc<Self>, keeper: &Arc<Keeper>, held: Vec<Held>) {
+        let living: HashSet<String> = held
+            .iter()
+            .filter(|held| held.exit.is_none())
+            .map(|held| held.id.clone())
+            .collect();
+        for id in self.running_execs() {
+            let known = held.iter().find(|held| held.id == id);
+            if !living.contains(&id) {
+                let exit = known.and_then(|held| held.exit.clone());
+                self.exec_ended(&id, &exit.unwrap_or_else(|| unseen(0)));
+            }
+        }
+        let (engine, keeper) = (self.clone(), keeper.clone());
+        tokio::spawn(async move {
+            for held in held {
+                if held.exit.is_some() && engine.inventory.get(&held.id).is_none() {
+                    let _ = keeper.forget(&held.id).await;
+                }
+            }
+        });
+    }
+
     /// Compares what the records say with what the keeper holds.
     fn settle_with(self: &Arc<Self>, held: &[Held]) {
         let held: HashMap<&str, &Held> = held.iter().map(|held| (held.id.as_str(), held)).collect();
@@ -127,12 +169,7 @@ impl Engine {
                     Some(
                         written
                             .filter(|exit| exit.pid == pid)
-                            .unwrap_or_else(|| Exit {
-                                code: 255,
-                                oom: false,
-                                finished: base::time::now_rfc3339(),
-                                pid,
-                            }),
+                            .unwrap_or_else(|| unseen(pid)),
                     )
                 }
                 None => None,

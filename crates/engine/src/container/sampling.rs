@@ -28,6 +28,8 @@ impl Engine {
     ) -> Result<BoxStream<'static, Result<Stats>>> {
         let container = self.inventory.find(container)?;
         let engine = self.clone();
+        let mut ends = container.milestones.subscribe();
+        let before = ends.borrow_and_update().exits;
         let first = engine.sample(&container, None).await?;
         if !stream {
             if one_shot || !container.phase().lives() {
@@ -37,25 +39,26 @@ impl Engine {
             let second = engine.sample(&container, Some(&first)).await;
             return Ok(futures_util::stream::iter([second]).boxed());
         }
-        let state = (engine, container, first, true);
-        let samples = futures_util::stream::unfold(Some(state), |state| async {
-            let (engine, container, last, begins) = state?;
+        let state = (engine, container, ends, first, true);
+        let samples = futures_util::stream::unfold(Some(state), move |state| async move {
+            let (engine, container, mut ends, last, begins) = state?;
             if begins {
                 // Clients show the first at once; it has no percentages yet.
-                return Some((Ok(last.clone()), Some((engine, container, last, false))));
+                let next = (engine, container, ends, last.clone(), false);
+                return Some((Ok(last), Some(next)));
             }
-            let mut ends = container.milestones.subscribe();
-            let before = *ends.borrow_and_update();
-            let ended = tokio::time::timeout(
+            let over = tokio::time::timeout(
                 Duration::from_secs(1),
-                ends.wait_for(|now| now.removed || now.exits != before.exits),
+                ends.wait_for(|now| now.removed || now.exits != before),
             )
             .await
             .is_ok();
-            let over = ended || container.milestones.borrow().removed;
             match engine.sample(&container, Some(&last)).await {
                 Ok(sample) if over => Some((Ok(sample), None)),
-                Ok(sample) => Some((Ok(sample.clone()), Some((engine, container, sample, false)))),
+                Ok(sample) => {
+                    let next = (engine, container, ends, sample.clone(), false);
+                    Some((Ok(sample), Some(next)))
+                }
                 Err(error) => Some((Err(error), None)),
             }
         });

@@ -8,7 +8,7 @@ use base::file::Durability;
 use crate::Engine;
 use crate::container::create::{blocking, check_name, check_restart};
 use crate::container::host_config::UpdateConfig;
-use crate::container::inspect::{Updated, WaitResult};
+use crate::container::inspect::{Updated, WaitError, WaitResult};
 use crate::container::record::{Container, Phase, Record};
 use crate::container::start::detached;
 use crate::container::{Wait, WaitCondition, cgroup, limits, processes, signal};
@@ -21,6 +21,22 @@ const KILL_WAIT: Duration = Duration::from_secs(60);
 fn asked(signal: Option<&str>) -> Result<Option<i32>> {
     let named = signal.filter(|signal| !signal.is_empty());
     named.map(signal::number).transpose()
+}
+
+/// Keeps a container down that waits to be started again; false where it does not. The caller holds its operation lock.
+fn keep_down(container: &Container) -> Result<bool> {
+    if container.phase() != Phase::Restarting {
+        return Ok(false);
+    }
+    container.end_tasks();
+    container.change(Durability::Process, |record| {
+        record.stopped_by_user = true;
+        record.phase = Phase::Exited;
+    })?;
+    container
+        .milestones
+        .send_modify(|milestones| milestones.rests += 1);
+    Ok(true)
 }
 
 impl Engine {
@@ -49,16 +65,11 @@ impl Engine {
         timeout: Option<i64>,
         signal: Option<i32>,
     ) -> Result<()> {
+        let mut ends = container.milestones.subscribe();
+        let before = ends.borrow_and_update().exits;
+        // After that: an end that is not seen here is still to come.
         let record = container.record().clone();
-        if record.phase == Phase::Restarting {
-            container.end_tasks();
-            container.change(Durability::Process, |record| {
-                record.stopped_by_user = true;
-                record.phase = Phase::Exited;
-            })?;
-            container
-                .milestones
-                .send_modify(|milestones| milestones.rests += 1);
+        if keep_down(container)? {
             self.tell(container, "stop");
             return Ok(());
         }
@@ -67,8 +78,6 @@ impl Engine {
         }
         let (own, patience) = self.stop_terms(&record, timeout);
         container.note(|record| record.stopped_by_user = true);
-        let mut ends = container.milestones.subscribe();
-        let before = ends.borrow_and_update().exits;
         self.send(container, signal.unwrap_or(own)).await?;
         if record.phase == Phase::Paused {
             self.thaw(container).await?;
@@ -88,6 +97,8 @@ impl Engine {
         if !stopped {
             self.kill_and_wait(container).await?;
         }
+        // Its end may have been judged before this was asked for.
+        keep_down(container)?;
         self.tell(container, "stop");
         Ok(())
     }
@@ -196,11 +207,27 @@ impl Engine {
         }
         let (stop, _) = self.stop_terms(&record, None);
         if number == libc::SIGKILL || number == stop {
-            container.note(|record| record.stopped_by_user = true);
+            container.note(|record| {
+                if record.phase.lives() {
+                    record.stopped_by_user = true;
+                }
+            });
         }
         if number == libc::SIGKILL {
             let engine = self.clone();
-            return detached(async move { engine.kill_and_wait(&container).await }).await;
+            return detached(async move {
+                engine.kill_and_wait(&container).await?;
+                if container.phase() == Phase::Restarting {
+                    // Its end was judged before this was asked for.
+                    let _operation = container.operation.lock().await;
+                    if !keep_down(&container)? && container.phase().lives() {
+                        container.note(|record| record.stopped_by_user = true);
+                        engine.kill_and_wait(&container).await?;
+                    }
+                }
+                Ok(())
+            })
+            .await;
         }
         self.send(&container, number).await
     }
@@ -267,6 +294,7 @@ impl Engine {
             let record = container.record();
             (record.phase, record.exit_code)
         };
+        let of = container.clone();
         let result = async move {
             let rests = phase.lives() || phase == Phase::Restarting;
             let over = ends
@@ -275,10 +303,14 @@ impl Engine {
                         !rests || milestones.rests != now.rests || milestones.removed
                     }
                     WaitCondition::NextExit => milestones.exits != now.exits || milestones.removed,
-                    WaitCondition::Removed => milestones.removed,
+                    WaitCondition::Removed => {
+                        milestones.removed || milestones.failed_removals != now.failed_removals
+                    }
                 })
                 .await
                 .map(|milestones| *milestones);
+            let failed = matches!(over, Ok(milestones) if !milestones.removed
+                && milestones.failed_removals != now.failed_removals);
             let code = match over {
                 Ok(milestones) if milestones.exits == now.exits => code,
                 Ok(milestones) => milestones.code,
@@ -286,7 +318,9 @@ impl Engine {
             };
             WaitResult {
                 status_code: i64::from(code),
-                error: None,
+                error: failed.then(|| WaitError {
+                    message: of.record().error.clone(),
+                }),
             }
         };
         Ok(Wait {
