@@ -15,6 +15,7 @@ use crate::container::inspect::Port;
 use crate::container::inventory::Inventory;
 use crate::container::networking::{EndpointSettings, NetworkSettings, NetworkingConfig};
 use crate::container::record::{Container, Record};
+use crate::container::start::detached;
 use crate::error::{Error, Result};
 
 /// Refuses what is asked for of a container's own network where it uses another's, and a name for the host's.
@@ -481,6 +482,16 @@ impl Engine {
         endpoint: EndpointSettings,
     ) -> Result<()> {
         let container = self.inventory.find(container)?;
+        let (engine, network) = (self.clone(), network.to_owned());
+        detached(async move { engine.connect_whole(&network, &container, endpoint).await }).await
+    }
+
+    async fn connect_whole(
+        self: &Arc<Self>,
+        network: &str,
+        container: &Arc<Container>,
+        endpoint: EndpointSettings,
+    ) -> Result<()> {
         let _operation = container.operation.lock().await;
         check(&endpoint)?;
         let network = self.networks.inspect(network).map_err(Error::room)?;
@@ -527,7 +538,7 @@ impl Engine {
             record.networks.insert(network.name.clone(), settings);
             record.endpoints.extend(made);
         })?;
-        self.tell_network("connect", &network, &container);
+        self.tell_network("connect", &network, container);
         Ok(())
     }
 
@@ -547,6 +558,15 @@ impl Engine {
             Err(_) if force => return Ok(()),
             Err(error) => return Err(error),
         };
+        let engine = self.clone();
+        detached(async move { engine.disconnect_whole(&network, &container).await }).await
+    }
+
+    async fn disconnect_whole(
+        self: &Arc<Self>,
+        network: &net::Network,
+        container: &Arc<Container>,
+    ) -> Result<()> {
         let _operation = container.operation.lock().await;
         let record = container.record().clone();
         if record.host.network_mode == "host" && network.name == "host" {
@@ -577,7 +597,7 @@ impl Engine {
                 .endpoints
                 .retain(|endpoint| endpoint.network != network.id);
         })?;
-        self.tell_network("disconnect", &network, &container);
+        self.tell_network("disconnect", network, container);
         Ok(())
     }
 

@@ -235,6 +235,11 @@ impl Engine {
     /// Freezes all its processes.
     pub async fn pause(self: &Arc<Self>, container: &str) -> Result<()> {
         let container = self.inventory.find(container)?;
+        let engine = self.clone();
+        detached(async move { engine.pause_whole(&container).await }).await
+    }
+
+    async fn pause_whole(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
         let _operation = container.operation.lock().await;
         match container.phase() {
             Phase::Running => {}
@@ -254,23 +259,27 @@ impl Engine {
                 record.phase = Phase::Paused;
             }
         });
-        self.tell(&container, "pause");
+        self.tell(container, "pause");
         Ok(())
     }
 
     /// Thaws them.
     pub async fn unpause(self: &Arc<Self>, container: &str) -> Result<()> {
         let container = self.inventory.find(container)?;
-        let _operation = container.operation.lock().await;
-        if container.phase() != Phase::Paused {
-            return Err(Error::Conflict(format!(
-                "Container {} is not paused",
-                container.id
-            )));
-        }
-        self.thaw(&container).await?;
-        self.tell(&container, "unpause");
-        Ok(())
+        let engine = self.clone();
+        detached(async move {
+            let _operation = container.operation.lock().await;
+            if container.phase() != Phase::Paused {
+                return Err(Error::Conflict(format!(
+                    "Container {} is not paused",
+                    container.id
+                )));
+            }
+            engine.thaw(&container).await?;
+            engine.tell(&container, "unpause");
+            Ok(())
+        })
+        .await
     }
 
     pub(crate) async fn thaw(&self, container: &Container) -> Result<()> {
@@ -331,6 +340,11 @@ impl Engine {
     /// Renames it.
     pub async fn rename(self: &Arc<Self>, container: &str, name: &str) -> Result<()> {
         let container = self.inventory.find(container)?;
+        let (engine, name) = (self.clone(), name.to_owned());
+        detached(async move { engine.rename_whole(&container, &name).await }).await
+    }
+
+    async fn rename_whole(self: &Arc<Self>, container: &Arc<Container>, name: &str) -> Result<()> {
         let _operation = container.operation.lock().await;
         let name = name.strip_prefix('/').unwrap_or(name).to_owned();
         if name.is_empty() {
@@ -359,7 +373,7 @@ impl Engine {
             Ok(())
         })
         .await;
-        self.tell_with(&container, "rename", &[("oldName", format!("/{old}"))]);
+        self.tell_with(container, "rename", &[("oldName", format!("/{old}"))]);
         Ok(())
     }
 
@@ -370,6 +384,15 @@ impl Engine {
         update: UpdateConfig,
     ) -> Result<Updated> {
         let container = self.inventory.find(container)?;
+        let engine = self.clone();
+        detached(async move { engine.update_whole(&container, update).await }).await
+    }
+
+    async fn update_whole(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        update: UpdateConfig,
+    ) -> Result<Updated> {
         let _operation = container.operation.lock().await;
         let record = container.record().clone();
         if matches!(record.phase, Phase::Removing | Phase::Dead) {
@@ -397,7 +420,7 @@ impl Engine {
             blocking(move || cgroup::update(&group, &resources)).await?;
         }
         container.change(Durability::Host, |record| record.host = host)?;
-        self.tell(&container, "update");
+        self.tell(container, "update");
         Ok(Updated { warnings })
     }
 }
