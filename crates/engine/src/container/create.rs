@@ -377,7 +377,8 @@ impl Engine {
                 .map_err(Error::io(format!("writing {}", path.display())))?;
         }
         let container = Container::new(record, directory, self.run_folder().join(&id));
-        container.change(Durability::Process, |_| ())?;
+        // Its name must not lead to an empty file after a power cut.
+        container.change(Durability::Host, |_| ())?;
         mounts::kept(&container.directory);
         Ok(container)
     }
