@@ -445,12 +445,14 @@ impl Metadata {
                     .iter()
                     .min_by_key(|(_, b)| b.used)
                     .map(|(o, _)| *o);
-                if let Some(oldest) = oldest
-                    && let Some(block) = self.blocks.remove(&oldest)
-                    && block.dirty
-                {
-                    // A count that is too high early is only a leak.
-                    file.write_all_at(&block.bytes, oldest)?;
+                if let Some(oldest) = oldest {
+                    // A count that is too high early is only a leak. One that cannot be written stays.
+                    if let Some(block) = self.blocks.get(&oldest)
+                        && block.dirty
+                    {
+                        file.write_all_at(&block.bytes, oldest)?;
+                    }
+                    self.blocks.remove(&oldest);
                 }
             }
             let mut bytes = vec![0; self.cluster() as usize];
@@ -579,18 +581,8 @@ impl Metadata {
 
     /// Writes counts that grew, and takes what is to be written after them.
     pub fn begin_flush(&mut self, file: &File) -> io::Result<Batch> {
-        for (offset, block) in self.blocks.iter_mut().filter(|(_, b)| b.dirty) {
-            file.write_all_at(&block.bytes, *offset)?;
-            block.dirty = false;
-        }
-        if self.refcount_table_dirty {
-            file.sync_data()?;
-            file.write_all_at(
-                &to_bytes(&self.refcount_table),
-                self.header.refcount_table_offset,
-            )?;
-            self.refcount_table_dirty = false;
-        }
+        self.write_counts(file)
+            .inspect_err(|_| self.forget_written_counts())?;
         let mut tables = Vec::new();
         for (offset, table) in self.tables.iter_mut().filter(|(_, t)| t.dirty) {
             tables.push((*offset, to_bytes(&table.entries)));
@@ -604,6 +596,30 @@ impl Metadata {
             l1,
             freed: std::mem::take(&mut self.freed),
         })
+    }
+
+    fn write_counts(&mut self, file: &File) -> io::Result<()> {
+        for (offset, block) in self.blocks.iter_mut().filter(|(_, b)| b.dirty) {
+            file.write_all_at(&block.bytes, *offset)?;
+            block.dirty = false;
+        }
+        if self.refcount_table_dirty {
+            file.sync_data()?;
+            file.write_all_at(
+                &to_bytes(&self.refcount_table),
+                self.header.refcount_table_offset,
+            )?;
+            self.refcount_table_dirty = false;
+        }
+        Ok(())
+    }
+
+    /// After a failure the kernel may take for written what is not (fsync(2)): all that is here is written again.
+    fn forget_written_counts(&mut self) {
+        self.blocks
+            .values_mut()
+            .for_each(|block| block.dirty = true);
+        self.refcount_table_dirty = true;
     }
 
     /// Lets go of the clusters that a written batch no longer names; one that was not written stays to be written.
@@ -623,6 +639,7 @@ impl Metadata {
         if let Err(error) = written {
             self.l1_dirty |= batch.l1.is_some();
             self.freed.extend(batch.freed);
+            self.forget_written_counts();
             return Err(error);
         }
         let oldest = self.leases.oldest().unwrap_or(u64::MAX);
@@ -664,19 +681,23 @@ impl Metadata {
                 self.header.l1_offset,
                 (u64::from(self.header.l1_entries) * 8).div_ceil(self.cluster()),
             );
-            self.l1.resize(wanted as usize, 0);
-            let mut bytes = to_bytes(&self.l1);
+            self.flush(file)?;
+            // Until the header names the new one, the old table is the one that is written, and as long as it is.
+            let mut longer = self.l1.clone();
+            longer.resize(wanted as usize, 0);
+            let mut bytes = to_bytes(&longer);
             bytes.resize((clusters * self.cluster()) as usize, 0);
             file.write_all_at(&bytes, offset)?;
-            self.flush(file)?;
+            file.sync_data()?;
             // Both fields lie side by side: one write moves the table.
             let mut fields = [0u8; 12];
             fields[..4].copy_from_slice(&(wanted as u32).to_be_bytes());
             fields[4..].copy_from_slice(&offset.to_be_bytes());
             file.write_all_at(&fields, 36)?;
-            file.sync_data()?;
+            self.l1 = longer;
             self.header.l1_entries = wanted as u32;
             self.header.l1_offset = offset;
+            file.sync_data()?;
             self.move_table(old, (offset, clusters));
         }
         self.grow_counts(file, size)?;
@@ -722,11 +743,11 @@ impl Metadata {
         fields[..8].copy_from_slice(&offset.to_be_bytes());
         fields[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
         file.write_all_at(&fields, 48)?;
-        file.sync_data()?;
         let from = (self.header.refcount_table_offset, old);
         self.refcount_table = table;
         self.header.refcount_table_offset = offset;
         self.header.refcount_table_clusters = clusters as u32;
+        file.sync_data()?;
         self.move_table(from, (offset, clusters));
         Ok(())
     }
