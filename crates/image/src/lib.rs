@@ -36,3 +36,6 @@ pub use store::{Filter, HistoryLine, Image, InUse, Pruned, RemoveOptions, Remove
 
 /// An image's id: the digest of its configuration.
 pub type ImageId = Digest;
+
+/// What the keys of builds' snapshots begin with; one that was left by a build that is no more can go.
+pub const BUILD_SNAPSHOT: &str = "build-";

@@ -78,7 +78,8 @@ pub(crate) fn load(inner: &Inner, state: &mut State) -> Result<()> {
             // The record is written last and removed first, so without it there is nothing to keep.
             (_, Ok(None)) => tree::remove_all(&entry.path()).at(&entry.path())?,
             (_, Err(error)) => {
-                tracing::warn!(path = %entry.path().display(), %error, "unreadable snapshot left alone")
+                tracing::warn!(path = %entry.path().display(), %error, "unreadable snapshot left alone");
+                state.incomplete = true;
             }
             _ => {}
         }
@@ -160,7 +161,12 @@ impl Store {
                 None => rustix::fs::fchmod(&upper, Mode::from_raw_mode(0o755)).at(&layers.upper)?,
             }
             let path = folder.join("snapshot.json");
-            write_json(&path, &record, Durability::Process).at(&path)?;
+            // After a power cut a folder without it would be taken for one that was never finished.
+            write_json(&path, &record, Durability::Host).at(&path)?;
+            let all = self.0.directory.join("snapshots");
+            fs::File::open(&all)
+                .and_then(|all| all.sync_all())
+                .at(&all)?;
             Ok(layers)
         })();
         if made.is_err() {

@@ -374,10 +374,11 @@ impl Engine {
     /// Removes snapshots, run folders and cgroups of containers that are no more, and cgroups of those that do not run.
     fn sweep(&self, alive: &HashSet<String>) {
         for (key, _) in self.images.snapshots() {
-            // Others make snapshots too (builds); a container's keys begin with its id.
-            let stale = crate::container::mounts::owner(&key).is_some_and(|id| {
-                self.inventory.get(id).is_none() && !self.containers_folder().join(id).exists()
-            });
+            // A container's keys begin with its id; a build that was under way ended with its daemon.
+            let stale = key.starts_with(image::BUILD_SNAPSHOT)
+                || crate::container::mounts::owner(&key).is_some_and(|id| {
+                    self.inventory.get(id).is_none() && !self.containers_folder().join(id).exists()
+                });
             if !stale {
                 continue;
             }

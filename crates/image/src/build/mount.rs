@@ -11,7 +11,7 @@ use super::{Build, Secret, StepMount, StepMountKind, change};
 use crate::error::At;
 use crate::layer::tree::{self, Scratch};
 use crate::snapshot::mount_detached;
-use crate::{Digest, Error, Result, RunConfig};
+use crate::{Cancel, Digest, Error, Result, RunConfig};
 
 /// Mounts of one step, with what they need to live.
 #[derive(Default)]
@@ -25,7 +25,7 @@ pub(super) struct Mounts {
     /// Copies of what other images hold.
     scratches: Vec<Scratch>,
     /// Locks of caches that one step at a time may use.
-    locks: Vec<Arc<tokio::sync::Mutex<()>>>,
+    locks: BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>,
 }
 
 /// A bind mount that is a copy, made once it is known that the step runs: [`Build::make_copies`].
@@ -39,13 +39,26 @@ struct Copy {
     text: String,
 }
 
+/// How often a cache that others use is tried.
+const WAIT: std::time::Duration = std::time::Duration::from_millis(50);
+
 impl Mounts {
-    /// Waits for the caches that others use. Held until the guards are dropped.
-    pub fn lock(&self) -> Vec<tokio::sync::OwnedMutexGuard<()>> {
-        self.locks
-            .iter()
-            .map(|lock| lock.clone().blocking_lock_owned())
-            .collect()
+    /// Waits for the caches that others use. Held until the guards are dropped. All steps take them in one order.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`].
+    pub fn lock(&self, cancel: &Cancel) -> Result<Vec<tokio::sync::OwnedMutexGuard<()>>> {
+        let mut held = Vec::new();
+        for lock in self.locks.values() {
+            held.push(loop {
+                match lock.clone().try_lock_owned() {
+                    Ok(guard) => break guard,
+                    Err(_) => cancel.check()?,
+                }
+                std::thread::sleep(WAIT);
+            });
+        }
+        Ok(held)
     }
 }
 
@@ -166,7 +179,9 @@ impl Build<'_> {
         match fields.first(&["sharing"]).unwrap_or("shared") {
             "shared" => {}
             // A private one may be any other's that nobody uses now.
-            "locked" | "private" => mounts.locks.push(self.store.busy(&key)),
+            "locked" | "private" => {
+                mounts.locks.insert(key, self.store.busy(&key));
+            }
             other => return Err(fields.bad(&format!("unknown sharing {other:?}"))),
         }
         if !folder.exists() {

@@ -120,9 +120,14 @@ impl Build<'_> {
                 network,
                 config: run,
             };
-            let short: String = snapshot.key.chars().skip("build-".len()).take(12).collect();
+            let short: String = snapshot
+                .key
+                .chars()
+                .skip(crate::BUILD_SNAPSHOT.len())
+                .take(12)
+                .collect();
             let stubs = Stubs::before(&layers, &step)?;
-            let used = mounts.lock();
+            let used = mounts.lock(self.cancel)?;
             self.output.write(&format!(" ---> Running in {short}\n"));
             let code = self.runner.run(&layers, &step, self.output)?;
             drop(used);

@@ -337,7 +337,11 @@ impl Build<'_> {
 
     pub(super) fn temporary(&self, stage: &Stage) -> Result<(Temporary<'_>, crate::Layers)> {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let key = format!("build-{}-{serial}", base::Id::random().short());
+        let key = format!(
+            "{}{}-{serial}",
+            crate::BUILD_SNAPSHOT,
+            base::Id::random().short()
+        );
         let chain = Digest::chains(&stage.config.rootfs.diff_ids);
         let layers = self.store.snapshot_of_chain(&key, stage.id, chain)?;
         Ok((Temporary { build: self, key }, layers))

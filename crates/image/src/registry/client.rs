@@ -23,6 +23,8 @@ pub(crate) const ATTEMPTS: u32 = 5;
 /// A connection to one registry.
 pub struct Client {
     http: reqwest::Client,
+    /// For bodies: the time until an answer includes that of sending them.
+    uploads: reqwest::Client,
     /// `https://registry.test:5000`.
     base: String,
     domain: String,
@@ -68,28 +70,38 @@ impl Client {
             domain
         };
         let lax = trust.is_lax(domain);
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(Duration::from_secs(15))
-            .read_timeout(Duration::from_secs(60))
-            .http1_only()
-            .danger_accept_invalid_certs(lax && !is_local(domain));
-        if is_local(domain) {
-            builder = builder.no_proxy().danger_accept_invalid_certs(true);
-        }
+        let mut authorities = Vec::new();
         for path in &trust.authorities {
             let pem = tokio::fs::read(path).await.at(path)?;
-            let certificates = reqwest::Certificate::from_pem_bundle(&pem)
-                .map_err(|e| Error::malformed(path.display().to_string(), chain(&e)))?;
-            for certificate in certificates {
-                builder = builder.add_root_certificate(certificate);
-            }
+            authorities.extend(
+                reqwest::Certificate::from_pem_bundle(&pem)
+                    .map_err(|e| Error::malformed(path.display().to_string(), chain(&e)))?,
+            );
         }
         let unreachable = |why: String| Error::Unreachable {
             registry: domain.to_owned(),
             why,
         };
-        let http = builder.build().map_err(|e| unreachable(chain(&e)))?;
+        let builder = || {
+            let builder = reqwest::Client::builder()
+                .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(Duration::from_secs(15))
+                .http1_only()
+                .danger_accept_invalid_certs(lax || is_local(domain));
+            let builder = match is_local(domain) {
+                true => builder.no_proxy(),
+                false => builder,
+            };
+            authorities
+                .iter()
+                .cloned()
+                .fold(builder, reqwest::ClientBuilder::add_root_certificate)
+        };
+        let http = builder()
+            .read_timeout(Duration::from_secs(60))
+            .build()
+            .map_err(|e| unreachable(chain(&e)))?;
+        let uploads = builder().build().map_err(|e| unreachable(chain(&e)))?;
         let mut base = format!("https://{host}");
         if lax {
             // A plain registry on this machine is the usual case; one with TLS answers 400 to plain requests.
@@ -105,6 +117,7 @@ impl Client {
         }
         Ok(Client {
             http,
+            uploads,
             base,
             domain: domain.to_owned(),
             credentials,
@@ -168,8 +181,31 @@ impl Client {
     }
 
     /// [`Client::send`] once, but again with an authorization where the registry demands one.
-    pub(crate) async fn send_once(
+    async fn send_once(
         &self,
+        method: Method,
+        path: &str,
+        scope: &str,
+        shape: impl Fn(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Response> {
+        self.exchange(&self.http, method, path, scope, shape).await
+    }
+
+    /// [`Client::send`] once of a long body, which `shape` makes anew for each try.
+    pub(crate) async fn upload_once(
+        &self,
+        method: Method,
+        path: &str,
+        scope: &str,
+        shape: impl Fn(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Response> {
+        self.exchange(&self.uploads, method, path, scope, shape)
+            .await
+    }
+
+    async fn exchange(
+        &self,
+        http: &reqwest::Client,
         method: Method,
         path: &str,
         scope: &str,
@@ -179,7 +215,7 @@ impl Client {
         // An upload may be taken by another host, which has no business with our tokens.
         let own = address.starts_with(&self.base);
         for attempt in 0..2 {
-            let mut request = shape(self.http.request(method.clone(), &address));
+            let mut request = shape(http.request(method.clone(), &address));
             if own && let Some(header) = self.authorization_for(scope).await {
                 request = request.header(AUTHORIZATION, header);
             }

@@ -1,11 +1,11 @@
 //! Pushing: blobs the registry lacks, in parallel, mounted from a neighbour repository where it has them there.
 
-use std::io::SeekFrom;
+use std::io::{Seek, SeekFrom};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, Response, StatusCode};
-use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::io::AsyncReadExt;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::io::ReaderStream;
@@ -228,13 +228,12 @@ impl Upload {
         while size - offset > self.chunk {
             self.cancel.check()?;
             let end = offset + self.chunk;
-            let body = self.body(id, offset, self.chunk, size).await?;
             let response = self
                 .once(
                     Method::PATCH,
                     &location,
                     scope,
-                    body,
+                    || self.body(id, offset, self.chunk, size),
                     self.chunk,
                     Some(format!("{offset}-{}", end - 1)),
                 )
@@ -248,7 +247,7 @@ impl Upload {
             "{location}{separator}digest={}",
             escape(&self.blob.digest.to_string())
         );
-        let body = self.body(id, offset, size - offset, size).await?;
+        let body = || self.body(id, offset, size - offset, size);
         let range = (offset > 0).then(|| format!("{offset}-{}", size.saturating_sub(1)));
         let response = self
             .once(Method::PUT, &target, scope, body, size - offset, range)
@@ -263,14 +262,12 @@ impl Upload {
         method: Method,
         path: &str,
         scope: &str,
-        body: reqwest::Body,
+        body: impl Fn() -> std::io::Result<reqwest::Body>,
         length: u64,
         range: Option<String>,
     ) -> Result<Response> {
-        // A stream can be sent but once; a token that ran out makes the whole upload begin again.
-        let body = std::sync::Mutex::new(Some(body));
         self.client
-            .send_once(method, path, scope, |mut request| {
+            .upload_once(method, path, scope, |mut request| {
                 request = request
                     .header("content-type", "application/octet-stream")
                     .header("content-length", length)
@@ -278,18 +275,25 @@ impl Upload {
                 if let Some(range) = &range {
                     request = request.header("content-range", range);
                 }
-                match body.lock().ok().and_then(|mut b| b.take()) {
-                    Some(body) => request.body(body),
-                    None => request,
-                }
+                // A file that cannot be read breaks the request off.
+                request.body(body().unwrap_or_else(|error| {
+                    let broken = futures_util::stream::iter([Err::<bytes::Bytes, _>(error)]);
+                    reqwest::Body::wrap_stream(broken)
+                }))
             })
             .await
     }
 
-    async fn body(&self, id: &str, offset: u64, length: u64, size: u64) -> Result<reqwest::Body> {
-        let path = self.store.content().path(&self.blob.digest);
-        let mut file = tokio::fs::File::open(&path).await.at(&path)?;
-        file.seek(SeekFrom::Start(offset)).await.at(&path)?;
+    fn body(
+        &self,
+        id: &str,
+        offset: u64,
+        length: u64,
+        size: u64,
+    ) -> std::io::Result<reqwest::Body> {
+        let mut file = std::fs::File::open(self.store.content().path(&self.blob.digest))?;
+        file.seek(SeekFrom::Start(offset))?;
+        let file = tokio::fs::File::from_std(file);
         let stream = ReaderStream::with_capacity(file.take(length), 128 << 10);
         let (progress, id) = (self.progress.clone(), id.to_owned());
         let (mut sent, mut reported) = (offset, Instant::now());

@@ -71,6 +71,8 @@ pub(crate) struct State {
     next_lease: u64,
     /// Blobs and layers that were not flushed to the disk yet.
     pub(crate) fresh: HashSet<Digest>,
+    /// A record could not be read: what it refers to is unknown, so nothing is collected.
+    pub(crate) incomplete: bool,
 }
 
 /// A layer of an image: the blob it came from and what it holds.
@@ -189,7 +191,8 @@ impl Store {
                 }
                 Ok((None, _)) => {}
                 Err(error) => {
-                    tracing::warn!(%id, %error, "an image record is unreadable and left out")
+                    tracing::warn!(%id, %error, "an image record is unreadable and left out");
+                    state.incomplete = true;
                 }
             }
         }
@@ -372,7 +375,7 @@ impl Store {
             ..stored.record.clone()
         };
         let path = self.record_path(id);
-        write_json(&path, &record, Durability::Process).at(&path)?;
+        write_json(&path, &record, Durability::Host).at(&path)?;
         let config = stored.config.clone();
         state
             .images

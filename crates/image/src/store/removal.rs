@@ -259,6 +259,10 @@ impl Store {
                 if (has_children(&state, &image.id) && untagged) || state.leased(&image.id) {
                     continue;
                 }
+                // A container was made of it since they were counted.
+                if state.snapshots.values().any(|s| s.image == Some(image.id)) {
+                    continue;
+                }
                 let names: Vec<String> = state
                     .references
                     .iter()
@@ -293,6 +297,12 @@ impl Store {
         let mut folders = Vec::new();
         {
             let mut state = self.state();
+            if state.incomplete {
+                tracing::warn!(
+                    "nothing is collected while a record of the image store is unreadable"
+                );
+                return Ok(0);
+            }
             let mut live: HashSet<Digest> = HashSet::new();
             for (id, stored) in &state.images {
                 live.insert(*id);

@@ -13,7 +13,7 @@ use base::file::{Durability, read_json, write_json};
 use serde::{Deserialize, Serialize};
 
 use super::{ImageRecord, Inner, State, Store};
-use crate::error::At;
+use crate::error::{At, Error};
 use crate::progress::Cancel;
 use crate::{Digest, ImageId, Result};
 
@@ -56,9 +56,20 @@ pub(super) fn repair(store: &Store, suspects: &[Digest]) -> Result<()> {
         .map(|(id, stored)| (*id, stored.record.clone()))
         .collect();
     for (id, record) in images {
-        if let Err(error) = restore(store, &record) {
-            tracing::warn!(%id, %error, "an image lost a part and is dropped; pull or load it again");
-            store.forget(&id)?;
+        match restore(store, &record) {
+            Ok(()) => {}
+            Err(
+                error @ (Error::NoSuchBlob(_)
+                | Error::DigestMismatch { .. }
+                | Error::DamagedLayer { .. }),
+            ) => {
+                tracing::warn!(%id, %error, "an image lost a part and is dropped; pull or load it again");
+                store.forget(&id)?;
+            }
+            // Its blobs are there: a full disk, say, is no reason to lose them.
+            Err(error) => {
+                tracing::error!(%id, %error, "layers of an image are not unpacked: it cannot be used before the next start")
+            }
         }
     }
     if !suspects.is_empty() {

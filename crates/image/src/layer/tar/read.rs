@@ -98,6 +98,10 @@ impl<R: Read> TarReader<R> {
                         }
                         Ok(())
                     })?;
+                    let held: usize = self.global.iter().map(|(k, v)| k.len() + v.len()).sum();
+                    if held as u64 > MAX_META {
+                        return Err(bad("its global headers are too long"));
+                    }
                 }
                 b'L' => long_path = Some(until_nul(self.read_meta(size)?)),
                 b'K' => long_link = Some(until_nul(self.read_meta(size)?)),
