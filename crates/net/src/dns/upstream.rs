@@ -84,7 +84,12 @@ async fn ask_udp(query: &[u8], question: usize, server: IpAddr) -> io::Result<Ve
                 && answer[2] & 0x80 != 0
                 && answer[12..question].eq_ignore_ascii_case(&sent[12..question])
             {
-                return Ok(answer.to_vec());
+                let mut answer = answer.to_vec();
+                if length == buffer.len() {
+                    // Cut off: whoever asked asks again by TCP.
+                    answer[2] |= 2;
+                }
+                return Ok(answer);
             }
         }
     };

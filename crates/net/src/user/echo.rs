@@ -89,7 +89,11 @@ impl Echoes {
         let mut replies = Vec::new();
         let mut buffer = [0u8; 2048];
         self.open.retain(|(destination, identifier), echo| {
-            while let Ok((length, _)) = recv(&echo.socket, &mut buffer[..], RecvFlags::empty()) {
+            for _ in 0..super::flow::AT_ONCE {
+                let Ok((length, _)) = recv(&echo.socket, &mut buffer[..], RecvFlags::empty())
+                else {
+                    break;
+                };
                 let reply = &buffer[..length.min(buffer.len())];
                 // An echo reply, not an error.
                 if reply.len() >= HEAD + 4 && reply[0] == 0 {

@@ -24,6 +24,8 @@ const BUFFER: usize = 128 * 1024;
 /// Of a link that takes many segments at once, to the guest.
 const LONG_BUFFER: usize = 512 * 1024;
 const MTU: usize = 1500;
+/// Datagrams taken of one socket in a row: a busy one does not keep the others waiting.
+pub(super) const AT_ONCE: usize = 64;
 /// The longest packet, and the largest segment in it.
 const LONG_MTU: usize = 65_535;
 const LONG_SEGMENT: u16 = 65_495;
@@ -110,7 +112,10 @@ impl UdpFlows {
         let mut replies = Vec::new();
         let buffer = &mut self.buffer;
         self.flows.retain(|key, flow| {
-            while let Ok(length) = flow.socket.recv(buffer) {
+            for _ in 0..AT_ONCE {
+                let Ok(length) = flow.socket.recv(buffer) else {
+                    break;
+                };
                 flow.used = now;
                 if length < buffer.len() {
                     replies.push(Reply {
@@ -225,7 +230,7 @@ impl TcpFlows {
             header: config.header,
             ..Queues::default()
         };
-        let now = smoltcp::time::Instant::now();
+        let now = now();
         let mut setup = Config::new(HardwareAddress::Ip);
         let mut seed = [0u8; 8];
         getrandom::fill(&mut seed).expect("the kernel's random source answers");
@@ -302,18 +307,19 @@ impl TcpFlows {
         if !self.queues.incoming.is_empty() {
             return Duration::ZERO;
         }
-        let delay = self
-            .interface
-            .poll_delay(smoltcp::time::Instant::now(), &self.sockets);
+        let delay = self.interface.poll_delay(now(), &self.sockets);
         delay.map_or(Duration::from_secs(5), Into::into)
     }
 
     pub(super) fn interests<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        fds.extend(
-            self.listeners
-                .iter()
-                .map(|(listener, _)| PollFd::new(listener, PollFlags::IN)),
-        );
+        // Those that cannot be accepted wait.
+        if self.flows.len() < self.most {
+            fds.extend(
+                self.listeners
+                    .iter()
+                    .map(|(listener, _)| PollFd::new(listener, PollFlags::IN)),
+            );
+        }
         for flow in self.flows.values() {
             let mut wanted = PollFlags::empty();
             match &flow.stage {
@@ -337,7 +343,7 @@ impl TcpFlows {
     /// Into how long segments a packet for the guest is cut on the way; 0 where it is not.
     pub(super) fn segment_of(&self, packet: &[u8]) -> u16 {
         let port = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
-        if packet.len() <= MTU {
+        if packet.len() < 40 {
             return 0;
         }
         let from = Ipv4Addr::new(packet[12], packet[13], packet[14], packet[15]);
@@ -377,7 +383,7 @@ impl TcpFlows {
     }
 
     fn poll(&mut self) {
-        let now = smoltcp::time::Instant::now();
+        let now = now();
         self.interface
             .poll(now, &mut self.queues, &mut self.sockets);
     }
@@ -473,11 +479,17 @@ impl TcpFlows {
                 self.queues.incoming.push_back(syn);
             }
             // At once, so that this listening socket takes this SYN and no other.
-            let now = smoltcp::time::Instant::now();
+            let now = now();
             self.interface
                 .poll(now, &mut self.queues, &mut self.sockets);
         }
     }
+}
+
+/// smoltcp's time, by the monotonic clock: the host's may jump.
+fn now() -> smoltcp::time::Instant {
+    static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+    smoltcp::time::Instant::from_micros(START.elapsed().as_micros() as i64)
 }
 
 fn new_socket(header: Header) -> tcp::Socket<'static> {

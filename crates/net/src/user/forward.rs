@@ -107,7 +107,10 @@ impl UdpForwards {
         let mut arrived = Vec::new();
         let mut buffer = [0u8; 2048];
         for index in 0..self.listeners.len() {
-            while let Ok((length, address)) = self.listeners[index].0.recv_from(&mut buffer) {
+            for _ in 0..super::flow::AT_ONCE {
+                let Ok((length, address)) = self.listeners[index].0.recv_from(&mut buffer) else {
+                    break;
+                };
                 let to = self.listeners[index].1;
                 if length <= LARGEST
                     && let Some(from) = self.port_of(index, address, now)
