@@ -258,7 +258,16 @@ impl Engine {
             &format!("exec_start: {words}"),
             &[("execID", exec.id.clone())],
         );
-        let started = keeper.exec(&exec.id, &container.id, &record).await;
+        let started = {
+            let _living = container.freezing.read().await;
+            match container.phase() {
+                Phase::Paused => Err(Error::Conflict(format!(
+                    "container {} is paused",
+                    container.id
+                ))),
+                _ => keeper.exec(&exec.id, &container.id, &record).await,
+            }
+        };
         let _ = std::fs::remove_file(&record);
         let process = started.map_err(|error| match error {
             Error::Runtime { message, kind } => Error::Runtime {

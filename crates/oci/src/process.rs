@@ -332,7 +332,7 @@ pub(crate) fn environment(process: &Process, listen_fds: u32) -> Result<Vec<CStr
     }
     if !home {
         all.retain(|variable| !variable.as_bytes().starts_with(b"HOME="));
-        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let passwd = passwd();
         let home = home_of(&passwd, process.user().uid()).unwrap_or("/");
         all.push(text(&format!("HOME={home}"), "HOME")?);
     }
@@ -341,6 +341,23 @@ pub(crate) fn environment(process: &Process, listen_fds: u32) -> Result<Vec<CStr
         all.push(text("LISTEN_PID=1", "LISTEN_PID")?);
     }
     Ok(all)
+}
+
+/// The container's own: the image says what lies there, so it may be a pipe, or without end.
+fn passwd() -> String {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open("/etc/passwd");
+    let mut text = String::new();
+    if let Ok(file) = file
+        && file.metadata().is_ok_and(|about| about.is_file())
+    {
+        let _ = file.take(1 << 20).read_to_string(&mut text);
+    }
+    text
 }
 
 fn home_of(passwd: &str, uid: u32) -> Option<&str> {

@@ -721,6 +721,22 @@ fn processes_see_what_they_are_given() {
         ),
         "700"
     );
+    // A working directory that has to be made, where only the runtime sees it.
+    assert_eq!(
+        run(
+            &["-v", "made-vol:/m", "-w", "/m/x/y"],
+            "stat -c %a /m/x /m/x/y"
+        ),
+        "755\n755"
+    );
+    daemon.docker(&["volume", "rm", "made-vol"]);
+    // What lies at /etc/passwd may be anything.
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let bind = format!("{}:/etc/passwd", pipe.display());
+    assert_eq!(run(&["-v", &bind, "-e", "HOME="], "echo $HOME"), "/");
     let both = ["--tmpfs", "/a", "--mount", "type=tmpfs,dst=/b"];
     daemon.docker(
         &[

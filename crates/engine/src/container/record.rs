@@ -217,6 +217,9 @@ pub(crate) struct Container {
     pub execs: Mutex<Vec<String>>,
     /// Held while a process of it is being started, and while its end is handled. After `operation`.
     pub turn: tokio::sync::Mutex<()>,
+    /// Written while its processes are frozen, read while another is being made: one that is born frozen says nothing, and
+    /// the keeper would wait for it.
+    pub freezing: tokio::sync::RwLock<()>,
     /// The last pause before a restart.
     pub pause: Mutex<std::time::Duration>,
 }
@@ -236,6 +239,7 @@ impl Container {
             tasks: Mutex::default(),
             execs: Mutex::default(),
             turn: tokio::sync::Mutex::new(()),
+            freezing: tokio::sync::RwLock::new(()),
             pause: Mutex::default(),
         })
     }

@@ -253,6 +253,7 @@ impl Engine {
         }
         let record = container.record().clone();
         let group = self.cgroup_of(&record);
+        let _alone = container.freezing.write().await;
         blocking(move || processes::hold(&record, &group, true)).await?;
         container.note(|record| {
             if record.phase == Phase::Running {

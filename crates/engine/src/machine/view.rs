@@ -149,7 +149,10 @@ impl Machines {
             // utime and stime, fields 14 and 15 of proc(5); rss is field 24, in pages.
             cpu_time: (field(10) + field(11)) * tick,
             read_at: monotonic(),
-            memory_used: field(20) * rustix::param::page_size() as u64,
+            memory_used: fs::read_to_string(format!("/proc/{}/smaps_rollup", key.pid))
+                .ok()
+                .and_then(|rollup| proportional(&rollup))
+                .unwrap_or(field(20) * rustix::param::page_size() as u64),
             memory: machine.spec.memory,
             disk_used,
             disk,
@@ -209,6 +212,14 @@ impl Machines {
             }
         })
     }
+}
+
+/// Bytes of the proportional set of a process (smaps_rollup, proc(5)): what it has mapped twice, as the software CPU has its
+/// code, counts once.
+fn proportional(rollup: &str) -> Option<u64> {
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kilobytes.checked_mul(1024)
 }
 
 fn older(path: &Path) -> Option<PathBuf> {
@@ -302,6 +313,14 @@ fn open(path: &Path) -> std::io::Result<Option<fs::File>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_proportional_set_is_read() {
+        let rollup = "55d0-7ffd ---p 00000000 00:00 0    [rollup]\nRss:            2048 kB\nPss:            1234 kB\nPss_Dirty: 9 kB\n";
+        assert_eq!(proportional(rollup), Some(1234 * 1024));
+        assert_eq!(proportional("Pss: many kB\n"), None);
+        assert_eq!(proportional("Pss_Anon: 1 kB\n"), None);
+    }
 
     #[test]
     fn traffic_is_read_by_the_interfaces_name() {

@@ -161,6 +161,38 @@ impl Cgroup {
         Ok(cgroup)
     }
 
+    /// Refuses a path where there are processes already, which would end with the container, or that is frozen.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`].
+    pub(crate) fn refuse_used(path: &str, hierarchies: &Hierarchies) -> Result<()> {
+        let clean = clean_path(path)?;
+        let pids = hierarchies
+            .v1
+            .iter()
+            .find(|(controllers, _)| controllers.iter().any(|name| name == "pids"))
+            .map(|(_, root)| root);
+        let there = hierarchies
+            .unified
+            .iter()
+            .chain(pids)
+            .any(|root| root.join(&clean[1..]).is_dir());
+        if !there {
+            return Ok(());
+        }
+        let cgroup = Cgroup::open(path)?;
+        let used = if cgroup.is_frozen() {
+            "is frozen"
+        } else if !cgroup.processes()?.is_empty() {
+            "is not empty"
+        } else {
+            return Ok(());
+        };
+        Err(Error::Conflict(format!(
+            "the container's cgroup {clean} {used}: it may be another's; name one that does not exist (linux.cgroupsPath)"
+        )))
+    }
+
     /// Makes a cgroup at `path` with limits, for a process that is no container's. Nothing is left where it fails.
     ///
     /// # Errors

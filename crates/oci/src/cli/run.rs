@@ -155,8 +155,10 @@ fn run_reserved(
         if let Some(cgroup) = &created.cgroup {
             // Without a pid namespace of its own, processes may have outlived the first.
             if cgroup.remove_now().is_err() {
-                cgroup.kill()?;
-                cgroup.remove()?;
+                // The exit code is the program's all the same.
+                if let Err(error) = cgroup.kill().and_then(|()| cgroup.remove()) {
+                    eprintln!("berth oci: {error}");
+                }
             }
         }
         context.store.remove(&create.id)?;

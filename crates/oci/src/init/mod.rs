@@ -237,6 +237,8 @@ impl Init<'_, '_> {
 
     /// The hooks between the set-up and the switch of the root: the runtime's, then the container's own.
     fn run_create_hooks(&self) -> Result<()> {
+        // All nodes are made, with their own modes; what hooks make and the working directory have the usual one.
+        rustix::process::umask(Mode::from_raw_mode(0o022));
         let Some(hooks) = self.launch.spec.hooks() else {
             return Ok(());
         };

@@ -179,26 +179,35 @@ fn exec_clone(
     } else {
         None
     };
+    let child = clone_here(request.pid, birthplace);
+    // However it went: what is cloned next belongs here.
+    if let (Some(own), Ok(Some(_)) | Err(_)) = (own, &child) {
+        leave_pid_namespace(&own)?;
+    }
+    child
+}
+
+fn clone_here(init: i32, birthplace: Option<BorrowedFd<'_>>) -> Result<Option<Child>> {
+    let failed = || "clone3 into the container".into();
     // SAFETY: callers of the runtime are single-threaded (see the crate's documentation).
-    let mut child = unsafe { syscall::clone3(0, birthplace) };
-    if matches!(&child, Err(error) if error.raw_os_error() == Some(libc::EBUSY)) {
-        // The container has handed controllers down (systemd does): only its leaves take processes. Its init is in
-        // one.
-        let leaf = cgroup::unified_path_of(request.pid).zip(Hierarchies::of_host()?.unified);
-        if let Some((path, root)) = leaf {
+    match unsafe { syscall::clone3(0, birthplace) } {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            // The container has handed controllers down (systemd does): only its leaves take processes. Its init is in
+            // one.
+            let leaf = cgroup::unified_path_of(init).zip(Hierarchies::of_host()?.unified);
+            let Some((path, root)) = leaf else {
+                return Err(error).during(failed);
+            };
             let leaf = Cgroup {
                 unified: Some(root.join(path.trim_start_matches('/'))),
                 ..Cgroup::default()
             };
             let place = leaf.birthplace()?;
             // SAFETY: as above.
-            child = unsafe { syscall::clone3(0, place.as_ref().map(AsFd::as_fd)) };
+            unsafe { syscall::clone3(0, place.as_ref().map(AsFd::as_fd)) }.during(failed)
         }
+        other => other.during(failed),
     }
-    if let (Some(own), Ok(Some(_)) | Err(_)) = (own, &child) {
-        leave_pid_namespace(&own)?;
-    }
-    child.during(|| "clone3 into the container".into())
 }
 
 fn descend(cgroup: &mut Cgroup, below: &Path) -> Result<()> {

@@ -390,6 +390,8 @@ fn begin_cgroup(launch: &Launch<'_>, hierarchies: Option<&Hierarchies>) -> Resul
                 .flatten()
                 .any(|option| option == "ro" || option == "rro")
     });
+    // Before anything is put under the guard, which kills what is in it.
+    Cgroup::refuse_used(path, hierarchies)?;
     let mut guard = Unfinished {
         pidfd: None,
         cgroup: None,
