@@ -220,6 +220,16 @@ fn limits_stop_bombs() {
     fs::create_dir(&target).unwrap();
     let error = apply(&bomb[..], &target, true, limits, &Cancel::default()).unwrap_err();
     assert!(matches!(error, Error::LayerLimit(_)), "{error}");
+    // What folders are to have in the end is remembered until then.
+    let heavy = |number: u32| Entry {
+        xattrs: BTreeMap::from([(b"user.x".to_vec(), vec![b'x'; 900 << 10])]),
+        ..folder(&format!("d{number}"))
+    };
+    let folders: Vec<(Entry, &[u8])> = (0..150).map(|number| (heavy(number), &b""[..])).collect();
+    let heavy = zstd::encode_all(&tar(&folders)[..], 1).unwrap();
+    drop(folders);
+    let error = unpack(&heavy, &directory.path().join("d"), true).unwrap_err();
+    assert!(matches!(error, Error::LayerLimit(_)), "{error}");
     let cancel = Cancel::default();
     cancel.cancel();
     let target = directory.path().join("c");

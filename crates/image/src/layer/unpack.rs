@@ -71,12 +71,16 @@ pub struct Unpacker<'a> {
     /// The folder of the last entry: most entries share it with the one before.
     parent: Option<(Vec<u8>, OwnedFd)>,
     directories: BTreeMap<Vec<u8>, Directory>,
+    /// Bytes of what `directories` holds.
+    kept: usize,
     done: Unpacked,
     until_space_check: u64,
     buffer: Vec<u8>,
 }
 
 const SPACE_CHECK: u64 = 64 << 20;
+/// Bytes of folders' names and attributes, which are kept until the end.
+const DIRECTORIES_LIMIT: usize = 128 << 20;
 
 impl<'a> Unpacker<'a> {
     /// Prepares to unpack into the empty folder `root`. `lowest`: there is no layer beneath.
@@ -106,6 +110,7 @@ impl<'a> Unpacker<'a> {
             copy: None,
             parent: None,
             directories: BTreeMap::new(),
+            kept: 0,
             done,
             until_space_check: 0,
             buffer: vec![0; 128 << 10],
@@ -129,6 +134,7 @@ impl<'a> Unpacker<'a> {
             copy: Some(copy),
             parent: None,
             directories: BTreeMap::new(),
+            kept: 0,
             done: Unpacked::default(),
             until_space_check: 0,
             buffer: vec![0; 128 << 10],
@@ -184,7 +190,7 @@ impl<'a> Unpacker<'a> {
                 return Err(hostile("it would replace the root itself"));
             }
             self.done.implied.remove(&path);
-            self.own_directory(path, entry);
+            self.own_directory(path, entry)?;
             return Ok(());
         }
         let (folder, name) = tree::split(&path);
@@ -293,7 +299,7 @@ impl<'a> Unpacker<'a> {
         }
         if entry.kind == EntryKind::Directory {
             self.done.implied.remove(&path);
-            self.own_directory(path.clone(), entry);
+            self.own_directory(path.clone(), entry)?;
         }
         self.parent = Some((folder.to_vec(), parent));
         Ok(())
@@ -383,7 +389,15 @@ impl<'a> Unpacker<'a> {
         self.directories.insert(path.to_vec(), directory);
     }
 
-    fn own_directory(&mut self, path: Vec<u8>, entry: &Entry) {
+    fn own_directory(&mut self, path: Vec<u8>, entry: &Entry) -> Result<()> {
+        let attributes = entry.xattrs.iter().map(|(k, v)| k.len() + v.len());
+        self.kept += path.len() + attributes.sum::<usize>();
+        if self.kept > DIRECTORIES_LIMIT {
+            return Err(Error::LayerLimit(format!(
+                "the layer's folders have more than {} MiB of names and attributes",
+                DIRECTORIES_LIMIT >> 20
+            )));
+        }
         let directory = Directory {
             owner: self.is_foreign(entry).then_some((entry.uid, entry.gid)),
             mode: entry.mode,
@@ -391,6 +405,7 @@ impl<'a> Unpacker<'a> {
             xattrs: entry.xattrs.clone(),
         };
         self.directories.insert(path, directory);
+        Ok(())
     }
 
     /// Whether an entry's owner must be set.
