@@ -1,6 +1,6 @@
 //! Reading logs: json-file, over rotated files, and following a log that is being written.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -252,14 +252,17 @@ fn open_all(path: &Path) -> io::Result<Vec<File>> {
     let newest = open(path)?;
     let inode = newest.as_ref().map(inode_of).transpose()?;
     let mut files = Vec::new();
+    let mut met = HashSet::new();
     for index in places(path).filter(|index| *index > 0) {
         let Some(file) = open(&rotated(path, index))? else {
             continue;
         };
-        if Some(inode_of(&file)?) == inode {
+        let found = inode_of(&file)?;
+        if Some(found) == inode {
             // The ones before it are newer still.
             files.clear();
-        } else {
+        } else if met.insert(found) {
+            // Else it was met before, and has moved on since.
             files.push(file);
         }
     }
