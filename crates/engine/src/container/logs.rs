@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -294,8 +295,7 @@ fn place(path: &Path, index: u32) -> PathBuf {
 /// Where the file with this inode lies now.
 fn place_of(path: &Path, inode: u64) -> Option<u32> {
     places(path).find(|index| {
-        std::fs::metadata(place(path, *index))
-            .is_ok_and(|found| std::os::unix::fs::MetadataExt::ino(&found) == inode)
+        std::fs::metadata(place(path, *index)).is_ok_and(|found| found.ino() == inode)
     })
 }
 
@@ -478,19 +478,17 @@ fn stream(
         }
         // At the end: of this file, where another has taken its name, or of what there is.
         match std::fs::metadata(path) {
-            // It ended before that, so that its last words are there by now.
-            Ok(metadata) if std::os::unix::fs::MetadataExt::ino(&metadata) != inode && !left => {
-                left = true;
-                continue;
-            }
-            Ok(metadata) if std::os::unix::fs::MetadataExt::ino(&metadata) != inode => {
-                let Some(next) = file_after(path, inode)? else {
+            Ok(metadata) if metadata.ino() != inode => {
+                // It ended before that, so that its last words are there by now.
+                if !std::mem::replace(&mut left, true) {
                     continue;
-                };
-                reader = BufReader::with_capacity(64 << 10, next);
-                inode = inode_of(reader.get_ref())?;
-                left = false;
-                line.clear();
+                }
+                if let Some(next) = file_after(path, inode)? {
+                    reader = BufReader::with_capacity(64 << 10, next);
+                    inode = inode_of(reader.get_ref())?;
+                    left = false;
+                    line.clear();
+                }
                 continue;
             }
             Ok(metadata) if metadata.len() < reader.stream_position()? => {
@@ -545,7 +543,7 @@ fn wait_for_file(
 }
 
 fn inode_of(file: &File) -> io::Result<u64> {
-    Ok(std::os::unix::fs::MetadataExt::ino(&file.metadata()?))
+    Ok(file.metadata()?.ino())
 }
 
 #[cfg(test)]

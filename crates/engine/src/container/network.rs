@@ -493,6 +493,8 @@ impl Engine {
         endpoint: EndpointSettings,
     ) -> Result<()> {
         let _operation = container.operation.lock().await;
+        // Its end waits: it takes away what was connected until then.
+        let _turn = container.turn.lock().await;
         check(&endpoint)?;
         let network = self.networks.inspect(network).map_err(Error::room)?;
         let record = container.record().clone();
@@ -519,9 +521,6 @@ impl Engine {
         }
         let mut settings = endpoint;
         settings.network_id = network.id.to_string();
-        // Its end waits: it takes away what was connected until then.
-        let _turn = container.turn.lock().await;
-        let record = container.record().clone();
         let mut made = None;
         if let (true, Some(process)) = (record.phase.lives(), record.process) {
             let (engine, spec) = (self.clone(), spec_of(&record, &network.name, &settings));

@@ -56,18 +56,11 @@ fn by_signal(init: i32, held: bool) -> Result<()> {
         if waiting.is_empty() {
             return Ok(());
         }
-        for pid in waiting {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                let _ = rustix::process::kill_process(pid, signal);
-            }
-        }
+        send(waiting, signal);
         if Instant::now() > end {
             if held {
                 // Not half of it.
-                let all = by_namespace(init).into_iter();
-                for pid in all.filter_map(rustix::process::Pid::from_raw) {
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
-                }
+                send(by_namespace(init), rustix::process::Signal::CONT);
             }
             return Err(Error::Runtime {
                 message:
@@ -77,6 +70,12 @@ fn by_signal(init: i32, held: bool) -> Result<()> {
             });
         }
         std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn send(pids: Vec<i32>, signal: rustix::process::Signal) {
+    for pid in pids.into_iter().filter_map(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, signal);
     }
 }
 

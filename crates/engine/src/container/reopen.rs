@@ -54,8 +54,10 @@ impl Engine {
         // A keeper that died took the streams of its containers with it: they are ended, so that none runs unseen. Before
         // anybody starts one with the new keeper, which is not among those it held.
         self.settle_with(&held);
+        self.settle_execs_with(&held);
         drop(slot);
-        self.settle_execs_with(&keeper, held);
+        let (engine, own) = (self.clone(), keeper.clone());
+        tokio::spawn(async move { engine.forget_others(&own, &held).await });
         Ok(keeper)
     }
 
@@ -124,28 +126,26 @@ impl Engine {
         Box::pin(async move { self.ended(container, exit).await })
     }
 
-    /// Ends the execs whose process nobody holds, and lets the keeper forget those that have ended.
-    fn settle_execs_with(self: &Arc<Self>, keeper: &Arc<Keeper>, held: Vec<Held>) {
-        let living: HashSet<String> = held
-            .iter()
-            .filter(|held| held.exit.is_none())
-            .map(|held| held.id.clone())
-            .collect();
+    /// Ends the execs that have ended unseen, and those whose process nobody holds.
+    fn settle_execs_with(self: &Arc<Self>, held: &[Held]) {
         for id in self.running_execs() {
-            let known = held.iter().find(|held| held.id == id);
-            if !living.contains(&id) {
-                let exit = known.and_then(|held| held.exit.clone());
-                self.exec_ended(&id, &exit.unwrap_or_else(|| unseen(0)));
+            let exit = match held.iter().find(|held| held.id == id) {
+                Some(held) => held.exit.clone(),
+                None => Some(unseen(0)),
+            };
+            if let Some(exit) = exit {
+                self.exec_ended(&id, &exit);
             }
         }
-        let (engine, keeper) = (self.clone(), keeper.clone());
-        tokio::spawn(async move {
-            for held in held {
-                if held.exit.is_some() && engine.inventory.get(&held.id).is_none() {
-                    let _ = keeper.forget(&held.id).await;
-                }
+    }
+
+    /// Lets the keeper forget what is no container's own process and has ended; it keeps the others.
+    async fn forget_others(&self, keeper: &Keeper, held: &[Held]) {
+        for held in held {
+            if self.inventory.get(&held.id).is_none() {
+                let _ = keeper.forget(&held.id).await;
             }
-        });
+        }
     }
 
     /// Compares what the records say with what the keeper holds.
@@ -243,17 +243,18 @@ impl Engine {
         .await?;
         self.listen(notices);
         self.settle_with(&held);
+        let keeper = self.keeper().await?;
         for held in held
             .iter()
             .filter(|held| self.inventory.get(&held.id).is_none())
         {
-            let keeper = self.keeper().await?;
-            // An exec of a former daemon, whose id nobody can ask for any more, or a container that is being removed.
+            // A container that is being removed.
             if held.container.is_none() && held.exit.is_none() {
                 let _ = keeper.signal(&held.id, libc::SIGKILL).await;
             }
-            let _ = keeper.forget(&held.id).await;
         }
+        // Execs of a former daemon too, whose ids nobody can ask for any more.
+        self.forget_others(&keeper, &held).await;
         self.resume().await;
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::Engine;
 use crate::container::create::{blocking, check_name, check_restart};
 use crate::container::host_config::UpdateConfig;
 use crate::container::inspect::{Updated, WaitError, WaitResult};
-use crate::container::record::{Container, Phase, Record};
+use crate::container::record::{Container, Milestones, Phase, Record};
 use crate::container::start::detached;
 use crate::container::{Wait, WaitCondition, cgroup, limits, processes, signal};
 use crate::error::{Error, Result};
@@ -306,6 +306,9 @@ impl Engine {
         };
         let of = container.clone();
         let result = async move {
+            let failed = |milestones: &Milestones| {
+                !milestones.removed && milestones.failed_removals != now.failed_removals
+            };
             let rests = phase.lives() || phase == Phase::Restarting;
             let over = ends
                 .wait_for(|milestones| match condition {
@@ -313,14 +316,17 @@ impl Engine {
                         !rests || milestones.rests != now.rests || milestones.removed
                     }
                     WaitCondition::NextExit => milestones.exits != now.exits || milestones.removed,
-                    WaitCondition::Removed => {
-                        milestones.removed || milestones.failed_removals != now.failed_removals
-                    }
+                    WaitCondition::Removed => milestones.removed || failed(milestones),
                 })
                 .await
                 .map(|milestones| *milestones);
-            let failed = matches!(over, Ok(milestones) if !milestones.removed
-                && milestones.failed_removals != now.failed_removals);
+            let why = match (condition, &over) {
+                (WaitCondition::Removed, Ok(milestones)) if failed(milestones) => {
+                    let message = of.record().error.clone();
+                    Some(WaitError { message })
+                }
+                _ => None,
+            };
             let code = match over {
                 Ok(milestones) if milestones.exits == now.exits => code,
                 Ok(milestones) => milestones.code,
@@ -328,9 +334,7 @@ impl Engine {
             };
             WaitResult {
                 status_code: i64::from(code),
-                error: failed.then(|| WaitError {
-                    message: of.record().error.clone(),
-                }),
+                error: why,
             }
         };
         Ok(Wait {
