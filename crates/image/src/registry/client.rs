@@ -1,6 +1,7 @@
 //! Requests to one registry: where it is, who we are, and trying again.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -23,8 +24,11 @@ pub(crate) const ATTEMPTS: u32 = 5;
 /// A connection to one registry.
 pub struct Client {
     http: reqwest::Client,
-    /// For bodies: the time until an answer includes that of sending them.
-    uploads: reqwest::Client,
+    /// For long bodies; see [`Client::for_uploads`].
+    uploads: OnceLock<reqwest::Client>,
+    authorities: Vec<reqwest::Certificate>,
+    /// Whether nobody need vouch for the registry's certificate.
+    unproven: bool,
     /// `https://registry.test:5000`.
     base: String,
     domain: String,
@@ -52,6 +56,26 @@ struct OneError {
     code: String,
     #[serde(default)]
     message: String,
+}
+
+fn builder(
+    domain: &str,
+    unproven: bool,
+    authorities: &[reqwest::Certificate],
+) -> reqwest::ClientBuilder {
+    let builder = reqwest::Client::builder()
+        .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(Duration::from_secs(15))
+        .http1_only()
+        .danger_accept_invalid_certs(unproven);
+    let builder = match is_local(domain) {
+        true => builder.no_proxy(),
+        false => builder,
+    };
+    authorities
+        .iter()
+        .cloned()
+        .fold(builder, reqwest::ClientBuilder::add_root_certificate)
 }
 
 impl Client {
@@ -82,26 +106,11 @@ impl Client {
             registry: domain.to_owned(),
             why,
         };
-        let builder = || {
-            let builder = reqwest::Client::builder()
-                .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(Duration::from_secs(15))
-                .http1_only()
-                .danger_accept_invalid_certs(lax || is_local(domain));
-            let builder = match is_local(domain) {
-                true => builder.no_proxy(),
-                false => builder,
-            };
-            authorities
-                .iter()
-                .cloned()
-                .fold(builder, reqwest::ClientBuilder::add_root_certificate)
-        };
-        let http = builder()
+        let unproven = lax || is_local(domain);
+        let http = builder(domain, unproven, &authorities)
             .read_timeout(Duration::from_secs(60))
             .build()
             .map_err(|e| unreachable(chain(&e)))?;
-        let uploads = builder().build().map_err(|e| unreachable(chain(&e)))?;
         let mut base = format!("https://{host}");
         if lax {
             // A plain registry on this machine is the usual case; one with TLS answers 400 to plain requests.
@@ -117,7 +126,9 @@ impl Client {
         }
         Ok(Client {
             http,
-            uploads,
+            uploads: OnceLock::new(),
+            authorities,
+            unproven,
             base,
             domain: domain.to_owned(),
             credentials,
@@ -161,7 +172,9 @@ impl Client {
     ) -> Result<Response> {
         let mut pause = Duration::from_millis(200);
         for attempt in 1.. {
-            let result = self.send_once(method.clone(), path, scope, &shape).await;
+            let result = self
+                .send_once(&self.http, method.clone(), path, scope, &shape)
+                .await;
             let again = match &result {
                 Ok(response) => {
                     response.status() == StatusCode::TOO_MANY_REQUESTS
@@ -180,30 +193,23 @@ impl Client {
         unreachable!("the loop returns at the last attempt")
     }
 
-    /// [`Client::send`] once, but again with an authorization where the registry demands one.
-    async fn send_once(
-        &self,
-        method: Method,
-        path: &str,
-        scope: &str,
-        shape: impl Fn(RequestBuilder) -> RequestBuilder,
-    ) -> Result<Response> {
-        self.exchange(&self.http, method, path, scope, shape).await
+    /// What long bodies are sent with: it waits for an answer without end, since that time includes their sending.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`].
+    pub(crate) fn for_uploads(&self) -> Result<&reqwest::Client> {
+        if let Some(made) = self.uploads.get() {
+            return Ok(made);
+        }
+        let made = builder(&self.domain, self.unproven, &self.authorities)
+            .build()
+            .map_err(|error| self.unreachable(&error))?;
+        Ok(self.uploads.get_or_init(|| made))
     }
 
-    /// [`Client::send`] once of a long body, which `shape` makes anew for each try.
-    pub(crate) async fn upload_once(
-        &self,
-        method: Method,
-        path: &str,
-        scope: &str,
-        shape: impl Fn(RequestBuilder) -> RequestBuilder,
-    ) -> Result<Response> {
-        self.exchange(&self.uploads, method, path, scope, shape)
-            .await
-    }
-
-    async fn exchange(
+    /// [`Client::send`] once by `http`, but again with an authorization where the registry demands one; `shape` is asked for
+    /// each try.
+    pub(crate) async fn send_once(
         &self,
         http: &reqwest::Client,
         method: Method,

@@ -266,8 +266,9 @@ impl Upload {
         length: u64,
         range: Option<String>,
     ) -> Result<Response> {
+        let http = self.client.for_uploads()?;
         self.client
-            .upload_once(method, path, scope, |mut request| {
+            .send_once(http, method, path, scope, |mut request| {
                 request = request
                     .header("content-type", "application/octet-stream")
                     .header("content-length", length)
