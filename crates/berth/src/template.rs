@@ -150,10 +150,6 @@ fn taken<'a, const N: usize>(
     })
 }
 
-fn words(of: &Field) -> String {
-    of.to_string()
-}
-
 fn text(of: &str) -> Field {
     Field::String(of.into())
 }
@@ -179,12 +175,12 @@ fn json(arguments: &[Field]) -> Result<Field, TemplateError> {
 
 fn lower(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of] = taken("lower", arguments)?;
-    Ok(text(&words(of).to_lowercase()))
+    Ok(text(&of.to_string().to_lowercase()))
 }
 
 fn upper(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of] = taken("upper", arguments)?;
-    Ok(text(&words(of).to_uppercase()))
+    Ok(text(&of.to_string().to_uppercase()))
 }
 
 /// Each word's first letter as a capital, as Go's `strings.Title` has words.
@@ -192,7 +188,7 @@ fn title(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of] = taken("title", arguments)?;
     let mut within = false;
     let mut titled = String::new();
-    for letter in words(of).chars() {
+    for letter in of.to_string().chars() {
         if within {
             titled.push(letter);
         } else {
@@ -211,13 +207,13 @@ fn join(arguments: &[Field]) -> Result<Field, TemplateError> {
             got: items.type_name(),
         });
     };
-    let items: Vec<String> = items.iter().map(words).collect();
-    Ok(text(&items.join(&words(by))))
+    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
+    Ok(text(&items.join(&by.to_string())))
 }
 
 fn split(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of, by] = taken("split", arguments)?;
-    let (of, by) = (words(of), words(by));
+    let (of, by) = (of.to_string(), by.to_string());
     let parts = if by.is_empty() {
         of.chars().map(|letter| text(&letter.to_string())).collect()
     } else {
@@ -229,14 +225,14 @@ fn split(arguments: &[Field]) -> Result<Field, TemplateError> {
 fn truncate(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of, most] = taken("truncate", arguments)?;
     let most = length(most)?;
-    Ok(text(&words(of).chars().take(most).collect::<String>()))
+    Ok(text(&of.to_string().chars().take(most).collect::<String>()))
 }
 
 /// `pad TEXT BEFORE AFTER`: with so many spaces around it; an empty text stays empty.
 fn pad(arguments: &[Field]) -> Result<Field, TemplateError> {
     let [of, before, after] = taken("pad", arguments)?;
     let (before, after) = (length(before)?, length(after)?);
-    let of = words(of);
+    let of = of.to_string();
     if of.is_empty() {
         return Ok(text(""));
     }

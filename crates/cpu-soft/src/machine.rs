@@ -171,38 +171,43 @@ impl Machine {
             let stop = ((at | 0xfff) + 1).min(end);
             if let Some(bits) = self.granules(at) {
                 let hit = granule_mask(at, stop - at);
-                // The marks go when the others know, and nobody marks anew in between.
-                let marking = (bits.load(Ordering::SeqCst) & hit != 0)
-                    .then(|| self.marking.lock().unwrap_or_else(|e| e.into_inner()));
-                if marking.is_some() && bits.load(Ordering::SeqCst) & hit != 0 {
-                    found = true;
-                    let first = at & !63;
-                    let last = (stop + 63) & !63;
-                    for (id, mailbox) in self
-                        .mailboxes
-                        .lock()
-                        .unwrap_or_else(|e| e.into_inner())
-                        .iter()
-                        .enumerate()
-                    {
-                        if by != Some(id as u32) {
-                            mailbox
-                                .stale
-                                .lock()
-                                .unwrap_or_else(|e| e.into_inner())
-                                .push((first, last - first));
-                            mailbox
-                                .requests
-                                .fetch_or(request::SAFE_POINT, Ordering::SeqCst);
-                            mailbox.ring();
-                        }
-                    }
-                    bits.fetch_and(!hit, Ordering::SeqCst);
-                }
+                found |= bits.load(Ordering::SeqCst) & hit != 0
+                    && self.drop_marked(bits, hit, (at & !63, (stop + 63) & !63), by);
             }
             at = stop;
         }
         found
+    }
+
+    /// [`Machine::drop_code`] of one page's marks `hit`, which are of `range` (first address and end). The marks go when the
+    /// others know, and nobody marks anew in between.
+    fn drop_marked(
+        &self,
+        bits: &AtomicU64,
+        hit: u64,
+        (first, last): (u64, u64),
+        by: Option<u32>,
+    ) -> bool {
+        let _marking = self.marking.lock().unwrap_or_else(|e| e.into_inner());
+        if bits.load(Ordering::SeqCst) & hit == 0 {
+            return false;
+        }
+        let mailboxes = self.mailboxes.lock().unwrap_or_else(|e| e.into_inner());
+        for (id, mailbox) in mailboxes.iter().enumerate() {
+            if by != Some(id as u32) {
+                mailbox
+                    .stale
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner())
+                    .push((first, last - first));
+                mailbox
+                    .requests
+                    .fetch_or(request::SAFE_POINT, Ordering::SeqCst);
+                mailbox.ring();
+            }
+        }
+        bits.fetch_and(!hit, Ordering::SeqCst);
+        true
     }
 
     /// Marks granules of a page as translated code of CPU `by`, which reads them only after this has returned: then no other CPU

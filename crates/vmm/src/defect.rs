@@ -30,15 +30,19 @@ pub fn ends(control: &Arc<Control>) {
                 .unwrap_or_else(PoisonError::into_inner)
                 .upgrade();
             if let Some(control) = machine {
-                let why = format!("a defect in thread {name}: {}", words(panic.payload()));
-                control.end(Outcome::Crash(why));
+                control.end(crash(name, panic.payload()));
             }
         }));
     });
 }
 
+/// How a machine ends by the panic of a thread.
+pub fn crash(thread: &str, payload: &(dyn Any + Send)) -> Outcome {
+    Outcome::Crash(format!("a defect in thread {thread}: {}", words(payload)))
+}
+
 /// What a panic said.
-pub fn words(payload: &(dyn Any + Send)) -> &str {
+fn words(payload: &(dyn Any + Send)) -> &str {
     payload
         .downcast_ref::<String>()
         .map(String::as_str)

@@ -373,10 +373,7 @@ impl Machine {
                     // A defect in a device or a CPU ends this machine with a word, not the process.
                     let run = std::panic::AssertUnwindSafe(|| run_cpu(&vcpu, &control, &mut port));
                     if let Err(panic) = std::panic::catch_unwind(run) {
-                        let text = crate::defect::words(&*panic);
-                        control.end(Outcome::Crash(format!(
-                            "a defect in thread cpu{id}: {text}"
-                        )));
+                        control.end(crate::defect::crash(&format!("cpu{id}"), &*panic));
                     }
                 })
                 .map_err(|error| {

@@ -43,13 +43,14 @@ impl Shared {
             if let Some(job) = inner.jobs.pop_front() {
                 inner.running += 1;
                 drop(inner);
-                {
-                    let _running = Runs(self);
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
-                        defect.get_or_insert(panic);
-                    }
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(job)) {
+                    defect.get_or_insert(panic);
                 }
                 inner = self.lock();
+                inner.running -= 1;
+                if inner.running == 0 && inner.jobs.is_empty() {
+                    self.idle.notify_all();
+                }
             } else if inner.closed {
                 drop(inner);
                 if let Some(panic) = defect {
@@ -62,19 +63,6 @@ impl Shared {
                     .wait(inner)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-        }
-    }
-}
-
-/// A job that runs, until this goes.
-struct Runs<'a>(&'a Shared);
-
-impl Drop for Runs<'_> {
-    fn drop(&mut self) {
-        let mut inner = self.0.lock();
-        inner.running -= 1;
-        if inner.running == 0 && inner.jobs.is_empty() {
-            self.0.idle.notify_all();
         }
     }
 }

@@ -83,14 +83,13 @@ impl Manager {
             .collect();
         // Whoever puts the table back meanwhile takes what `state` says for all there is.
         let mut setup = lock(&self.setup);
-        self.firewall
-            .add_forwards(&forwards)
-            .or_else(|error| match setup.table {
-                true => self
-                    .install_table(&mut setup)
-                    .and_then(|()| self.firewall.add_forwards(&forwards)),
-                false => Err(error),
-            })?;
+        if let Err(error) = self.firewall.add_forwards(&forwards) {
+            if !setup.table {
+                return Err(error);
+            }
+            self.install_table(&mut setup)?;
+            self.firewall.add_forwards(&forwards)?;
+        }
         crate::conntrack::forget(&forwards);
         self.allow_return(endpoint);
         let mut state = lock(&self.state);

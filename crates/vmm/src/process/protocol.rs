@@ -286,11 +286,15 @@ fn memory_of(running: &Running, machine: &Handles) -> GuestMemory {
     }
 }
 
-fn answer(request: &Request, running: &Running) -> Answer {
-    if matches!(request, Request::Kill) {
-        // Before the look at the machine: the one that is being made finds it.
-        running.leave();
+/// Ends the machine that is, and the one that is being made.
+fn kill(running: &Running) {
+    running.leave();
+    if let Some(machine) = handles(running) {
+        machine.control.end(Outcome::Killed);
     }
+}
+
+fn answer(request: &Request, running: &Running) -> Answer {
     let machine = handles(running);
     match request {
         Request::Status => {
@@ -316,10 +320,7 @@ fn answer(request: &Request, running: &Running) -> Answer {
     let Some(machine) = machine else {
         // Between a crash and the next boot there is no guest to ask.
         if matches!(request, Request::Kill | Request::PowerButton) {
-            running.leave();
-            if let Some(made) = handles(running) {
-                made.control.end(Outcome::Killed);
-            }
+            kill(running);
             return Answer {
                 ok: true,
                 ..Answer::default()
@@ -361,7 +362,7 @@ fn answer(request: &Request, running: &Running) -> Answer {
             }
         }
         Request::Kill => {
-            machine.control.end(Outcome::Killed);
+            kill(running);
             true
         }
         Request::Balloon { bytes } => {
